@@ -1,0 +1,1 @@
+"""World models on top of sae_kernels: model, diffusion, data and training."""
