@@ -1,0 +1,86 @@
+"""Registration of frame_attention: schemas, shapes, gradient and autocast rules, and the backend switch."""
+
+from __future__ import annotations
+
+import torch
+
+from .. import _library
+from ..layout import FrameLayout
+from . import composed
+
+_LAYOUT = (
+    "SymInt frames, SymInt tokens_per_frame, SymInt frames_per_block, SymInt noisy_copies, bool noisy_first, "
+    "SymInt? window, SymInt sink"
+)
+_OPTIONS = f"{_LAYOUT}, float scale, bool noisy_queries_only, str impl"
+
+
+def implementations(device: torch.device) -> tuple[list[str], dict[str, str]]:
+    """(those that run on this device, fastest first; those that do not, with the reason)."""
+    return ["composed", "reference"], {
+        "triton": "there is no Triton kernel for this op yet",
+        "cuda": "there is no CUDA C++ kernel for this op; use triton",
+    }
+
+
+def _backend(impl: str):
+    if impl == "composed":
+        return composed
+    raise ValueError(f"impl: frame_attention has no registered implementation {impl!r}")
+
+
+def _forward(
+    q, k, v, frames, tokens_per_frame, frames_per_block, noisy_copies, noisy_first, window, sink, scale, noisy_queries_only, impl
+):
+    layout = FrameLayout(frames, tokens_per_frame, frames_per_block, noisy_copies, noisy_first, window, sink)
+    out, lse = _empty_forward(q)
+    if out.numel() > 0:
+        _backend(impl).forward(q, k, v, out, lse, layout, scale, noisy_queries_only)
+    return out, lse
+
+
+def _backward(
+    grad_out, q, k, v, out, lse,
+    frames, tokens_per_frame, frames_per_block, noisy_copies, noisy_first, window, sink, scale, noisy_queries_only, impl,
+):  # fmt: skip
+    layout = FrameLayout(frames, tokens_per_frame, frames_per_block, noisy_copies, noisy_first, window, sink)
+    grads = tuple(torch.empty_like(t) for t in (q, k, v))
+    if q.numel() == 0:
+        for grad in grads:
+            grad.zero_()
+    else:
+        _backend(impl).backward(grad_out, q, k, v, out, lse, *grads, layout, scale, noisy_queries_only)
+    return grads
+
+
+def _empty_forward(q: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    lse_dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
+    return torch.empty_like(q), q.new_empty(q.shape[:3], dtype=lse_dtype)
+
+
+frame_attention_fwd = _library.define(
+    f"frame_attention_fwd(Tensor q, Tensor k, Tensor v, {_OPTIONS}) -> (Tensor, Tensor)",
+    _forward,
+    lambda q, k, v, *options: _empty_forward(q),
+)
+frame_attention_bwd = _library.define(
+    f"frame_attention_bwd(Tensor grad_out, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, {_OPTIONS})"
+    " -> (Tensor, Tensor, Tensor)",
+    _backward,
+    lambda grad_out, q, k, v, *rest: tuple(torch.empty_like(t) for t in (q, k, v)),
+)
+
+
+def _setup_context(ctx, inputs, output) -> None:
+    q, k, v, *ctx.options = inputs
+    ctx.mark_non_differentiable(output[1])
+    ctx.save_for_backward(q, k, v, *output)
+
+
+def _gradient(ctx, grad_out, grad_lse):
+    grads = frame_attention_bwd(grad_out, *ctx.saved_tensors, *ctx.options)
+    return (*grads, *[None] * len(ctx.options))
+
+
+_library.register_autograd(frame_attention_fwd, _gradient, _setup_context)
+_library.register_autocast(frame_attention_fwd)
