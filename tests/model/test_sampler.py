@@ -35,7 +35,7 @@ class Chain(torch.nn.Module):
         self.decay, self.levels, self.prefills = decay, [], []
 
     def new_cache(self, batch):
-        return SimpleNamespace(frames=0, last=None)
+        return SimpleNamespace(batch=batch, frames=0, last=None)
 
     def prefill(self, x, sigma, actions, cache):
         self.prefills.append((x, sigma, actions))
@@ -271,6 +271,7 @@ def test_yields_block_by_block_and_reports_progress():
         ({"num_frames": 3}, "num_frames: .* got 3"),
         ({"actions": torch.zeros(1, 5)}, "actions: .* 0 context and 4 new frames = 4, got 5"),
         ({"actions": torch.zeros(1, 4), "batch": 2}, "actions: batch must be 2, got 1"),
+        ({"cache": Chain().new_cache(3), "batch": 2}, "cache: batch must be 2, got 3"),
         ({"guide": Chain()}, "guide: is used with guidance_kind 'auto' only"),
         ({"config": SamplerConfig(guidance_kind="auto", guidance=2.0)}, "guide: .* needs a second network"),
     ],

@@ -140,7 +140,7 @@ def iter_frames(
         num_frames: N, a multiple of f.
         guide: the weaker network of autoguidance.
         cache, guide_cache: from `new_cache(B)`, empty or left by an earlier call; filled in place. None makes fresh ones.
-        batch: B when neither context nor actions tell it; 1 by default.
+        batch: B when neither context, actions nor cache tell it; 1 by default.
 
     Raises:
         ValueError: shapes that do not agree, or a guide that is missing or not used.
@@ -148,10 +148,16 @@ def iter_frames(
     config = config or SamplerConfig()
     block_frames = denoiser.config.frames_per_block
     given = 0 if context is None else context.shape[1]
-    for name, tensor in (("context", context), ("actions", actions)):
-        if tensor is not None and batch is not None and tensor.shape[0] != batch:
-            raise ValueError(f"{name}: batch must be {batch}, got {tensor.shape[0]}")
-        batch = tensor.shape[0] if tensor is not None else batch
+    sizes = {
+        "context": None if context is None else context.shape[0],
+        "actions": None if actions is None else actions.shape[0],
+        "cache": None if cache is None else cache.batch,
+        "guide_cache": None if guide_cache is None else guide_cache.batch,
+    }
+    for name, size in sizes.items():
+        if size is not None and batch is not None and size != batch:
+            raise ValueError(f"{name}: batch must be {batch}, got {size}")
+        batch = batch if size is None else size
     batch = 1 if batch is None else batch
     frame_shape = (denoiser.config.channels, denoiser.config.height, denoiser.config.width)
     if context is not None and (context.ndim != 5 or tuple(context.shape[2:]) != frame_shape):
