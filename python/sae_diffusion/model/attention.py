@@ -1,0 +1,99 @@
+"""Self-attention over the visible frames, or within each frame."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from sae_kernels import frame_attention, pixel_norm
+
+from .config import ModelConfig
+from .frame_pass import FramePass
+from .layers import Linear
+
+
+class Attention(nn.Module):
+    """Multi-head attention of unit-RMS queries, keys and values; heads of C // heads channels."""
+
+    def __init__(self, channels: int, config: ModelConfig) -> None:
+        super().__init__()
+        self.heads = config.heads(channels)
+        self.impl = config.impl
+        self.qkv = Linear(channels, 3 * channels)
+        self.proj = Linear(channels, channels)
+
+    def forward(self, x: Tensor, frames: FramePass) -> Tensor:
+        """x (B, C, F, Y, X) -> the same shape."""
+        B, C, n, Y, X = x.shape
+        tokens = x.permute(0, 2, 3, 4, 1)
+        # [B, F, P, 3, H, D]
+        qkv = self.qkv(tokens).reshape(B, n, Y * X, 3, self.heads, C // self.heads)
+        out = self.attend(pixel_norm(qkv, dim=-1), frames)
+        return self.proj(out.reshape(B, n, Y, X, C)).permute(0, 4, 1, 2, 3)
+
+    def attend(self, qkv: Tensor, frames: FramePass) -> Tensor:
+        """qkv (B, F, P, 3, H, D) -> out whose elements are in the order (B, F, P, H, D)."""
+        raise NotImplementedError
+
+
+class FrameAttention(Attention):
+    """Every token sees every token of its own frame."""
+
+    def attend(self, qkv: Tensor, frames: FramePass) -> Tensor:
+        q, k, v = qkv.flatten(0, 1).permute(2, 0, 3, 1, 4).unbind(0)
+        return F.scaled_dot_product_attention(q, k, v).transpose(1, 2)
+
+
+class VideoAttention(FrameAttention):
+    """Every token sees every token of the visible frames, with rotary embedding over absolute frame position.
+
+    All tokens of a frame have one phase; a frame's clean and noisy copies share it. The xPos decay of the reference
+    model is left out on purpose: it multiplies keys by a power of the position that leaves every floating-point range
+    as the video grows (fp16 after some 1000 frames), or else must be recentred, which would change cached keys with
+    every frame. Rotated keys alone depend on their own position only, so they are cached once; a window bounds the
+    reach where a bound is wanted.
+    """
+
+    def __init__(self, channels: int, config: ModelConfig) -> None:
+        super().__init__(channels, config)
+        self.key = ""
+
+    def attend(self, qkv: Tensor, frames: FramePass) -> Tensor:
+        if frames.mode == "spatial":
+            return super().attend(qkv, frames)
+        P = qkv.shape[2]
+        q, k, v = self._heads_first(qkv, frames)
+        if frames.mode == "sequence":
+            return frame_attention(q, k, v, frames.layout(P), impl=self.impl).transpose(1, 2)
+        cache = frames.cache
+        entry = cache.attention(self.key, k, P)
+        if frames.mode == "denoise":
+            out = F.scaled_dot_product_attention(q, *entry.with_own(cache.blocks, k, v))
+        elif cache.blocks == 0:
+            out = frame_attention(q, k, v, frames.layout(P), impl=self.impl)
+            entry.append(0, k, v)
+        else:
+            chunks = []
+            size = entry.block_tokens
+            for i in range(frames.frames // frames.config.frames_per_block):
+                q_i, k_i, v_i = (t[:, :, i * size : (i + 1) * size] for t in (q, k, v))
+                chunks.append(
+                    F.scaled_dot_product_attention(q_i, *entry.with_own(cache.blocks + i, k_i, v_i))
+                )
+                entry.append(cache.blocks + i, k_i, v_i)
+            out = torch.cat(chunks, dim=2)
+        return out.transpose(1, 2)
+
+    def _heads_first(self, qkv: Tensor, frames: FramePass) -> tuple[Tensor, Tensor, Tensor]:
+        """Rotated q, rotated k, and v, each (B, H, F P, D)."""
+        cos, sin = frames.rotary(qkv.shape[-1])
+        qk = rotate(qkv[:, :, :, :2], cos[:, None, None, None], sin[:, None, None, None])
+        q, k = (t.flatten(1, 2).transpose(1, 2) for t in qk.unbind(3))
+        return q, k, qkv[:, :, :, 2].flatten(1, 2).transpose(1, 2)
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotate the pairs (x_j, x_{j + D/2}) of the last dimension; computed in the dtype of cos, returned in that of x."""
+    a, b = x.chunk(2, dim=-1)
+    return torch.cat((a * cos - b * sin, a * sin + b * cos), dim=-1).to(x.dtype)

@@ -1,0 +1,123 @@
+"""The network's shape as data."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+_TEMPORAL_MIXINGS = ("joint", "gated")
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """Shape of a `Denoiser`. Lists are taken as tuples, so `ModelConfig(**json.load(f))` works.
+
+    Args:
+        height, width, channels: of one frame as data has it (pixels or latents).
+        patch_size: space-to-depth factor at the network's border; 64x64x3 with 2 runs as 32x32x12.
+        model_channels, channel_mult: channels of each level, from the finest; each level halves height and width.
+        blocks_per_level: encoder blocks of a level; its decoder has one more.
+        video_attention, frame_attention: heights of the feature maps (after patching) whose blocks attend over all
+            visible frames, or within their own frame. The bottleneck always has one video attention.
+        head_dim: channels of a head; a level of C channels has max(1, C // head_dim) heads.
+        temporal_mixing: "joint", one normalised kt x 3 x 3 kernel; "gated", separate past and spatial kernels under a
+            learned gate on noise level and position.
+        kernel_frames: kt, taps in time of every convolution, at least 2.
+        num_actions: number of discrete actions, 0 for none. action_dim: length of a continuous action, 0 for none.
+        sigma_data: standard deviation of the data.
+        window, sink, frames_per_block: as in `sae_kernels.FrameLayout`, for attention. Convolutions always reach back
+            kt - 1 frames.
+        dropout: between the two convolutions of a block.
+        impl: implementation asked of the `sae_kernels` ops.
+
+    Raises:
+        ValueError: a field breaks its rule; the message names field, rule and value.
+    """
+
+    height: int = 32
+    width: int = 32
+    channels: int = 3
+    patch_size: int = 1
+    model_channels: int = 64
+    channel_mult: tuple[int, ...] = (1, 2, 2, 4)
+    blocks_per_level: int = 3
+    video_attention: tuple[int, ...] = (8, 4)
+    frame_attention: tuple[int, ...] = ()
+    head_dim: int = 64
+    temporal_mixing: str = "joint"
+    kernel_frames: int = 3
+    num_actions: int = 0
+    action_dim: int = 0
+    sigma_data: float = 1.0
+    window: int | None = None
+    sink: int = 0
+    frames_per_block: int = 1
+    dropout: float = 0.0
+    impl: str = "auto"
+
+    def __post_init__(self) -> None:
+        for name in ("channel_mult", "video_attention", "frame_attention"):
+            object.__setattr__(self, name, tuple(getattr(self, name)))
+        least = {
+            "height": 1, "width": 1, "channels": 1, "patch_size": 1, "model_channels": 2, "blocks_per_level": 1,
+            "head_dim": 2, "kernel_frames": 2, "num_actions": 0, "action_dim": 0, "sink": 0, "frames_per_block": 1,
+        }  # fmt: skip
+        for name, smallest in least.items():
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int) or value < smallest:
+                raise ValueError(f"{name}: must be an integer >= {smallest}, got {value!r}")
+        if not self.channel_mult or any(not isinstance(m, int) or m < 1 for m in self.channel_mult):
+            raise ValueError(
+                f"channel_mult: must be integers >= 1, one for each level, got {self.channel_mult}"
+            )
+        if self.window is not None and (not isinstance(self.window, int) or self.window < 0):
+            raise ValueError(f"window: must be None or an integer >= 0, got {self.window!r}")
+        if self.temporal_mixing not in _TEMPORAL_MIXINGS:
+            raise ValueError(
+                f"temporal_mixing: must be one of {_TEMPORAL_MIXINGS}, got {self.temporal_mixing!r}"
+            )
+        if self.num_actions and self.action_dim:
+            raise ValueError(
+                f"action_dim: must be 0 where num_actions = {self.num_actions}, got {self.action_dim}"
+            )
+        if not self.sigma_data > 0:
+            raise ValueError(f"sigma_data: must be > 0, got {self.sigma_data}")
+        if not 0 <= self.dropout < 1:
+            raise ValueError(f"dropout: must be in [0, 1), got {self.dropout}")
+        step = self.patch_size * 2 ** (len(self.channel_mult) - 1)
+        for name in ("height", "width"):
+            if getattr(self, name) % step:
+                raise ValueError(
+                    f"{name}: must be a multiple of patch_size * 2^(levels - 1) = {step}, got {getattr(self, name)}"
+                )
+        heights = self.heights
+        for name in ("video_attention", "frame_attention"):
+            for height in getattr(self, name):
+                if height not in heights:
+                    raise ValueError(f"{name}: must be among the feature map heights {heights}, got {height}")
+        both = set(self.video_attention) & set(self.frame_attention)
+        if both:
+            raise ValueError(f"frame_attention: heights must not be in video_attention, got {sorted(both)}")
+        for height, channels in zip(heights, self.level_channels, strict=True):
+            attends = height in self.video_attention + self.frame_attention or height == heights[-1]
+            if attends and channels % (2 * self.heads(channels)):
+                raise ValueError(
+                    f"head_dim: {self.heads(channels)} heads must split {channels} channels into equal even parts, "
+                    f"got {self.head_dim}"
+                )
+
+    @property
+    def heights(self) -> tuple[int, ...]:
+        """Feature map height of each level."""
+        return tuple(self.height // self.patch_size >> level for level in range(len(self.channel_mult)))
+
+    @property
+    def level_channels(self) -> tuple[int, ...]:
+        return tuple(self.model_channels * m for m in self.channel_mult)
+
+    @property
+    def patch_channels(self) -> int:
+        """Channels of a frame after space-to-depth."""
+        return self.channels * self.patch_size**2
+
+    def heads(self, channels: int) -> int:
+        return max(1, channels // self.head_dim)

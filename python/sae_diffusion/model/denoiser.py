@@ -1,0 +1,186 @@
+"""The denoiser D(x; sigma): EDM preconditioning for each frame around the U-Net, in training and in sampling."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .attention import VideoAttention
+from .cache import Cache
+from .config import ModelConfig
+from .conv import CausalConv
+from .frame_pass import FramePass
+from .layers import NormalizedModule
+from .unet import UNet
+
+# Noise levels below this are labelled as this, so that a level of exactly zero has a finite label.
+SMALLEST_SIGMA_LABEL = 1e-4
+
+
+class Denoiser(nn.Module):
+    """Estimate of the clean frames from noisy ones, their noise levels, their actions and the clean frames before them.
+
+    With s the frame's noise level and d = sigma_data (Karras et al. 2022, table 1):
+    D = c_skip x + c_out UNet(c_in x, ln(s) / 4), c_skip = d^2 / (s^2 + d^2), c_out = s d / sqrt(s^2 + d^2),
+    c_in = 1 / sqrt(s^2 + d^2).
+
+    Frames are (B, F, C, Y, X) floats; sigma is (B, F), a standard deviation in the units of the data; actions are
+    (B, T) integers with -1 for none, (B, T, A) floats with NaN for none, or None; action i is the one that caused
+    frame i. Results are fp32, or fp64 for a network in fp64; the U-Net computes in its parameters' dtype or autocast's.
+    """
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.unet = UNet(config)
+        for name, module in self.named_modules():
+            if isinstance(module, (CausalConv, VideoAttention)):
+                module.key = name
+
+    def forward(
+        self,
+        x: Tensor,
+        sigma: Tensor,
+        actions: Tensor | None = None,
+        *,
+        noisy_copies: int = 1,
+        spatial_only: bool = False,
+    ) -> Tensor:
+        """Denoise whole sequences: the clean stream, then `noisy_copies` noisy copies of it.
+
+        Args:
+            x: (B, F, C, Y, X), F = (1 + noisy_copies) T.
+            sigma: (B, F).
+            actions: of T frames, shared by all streams.
+            noisy_copies: K >= 0; 0 is the plain causal sequence.
+            spatial_only: every frame by itself, without past; then F is any number of frames, noisy_copies is ignored
+                and actions are of F frames.
+
+        Returns:
+            D, like x.
+
+        Raises:
+            ValueError, TypeError: an argument breaks its rule.
+        """
+        streams = 1 if spatial_only else 1 + noisy_copies
+        if streams < 1:
+            raise ValueError(f"noisy_copies: must be >= 0, got {noisy_copies}")
+        self._check(x, sigma)
+        if x.shape[1] == 0 or x.shape[1] % streams:
+            raise ValueError(
+                f"x: frames must be a positive multiple of 1 + noisy_copies = {streams}, got {x.shape[1]}"
+            )
+        return self._run(
+            x, sigma, actions, "spatial" if spatial_only else "sequence", noisy_copies=streams - 1
+        )
+
+    def new_cache(self, batch: int) -> Cache:
+        """An empty cache for `batch` videos."""
+        return Cache(self.config, batch)
+
+    @torch.no_grad()
+    def prefill(self, x: Tensor, sigma: Tensor, actions: Tensor | None, cache: Cache) -> Tensor:
+        """Append n clean frames to the cache; returns their D, the clean half of the training pass.
+
+        Args:
+            x: (B, n, C, Y, X), whole blocks of frames_per_block.
+            sigma: (B, n), the noise levels the frames are labelled with.
+            actions: of the n frames.
+        """
+        self._check(x, sigma, cache)
+        n, block = x.shape[1], self.config.frames_per_block
+        if n == 0 or n % block:
+            raise ValueError(f"x: frames must be a positive multiple of frames_per_block = {block}, got {n}")
+        out = self._run(x, sigma, actions, "prefill", cache=cache)
+        cache.frames += n
+        return out
+
+    @torch.no_grad()
+    def denoise(self, x: Tensor, sigma: Tensor, actions: Tensor | None, cache: Cache) -> Tensor:
+        """D of the next block given the cache, the noisy half of the training pass; changes nothing that later calls see.
+
+        Args:
+            x: (B, n, C, Y, X), n = frames_per_block, or fewer for the last block of a clip.
+            sigma: (B, n).
+            actions: of the n frames.
+        """
+        self._check(x, sigma, cache)
+        if not 1 <= x.shape[1] <= self.config.frames_per_block:
+            raise ValueError(
+                f"x: frames must be 1 to frames_per_block = {self.config.frames_per_block}, got {x.shape[1]}"
+            )
+        return self._run(x, sigma, actions, "denoise", cache=cache)
+
+    def normalize_weights_(self) -> None:
+        """Give every stored weight unit RMS for each output channel, in place; call before each training step."""
+        for module in self.modules():
+            if isinstance(module, NormalizedModule):
+                module.normalize_weights_()
+
+    def num_parameters(self) -> int:
+        return sum(p.numel() for p in self.parameters())
+
+    def _run(
+        self,
+        x: Tensor,
+        sigma: Tensor,
+        actions: Tensor | None,
+        mode: str,
+        *,
+        noisy_copies: int = 0,
+        cache: Cache | None = None,
+    ) -> Tensor:
+        frames = x.shape[1] // (1 + noisy_copies)
+        self._check_actions(actions, x.shape[0], frames)
+        weights = self.unet.out_gain.dtype
+        dtype = torch.float64 if weights == torch.float64 else torch.float32
+        x, sigma = x.to(dtype), sigma.to(dtype)
+        d = self.config.sigma_data
+        total = sigma**2 + d**2
+        c_noise = sigma.clamp(min=SMALLEST_SIGMA_LABEL).log() / 4
+        frame_pass = FramePass(self.config, mode, frames, c_noise, noisy_copies=noisy_copies, cache=cache)
+
+        inputs = x * total.rsqrt()[:, :, None, None, None]
+        if self.config.patch_size > 1:
+            inputs = F.pixel_unshuffle(inputs, self.config.patch_size)
+        out = self.unet(inputs.to(weights).transpose(1, 2), actions, frame_pass).transpose(1, 2).to(dtype)
+        if self.config.patch_size > 1:
+            out = F.pixel_shuffle(out, self.config.patch_size)
+        c_skip = d**2 / total
+        c_out = sigma * d * total.rsqrt()
+        return c_skip[:, :, None, None, None] * x + c_out[:, :, None, None, None] * out
+
+    def _check(self, x: Tensor, sigma: Tensor, cache: Cache | None = None) -> None:
+        c = self.config
+        if not x.is_floating_point():
+            raise TypeError(f"x: must be floating-point, got {x.dtype}")
+        if x.ndim != 5 or x.shape[2:] != (c.channels, c.height, c.width):
+            raise ValueError(f"x: must be (B, F, {c.channels}, {c.height}, {c.width}), got {tuple(x.shape)}")
+        if sigma.shape != x.shape[:2]:
+            raise ValueError(f"sigma: must be (B, F) = {tuple(x.shape[:2])}, got {tuple(sigma.shape)}")
+        if cache is not None and cache.batch != x.shape[0]:
+            raise ValueError(f"cache: was made for batch {cache.batch}, got x of batch {x.shape[0]}")
+        if cache is not None and cache.config != c:
+            raise ValueError("cache: must be made by new_cache of a denoiser of the same configuration")
+
+    def _check_actions(self, actions: Tensor | None, batch: int, frames: int) -> None:
+        c = self.config
+        if actions is None:
+            return
+        if c.num_actions:
+            if actions.is_floating_point():
+                raise TypeError(
+                    f"actions: must be integers, num_actions = {c.num_actions}, got {actions.dtype}"
+                )
+            want: tuple[int, ...] = (batch, frames)
+        elif c.action_dim:
+            if not actions.is_floating_point():
+                raise TypeError(
+                    f"actions: must be floating-point, action_dim = {c.action_dim}, got {actions.dtype}"
+                )
+            want = (batch, frames, c.action_dim)
+        else:
+            raise ValueError("actions: must be None for a model with num_actions = 0 and action_dim = 0")
+        if actions.shape != want:
+            raise ValueError(f"actions: must have shape {want}, got {tuple(actions.shape)}")

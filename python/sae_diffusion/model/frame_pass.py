@@ -1,0 +1,74 @@
+"""What every layer that mixes frames must know of one call of the network."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from sae_kernels import FrameLayout
+
+from .cache import Cache
+from .config import ModelConfig
+
+ROTARY_BASE = 10000.0
+
+
+class FramePass:
+    """How the F frames of one call are related: their streams, absolute positions, noise levels and cache.
+
+    Args:
+        config: the network's.
+        mode: "sequence", clean stream then noisy copies, as in training; "spatial", every frame by itself;
+            "prefill", clean frames appended to the cache; "denoise", one noisy block after the cache.
+        frames: frames of one stream.
+        c_noise: (B, F), ln(sigma) / 4.
+        noisy_copies: K of a sequence.
+        cache: of prefill and denoise.
+    """
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        mode: str,
+        frames: int,
+        c_noise: Tensor,
+        *,
+        noisy_copies: int = 0,
+        cache: Cache | None = None,
+    ) -> None:
+        self.config = config
+        self.mode = mode
+        self.frames = frames
+        self.c_noise = c_noise
+        self.noisy_copies = noisy_copies
+        self.cache = cache
+        start = 0 if cache is None else cache.frames
+        # A frame's clean and noisy copies are the same moment, so they share its position.
+        self.positions = (start + torch.arange(frames, device=c_noise.device)).repeat(1 + noisy_copies)
+        self._rotary: dict[int, tuple[Tensor, Tensor]] = {}
+
+    def layout(self, tokens_per_frame: int) -> FrameLayout:
+        return FrameLayout(
+            self.frames,
+            tokens_per_frame,
+            frames_per_block=self.config.frames_per_block,
+            noisy_copies=self.noisy_copies,
+            window=self.config.window,
+            sink=self.config.sink,
+        )
+
+    def rotary(self, head_dim: int) -> tuple[Tensor, Tensor]:
+        """(cos, sin) of the rotary phases, each (F, head_dim / 2), in the dtype of c_noise."""
+        if head_dim not in self._rotary:
+            self._rotary[head_dim] = rotary_table(self.positions, head_dim, self.c_noise.dtype)
+        return self._rotary[head_dim]
+
+
+def rotary_table(positions: Tensor, head_dim: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """cos and sin of position * base^(-2 j / head_dim), j = 0 .. head_dim / 2 - 1, each (F, head_dim / 2).
+
+    The phase itself is formed in fp64: half a unit in the last place of an fp32 phase is 0.004 rad at frame 10^5.
+    """
+    exponent = torch.arange(0, head_dim, 2, device=positions.device, dtype=torch.float64) / head_dim
+    phase = positions.to(torch.float64)[:, None] * ROTARY_BASE**-exponent
+    return phase.cos().to(dtype), phase.sin().to(dtype)
