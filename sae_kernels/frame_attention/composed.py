@@ -212,11 +212,19 @@ def _merge(parts: list[tuple[torch.Tensor, torch.Tensor]]) -> tuple[torch.Tensor
     return out, lse
 
 
+def _wide(x: torch.Tensor) -> torch.dtype:
+    return torch.float64 if x.dtype == torch.float64 else torch.float32
+
+
+def _flash_cpu(q: torch.Tensor) -> bool:
+    return q.device.type == "cpu"
+
+
 def _attend(q, k, v, mask, scale):
     """Softmax attention with lse: q (B, H, n, D), k, v (B, H, m, D), additive mask (n, m) or None."""
-    if q.device.type == "cpu":
+    if _flash_cpu(q):
         return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, attn_mask=mask, scale=scale)
-    scores = torch.matmul(q, k.transpose(-2, -1)).float().mul_(scale)
+    scores = torch.matmul(q, k.transpose(-2, -1)).to(_wide(q)).mul_(scale)
     if mask is not None:
         scores += mask
     lse = scores.logsumexp(dim=-1)
@@ -225,15 +233,15 @@ def _attend(q, k, v, mask, scale):
 
 def _attend_backward(grad_out, q, out, lse, k, v, mask, scale):
     """(dq, dk, dv) of one part, from out and lse of the whole rows."""
-    if q.device.type == "cpu":
+    if _flash_cpu(q):
         return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
             grad_out, q, k, v, out, lse, 0.0, False, attn_mask=mask, scale=scale
         )
-    scores = torch.matmul(q, k.transpose(-2, -1)).float().mul_(scale)
+    scores = torch.matmul(q, k.transpose(-2, -1)).to(_wide(q)).mul_(scale)
     if mask is not None:
         scores += mask
     p = scores.sub_(lse.unsqueeze(-1)).exp_()
     dv = torch.matmul(p.to(v.dtype).transpose(-2, -1), grad_out)
-    delta = (grad_out.float() * out.float()).sum(dim=-1, keepdim=True)
-    ds = (p * (torch.matmul(grad_out, v.transpose(-2, -1)).float() - delta)).mul_(scale).to(q.dtype)
+    delta = (grad_out.to(p.dtype) * out).sum(dim=-1, keepdim=True)
+    ds = (p * (torch.matmul(grad_out, v.transpose(-2, -1)) - delta)).mul_(scale).to(q.dtype)
     return torch.matmul(ds, k), torch.matmul(ds.transpose(-2, -1), q), dv

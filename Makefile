@@ -1,0 +1,32 @@
+# Each target does all its own set-up on a fresh clone: Python >= 3.10, a C++ compiler and a package index are enough.
+PYTHON ?= python3
+BIN := .venv/bin
+OUT ?= runs/demo
+export SDL_VIDEODRIVER ?= dummy
+
+.PHONY: setup demo test check bench clean
+
+setup: .venv/ready
+
+.venv/ready: pyproject.toml setup.py constraints.txt
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet -c constraints.txt torch triton numpy setuptools wheel
+	$(BIN)/python -m pip install --quiet -c constraints.txt --no-build-isolation -e ".[model,test,check]"
+	touch $@
+
+demo: setup
+	$(BIN)/python -m sae_diffusion.demo --out $(OUT)
+
+test: setup
+	$(BIN)/python -m pytest -q -n 2 --dist worksteal
+
+check: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+bench: setup
+	$(BIN)/python -m benchmarks
+
+clean:
+	rm -rf .venv build *.egg-info

@@ -1,0 +1,166 @@
+"""Registration of causal_conv3d: schemas, shapes, gradient and autocast rules, and the backend switch."""
+
+from __future__ import annotations
+
+import torch
+
+from .. import _library
+from ..layout import FrameLayout
+from . import composed
+
+_TENSORS = "Tensor x, Tensor weight, Tensor? past_scale, Tensor? last_scale, Tensor? history"
+_GEOMETRY = "float pad_value, SymInt frames, SymInt frames_per_block, SymInt noisy_copies, bool noisy_first"
+
+
+def implementations(device: torch.device) -> tuple[list[str], dict[str, str]]:
+    """(those that run on this device, fastest first; those that do not, with the reason)."""
+    return ["composed", "reference"], {
+        "triton": "there is no Triton kernel for this op yet",
+        "cuda": "there is no CUDA C++ kernel for this op; use triton",
+    }
+
+
+def _backend(impl: str):
+    if impl == "composed":
+        return composed
+    raise ValueError(f"impl: causal_conv3d has no registered implementation {impl!r}")
+
+
+def _video(like: torch.Tensor, shape, channels_last: bool = True) -> torch.Tensor:
+    memory_format = torch.channels_last_3d if channels_last else torch.contiguous_format
+    return torch.empty(shape, dtype=like.dtype, device=like.device, memory_format=memory_format)
+
+
+def _empty_forward(x, weight, frames, frames_per_block, noisy_copies, keep_past):
+    """(out, past); past has a copy for every stream only where a noisy frame may read its own copy."""
+    B, _, F, Y, X = x.shape
+    out = _video(x, (B, weight.shape[0], F, Y, X), channels_last=x.stride(1) == 1)
+    if not keep_past or weight.shape[2] == 1:
+        return out, x.new_empty(0)
+    past_frames = F if frames_per_block > 1 and noisy_copies > 0 else frames
+    return out, _video(x, (B, weight.shape[0], past_frames, Y, X))
+
+
+def _forward(
+    x, weight, past_scale, last_scale, history,
+    pad_value, frames, frames_per_block, noisy_copies, noisy_first, keep_past, impl,
+):  # fmt: skip
+    if x.numel() == 0:
+        return _empty_forward(x, weight, frames, frames_per_block, noisy_copies, keep_past)
+    layout = FrameLayout(frames, 1, frames_per_block, noisy_copies, noisy_first)
+    out, past = _backend(impl).forward(x, weight, past_scale, last_scale, history, pad_value, layout)
+    if x.stride(1) != 1:
+        out = out.contiguous()
+    return out, past if keep_past and past is not None else x.new_empty(0)
+
+
+def _empty_backward(x, weight, past_scale, last_scale, history, mask):
+    """Unasked gradients are empty, because an op's arity is fixed."""
+    scales = [x.new_empty(x.shape[0], x.shape[2]) for _ in range(2)]
+    grads = [_video(x, x.shape), torch.empty_like(weight), *scales, None if history is None else _video(x, history.shape)]
+    return tuple(grad if asked and grad is not None else x.new_empty(0) for grad, asked in zip(grads, mask))
+
+
+def _backward(
+    grad_out, x, weight, past_scale, last_scale, history, past,
+    pad_value, frames, frames_per_block, noisy_copies, noisy_first, mask, impl,
+):  # fmt: skip
+    if x.numel() == 0:
+        return tuple(grad.zero_() for grad in _empty_backward(x, weight, past_scale, last_scale, history, mask))
+    layout = FrameLayout(frames, 1, frames_per_block, noisy_copies, noisy_first)
+    past = past if past.numel() > 0 else None
+    grads = _backend(impl).backward(
+        grad_out, x, weight, past_scale, last_scale, history, past, pad_value, layout, mask
+    )
+    return tuple(x.new_empty(0) if grad is None else grad for grad in grads)
+
+
+causal_conv3d_fwd = _library.define(
+    f"causal_conv3d_fwd({_TENSORS}, {_GEOMETRY}, bool keep_past, str impl) -> (Tensor, Tensor)",
+    _forward,
+    lambda x, weight, past_scale, last_scale, history, pad_value, frames, frames_per_block, noisy_copies,
+    noisy_first, keep_past, impl: _empty_forward(x, weight, frames, frames_per_block, noisy_copies, keep_past),
+)  # fmt: skip
+causal_conv3d_bwd = _library.define(
+    f"causal_conv3d_bwd(Tensor grad_out, {_TENSORS}, Tensor past, {_GEOMETRY}, bool[] mask, str impl)"
+    " -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    _backward,
+    lambda grad_out, x, weight, past_scale, last_scale, history, past, pad_value, frames, frames_per_block,
+    noisy_copies, noisy_first, mask, impl: _empty_backward(x, weight, past_scale, last_scale, history, mask),
+)  # fmt: skip
+
+
+def _setup_context(ctx, inputs, output) -> None:
+    *tensors, ctx.pad_value, ctx.frames, ctx.frames_per_block, ctx.noisy_copies, ctx.noisy_first, _, ctx.impl = inputs
+    ctx.mark_non_differentiable(output[1])
+    ctx.save_for_backward(*tensors, output[1])
+
+
+def _gradient(ctx, grad_out, grad_past):
+    mask = list(ctx.needs_input_grad[:5])
+    grads = causal_conv3d_bwd(
+        grad_out,
+        *ctx.saved_tensors,
+        ctx.pad_value,
+        ctx.frames,
+        ctx.frames_per_block,
+        ctx.noisy_copies,
+        ctx.noisy_first,
+        mask,
+        ctx.impl,
+    )
+    return (*[grad if asked else None for grad, asked in zip(grads, mask)], *[None] * 7)
+
+
+_library.register_autograd(causal_conv3d_fwd, _gradient, _setup_context)
+_library.register_autocast(causal_conv3d_fwd)
+
+
+def _empty_past(history: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    shape = (history.shape[0], weight.shape[0], *history.shape[3:])
+    return torch.empty(shape, dtype=history.dtype, device=history.device, memory_format=torch.channels_last)
+
+
+def _past_forward(history, weight, impl):
+    if history.numel() == 0:
+        return _empty_past(history, weight).zero_()
+    return _backend(impl).past_term(history, weight)
+
+
+def _empty_past_backward(history, weight, mask):
+    grads = (_video(history, history.shape), torch.empty_like(weight))
+    return tuple(grad if asked else history.new_empty(0) for grad, asked in zip(grads, mask))
+
+
+def _past_backward(grad_out, history, weight, mask, impl):
+    if history.numel() == 0:
+        return tuple(grad.zero_() for grad in _empty_past_backward(history, weight, mask))
+    grads = _backend(impl).past_term_backward(grad_out, history, weight, mask)
+    return tuple(history.new_empty(0) if grad is None else grad for grad in grads)
+
+
+causal_conv3d_past_fwd = _library.define(
+    "causal_conv3d_past_fwd(Tensor history, Tensor weight, str impl) -> Tensor",
+    _past_forward,
+    lambda history, weight, impl: _empty_past(history, weight),
+)
+causal_conv3d_past_bwd = _library.define(
+    "causal_conv3d_past_bwd(Tensor grad_out, Tensor history, Tensor weight, bool[] mask, str impl) -> (Tensor, Tensor)",
+    _past_backward,
+    lambda grad_out, history, weight, mask, impl: _empty_past_backward(history, weight, mask),
+)
+
+
+def _past_setup_context(ctx, inputs, output) -> None:
+    *tensors, ctx.impl = inputs
+    ctx.save_for_backward(*tensors)
+
+
+def _past_gradient(ctx, grad_out):
+    mask = list(ctx.needs_input_grad[:2])
+    grads = causal_conv3d_past_bwd(grad_out, *ctx.saved_tensors, mask, ctx.impl)
+    return (*[grad if asked else None for grad, asked in zip(grads, mask)], None)
+
+
+_library.register_autograd(causal_conv3d_past_fwd, _past_gradient, _past_setup_context)
+_library.register_autocast(causal_conv3d_past_fwd)
