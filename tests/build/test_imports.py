@@ -1,0 +1,82 @@
+"""Who may import whom: held by walking every import statement."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+KERNELS = sorted((ROOT / "sae_kernels").rglob("*.py"))
+OPS = {"frame_attention", "causal_conv3d", "token_noise", "magnitude"}
+IMPLEMENTATIONS = {"reference", "composed", "triton", "cuda"}
+
+
+def imports(path: Path) -> list[tuple[int, str]]:
+    """(relative level, dotted name) of each thing imported; `from .. import x` gives (2, "x")."""
+    found = []
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found += [(0, alias.name) for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            names = [f"{node.module}.{a.name}" if node.module else a.name for a in node.names]
+            found += [(node.level, name) for name in names]
+    return found
+
+
+@pytest.mark.parametrize("path", KERNELS, ids=lambda p: str(p.relative_to(ROOT)))
+def test_kernels_import_only_the_standard_library_torch_triton_and_numpy(path):
+    allowed = sys.stdlib_module_names | {"torch", "triton", "numpy", "__future__"}
+    for level, name in imports(path):
+        assert level > 0 or name.split(".")[0] in allowed, f"{path.name} imports {name}"
+        assert level <= 2
+
+
+@pytest.mark.parametrize("path", [p for p in KERNELS if p.parent.name in OPS], ids=lambda p: f"{p.parent.name}-{p.stem}")
+def test_rooms(path):
+    """api -> ops -> one implementation; an implementation knows no other and not the reference."""
+    own = [name.split(".")[0] for level, name in imports(path) if level == 1]
+    if path.stem in IMPLEMENTATIONS:
+        assert not (set(own) & (IMPLEMENTATIONS | {"api", "ops"})), f"{path} imports {own}"
+    elif path.stem == "ops":
+        assert not (set(own) & {"api", "reference"}), f"{path} imports {own}"
+    elif path.stem == "api":
+        assert set(own) <= {"ops", "reference"}, f"{path} imports {own}"
+    others = [name.split(".")[0] for level, name in imports(path) if level == 2]
+    assert not (set(others) & OPS), f"{path} reaches into another op: {others}"
+
+
+def test_kernels_need_nothing_else_installed():
+    """With everything but torch, triton and numpy made unimportable, the package imports and an op runs."""
+    code = """
+import sys, importlib.abc
+class Refuse(importlib.abc.MetaPathFinder):
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] in {"av","gymnasium","rich","safetensors","tyro","tensorboard","matplotlib","PIL","scipy","hypothesis","pytest"}:
+            raise ModuleNotFoundError(name)
+sys.meta_path.insert(0, Refuse())
+import torch, sae_kernels
+layout = sae_kernels.FrameLayout(2, 3)
+q = torch.randn(1, 1, layout.sequence_length, 8)
+print(sae_kernels.frame_attention(q, q, q, layout).shape[2])
+"""
+    result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert result.stdout.strip() == "12", result.stderr
+
+
+def test_public_api_is_documented_and_exported():
+    import sae_kernels
+
+    for name in sae_kernels.__all__:
+        assert getattr(sae_kernels, name).__doc__, f"{name} has no docstring"
+
+
+def test_setup_does_not_import_torch_at_top_level():
+    tree = ast.parse((ROOT / "setup.py").read_text())
+    for node in tree.body:
+        if isinstance(node, (ast.Import, ast.ImportFrom)):
+            names = [a.name for a in node.names] + [getattr(node, "module", "") or ""]
+            assert not any(name.startswith("torch") for name in names)
