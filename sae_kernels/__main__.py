@@ -62,7 +62,9 @@ def format_report(result: dict) -> str:
     lines += [f"{name:<12} {value}" for name, value in result["devices"].items()]
     for op, by_device in result["ops"].items():
         for device, entry in by_device.items():
-            lines.append(f"\n{op} on {device}: {entry['auto']} (also {', '.join(entry['available'][1:]) or 'nothing else'})")
+            lines.append(
+                f"\n{op} on {device}: {entry['auto']} (also {', '.join(entry['available'][1:]) or 'nothing else'})"
+            )
             lines += [f"    not {name}: {reason}" for name, reason in entry["why_not"].items()]
     return "\n".join(lines)
 

@@ -42,7 +42,13 @@ class FrameLayout:
     sink: int = 0
 
     def __post_init__(self) -> None:
-        for name, least in (("frames", 1), ("tokens_per_frame", 1), ("frames_per_block", 1), ("noisy_copies", 0), ("sink", 0)):
+        for name, least in (
+            ("frames", 1),
+            ("tokens_per_frame", 1),
+            ("frames_per_block", 1),
+            ("noisy_copies", 0),
+            ("sink", 0),
+        ):
             _check_integer(name, getattr(self, name), least)
         if self.window is not None:
             _check_integer("window", self.window, 0)

@@ -6,7 +6,13 @@ import torch
 
 
 def assert_within_budget(
-    actual: torch.Tensor, gold: torch.Tensor, eager: torch.Tensor, name: str = "result", *, roundings: float = 4.0, terms: float = 0.0
+    actual: torch.Tensor,
+    gold: torch.Tensor,
+    eager: torch.Tensor,
+    name: str = "result",
+    *,
+    roundings: float = 4.0,
+    terms: float = 0.0,
 ) -> None:
     """Hold `actual` to the error of `eager` against `gold`.
 

@@ -154,7 +154,9 @@ def forward(q, k, v, out, lse, layout: FrameLayout, scale: float, noisy_queries_
             lse_view[:, :, :, stream, group.start : group.end] = merged_lse[:, :, index]
 
 
-def backward(grad_out, q, k, v, out, lse, dq, dk, dv, layout: FrameLayout, scale: float, noisy_queries_only: bool) -> None:
+def backward(
+    grad_out, q, k, v, out, lse, dq, dk, dv, layout: FrameLayout, scale: float, noisy_queries_only: bool
+) -> None:
     """Fill dq, dk, dv. Sums over parts are kept in fp32 (fp64 for fp64)."""
     streams = Streams(q, k, layout, noisy_queries_only)
     clean_k, clean_v = streams.keys(k)[:, :, streams.clean], streams.keys(v)[:, :, streams.clean]

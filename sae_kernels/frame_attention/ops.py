@@ -30,7 +30,19 @@ def _backend(impl: str):
 
 
 def _forward(
-    q, k, v, frames, tokens_per_frame, frames_per_block, noisy_copies, noisy_first, window, sink, scale, noisy_queries_only, impl
+    q,
+    k,
+    v,
+    frames,
+    tokens_per_frame,
+    frames_per_block,
+    noisy_copies,
+    noisy_first,
+    window,
+    sink,
+    scale,
+    noisy_queries_only,
+    impl,
 ):
     layout = FrameLayout(frames, tokens_per_frame, frames_per_block, noisy_copies, noisy_first, window, sink)
     out, lse = _empty_forward(q)

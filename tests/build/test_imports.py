@@ -35,7 +35,9 @@ def test_kernels_import_only_the_standard_library_torch_triton_and_numpy(path):
         assert level <= 2
 
 
-@pytest.mark.parametrize("path", [p for p in KERNELS if p.parent.name in OPS], ids=lambda p: f"{p.parent.name}-{p.stem}")
+@pytest.mark.parametrize(
+    "path", [p for p in KERNELS if p.parent.name in OPS], ids=lambda p: f"{p.parent.name}-{p.stem}"
+)
 def test_rooms(path):
     """api -> ops -> one implementation; an implementation knows no other and not the reference."""
     own = [name.split(".")[0] for level, name in imports(path) if level == 1]
