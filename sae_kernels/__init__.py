@@ -3,6 +3,20 @@
 from .causal_conv3d import causal_conv3d, past_term
 from .frame_attention import frame_attention
 from .layout import FrameLayout
+from .magnitude import mp_cat, mp_silu, mp_sum, normalize_weight, pixel_norm
+from .token_noise import token_noise, token_noise_eps
 
-__all__ = ["FrameLayout", "causal_conv3d", "frame_attention", "past_term"]
+__all__ = [
+    "FrameLayout",
+    "causal_conv3d",
+    "frame_attention",
+    "mp_cat",
+    "mp_silu",
+    "mp_sum",
+    "normalize_weight",
+    "past_term",
+    "pixel_norm",
+    "token_noise",
+    "token_noise_eps",
+]
 __version__ = "0.1.0"

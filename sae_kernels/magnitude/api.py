@@ -1,0 +1,179 @@
+"""Magnitude-preserving functions of EDM2: argument checks and choice of implementation.
+
+Each keeps a unit root mean square where its inputs have one. All of them take float32, bfloat16, float16 and float64 on
+any device, compute in fp32 (fp64 for fp64) also under autocast, keep the memory order of their (first) input, and are
+deterministic. `impl` is "auto", "reference" or "composed"; a named one is used or refused, never replaced.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+
+from .. import _checks
+from . import ops, reference
+
+
+def mp_silu(x: torch.Tensor, *, impl: str = "auto") -> torch.Tensor:
+    """Magnitude-preserving SiLU: `F.silu(x) / 0.596` (EDM2, eq. 81).
+
+    Raises:
+        TypeError: x is not a tensor of a supported dtype.
+        ValueError: `impl` cannot run here.
+    """
+    _check_tensor("x", x)
+    chosen = _choose("mp_silu", impl, x)
+    return reference.mp_silu(x) if chosen == "reference" else ops.mp_silu(x, chosen)
+
+
+def mp_sum(a: torch.Tensor, b: torch.Tensor, t: float | torch.Tensor, *, impl: str = "auto") -> torch.Tensor:
+    """Magnitude-preserving sum: `((1 - t) * a + t * b) / sqrt((1 - t)**2 + t**2)` (EDM2, eq. 88).
+
+    Args:
+        a, b: of one shape; different dtypes are promoted as torch.add does.
+        t: a number, or a float tensor broadcastable to a, such as (B, 1, F, 1, 1) for one value per frame of
+            (B, C, F, Y, X); it receives a gradient too.
+
+    Raises:
+        TypeError: not a tensor, or not a supported dtype.
+        ValueError: shapes or devices do not match, or `impl` cannot run here.
+    """
+    a, b = _check_pair(a, b)
+    if a.shape != b.shape:
+        raise ValueError(f"b: must have the shape of a {tuple(a.shape)}, got {_checks.describe(b)}")
+    if isinstance(t, torch.Tensor):
+        _check_tensor("t", t)
+        if t.device != a.device:
+            raise ValueError(f"t: must be on the device of a ({a.device}), got {_checks.describe(t)}")
+        extra = a.ndim - t.ndim
+        if extra < 0 or any(n != 1 and n != m for n, m in zip(t.shape, a.shape[extra:], strict=True)):
+            raise ValueError(
+                f"t: must broadcast to the shape of a {tuple(a.shape)}, got {_checks.describe(t)}"
+            )
+    else:
+        t = _check_number("t", t)
+    chosen = _choose("mp_sum", impl, a)
+    if chosen == "reference":
+        return reference.mp_sum(a, b, t)
+    return ops.mp_sum_tensor(a, b, t, chosen) if isinstance(t, torch.Tensor) else ops.mp_sum(a, b, t, chosen)
+
+
+def mp_cat(
+    a: torch.Tensor, b: torch.Tensor, dim: int = 1, t: float = 0.5, *, impl: str = "auto"
+) -> torch.Tensor:
+    """Magnitude-preserving concatenation (EDM2, eq. 103): t is the share of b in the result's magnitude.
+
+    `torch.cat([c * (1 - t) / sqrt(Na) * a, c * t / sqrt(Nb) * b], dim)` with `c = sqrt((Na + Nb) / ((1 - t)**2 + t**2))`
+    and Na, Nb the sizes along `dim`. Different dtypes are promoted; channels-last inputs give channels-last output.
+
+    Raises:
+        TypeError: not a tensor, or not a supported dtype.
+        ValueError: shapes or devices do not match, a size along `dim` is 0, or `impl` cannot run here.
+    """
+    a, b = _check_pair(a, b)
+    dim, t = _check_dim(dim, a), _check_number("t", t)
+    if a.ndim != b.ndim or any(
+        n != m for d, (n, m) in enumerate(zip(a.shape, b.shape, strict=True)) if d != dim
+    ):
+        raise ValueError(
+            f"b: must have the shape of a {tuple(a.shape)} but for dim {dim}, got {_checks.describe(b)}"
+        )
+    n_a, n_b = a.shape[dim], b.shape[dim]
+    for name, size in (("a", n_a), ("b", n_b)):
+        if size < 1:
+            raise ValueError(f"{name}: size along dim {dim} must be >= 1, got {size}")
+    chosen = _choose("mp_cat", impl, a)
+    if chosen == "reference":
+        return reference.mp_cat(a, b, dim, t)
+    c = ((n_a + n_b) / ((1 - t) ** 2 + t**2)) ** 0.5
+    return ops.mp_cat(a, b, dim, c * (1 - t) / n_a**0.5, c * t / n_b**0.5, chosen)
+
+
+def pixel_norm(x: torch.Tensor, dim: int = 1, eps: float = 1e-4, *, impl: str = "auto") -> torch.Tensor:
+    """Scale to unit RMS along `dim`: `x / (eps + x.norm(dim=dim, keepdim=True) / sqrt(x.shape[dim]))`.
+
+    The norm is taken in fp32 (fp64 for fp64). An all-zero vector stays zero, and its gradient is grad / eps.
+
+    Raises:
+        TypeError: x is not a tensor of a supported dtype.
+        ValueError: `dim` does not exist or has size 0, `eps` is not positive, or `impl` cannot run here.
+    """
+    _check_tensor("x", x)
+    dim, eps = _check_dim(dim, x), _check_number("eps", eps)
+    if eps <= 0:
+        raise ValueError(f"eps: must be > 0, got {eps}")
+    if x.shape[dim] < 1:
+        raise ValueError(f"x: size along dim {dim} must be >= 1, got {_checks.describe(x)}")
+    chosen = _choose("pixel_norm", impl, x)
+    return (
+        reference.pixel_norm(x, dim, eps) if chosen == "reference" else ops.pixel_norm(x, dim, eps, chosen)[0]
+    )
+
+
+def normalize_weight(w: torch.Tensor, gain: float | torch.Tensor = 1, *, impl: str = "auto") -> torch.Tensor:
+    """The effective weight of a magnitude-preserving layer (EDM2, eqs. 47 and 66).
+
+    `w / (1e-4 + rms) * gain / sqrt(fan_in)`, with rms that of each output channel `w[i]` and fan_in its size.
+
+    Args:
+        w: (Cout, ...), at least two dimensions.
+        gain: a number, or a tensor of one element, which receives a gradient too.
+
+    Raises:
+        TypeError: not a tensor, or not a supported dtype.
+        ValueError: a wrong shape or device, or `impl` cannot run here.
+    """
+    _check_tensor("w", w)
+    if w.ndim < 2 or any(n < 1 for n in w.shape[1:]):
+        raise ValueError(
+            f"w: must have shape (Cout, ...) with a fan-in of at least 1, got {_checks.describe(w)}"
+        )
+    if isinstance(gain, torch.Tensor):
+        _check_tensor("gain", gain)
+        if gain.numel() != 1 or gain.device != w.device:
+            raise ValueError(
+                f"gain: must be one element on the device of w ({w.device}), got {_checks.describe(gain)}"
+            )
+        gain = gain.reshape(())
+    else:
+        gain = _check_number("gain", gain)
+    chosen = _choose("normalize_weight", impl, w)
+    if chosen == "reference":
+        return reference.normalize_weight(w, gain)
+    tensor, factor = (gain, 1.0) if isinstance(gain, torch.Tensor) else (None, gain)
+    return ops.normalize_weight(w, tensor, factor, chosen)[0]
+
+
+def _check_tensor(name: str, value: object) -> None:
+    if not isinstance(value, torch.Tensor):
+        raise TypeError(f"{name}: must be a tensor, got {_checks.describe(value)}")
+    _checks.check_float(name, value)
+
+
+def _check_pair(a: torch.Tensor, b: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    _check_tensor("a", a)
+    _check_tensor("b", b)
+    if a.device != b.device:
+        raise ValueError(f"b: must be on the device of a ({a.device}), got {_checks.describe(b)}")
+    dtype = torch.promote_types(a.dtype, b.dtype)
+    return a.to(dtype), b.to(dtype)
+
+
+def _check_number(name: str, value: float) -> float:
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"{name}: must be a number, got {_checks.describe(value)}")
+    if not math.isfinite(value):
+        raise ValueError(f"{name}: must be finite, got {value}")
+    return float(value)
+
+
+def _check_dim(dim: int, x: torch.Tensor) -> int:
+    if isinstance(dim, bool) or not isinstance(dim, int) or not -x.ndim <= dim < x.ndim:
+        raise ValueError(f"dim: must be an integer in [{-x.ndim}, {x.ndim}), got {dim!r}")
+    return dim % x.ndim
+
+
+def _choose(op: str, impl: str, x: torch.Tensor) -> str:
+    available, why_not = ops.implementations(x.device)
+    return _checks.choose_implementation(op, impl, x.device, available, why_not)

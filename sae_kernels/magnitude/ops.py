@@ -1,0 +1,306 @@
+"""Registration of the magnitude-preserving functions: schemas, shapes, gradients, and the backend switch.
+
+There is no autocast rule: the ops keep the dtype of their input and compute in fp32 whatever the autocast dtype.
+Outputs have the memory order of the (first) input.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+
+from .. import _library
+from . import composed
+
+
+def implementations(device: torch.device) -> tuple[list[str], dict[str, str]]:
+    """(those that run on this device, fastest first; those that do not, with the reason)."""
+    return ["composed", "reference"], {
+        "triton": "there is no Triton kernel for this op yet",
+        "cuda": "there is no CUDA C++ kernel for this op yet",
+    }
+
+
+def _backend(impl: str):
+    if impl == "composed":
+        return composed
+    raise ValueError(f"impl: the magnitude functions have no registered implementation {impl!r}")
+
+
+def _empty_if(needed: bool, like: torch.Tensor) -> torch.Tensor:
+    return torch.empty_like(like) if needed else like.new_empty(0)
+
+
+def _rms_like(x: torch.Tensor, dims: list[int]) -> torch.Tensor:
+    shape = [1 if d in dims else n for d, n in enumerate(x.shape)]
+    return x.new_empty(shape, dtype=composed.compute_dtype(x.dtype))
+
+
+def _silu(x, impl):
+    out = torch.empty_like(x)
+    _backend(impl).mp_silu(x, out)
+    return out
+
+
+def _silu_backward(grad_out, x, impl):
+    grad_x = torch.empty_like(x)
+    _backend(impl).mp_silu_backward(grad_out, x, grad_x)
+    return grad_x
+
+
+mp_silu = _library.define("mp_silu(Tensor x, str impl) -> Tensor", _silu, lambda x, impl: torch.empty_like(x))
+mp_silu_bwd = _library.define(
+    "mp_silu_bwd(Tensor grad_out, Tensor x, str impl) -> Tensor",
+    _silu_backward,
+    lambda grad_out, x, impl: torch.empty_like(x),
+)
+
+
+def _silu_context(ctx, inputs, output) -> None:
+    x, ctx.impl = inputs
+    ctx.save_for_backward(x)
+
+
+_library.register_autograd(
+    mp_silu, lambda ctx, grad: (mp_silu_bwd(grad, *ctx.saved_tensors, ctx.impl), None), _silu_context
+)
+
+
+def _sum(a, b, t, impl):
+    out = torch.empty_like(a)
+    _backend(impl).mp_sum(a, b, t, out)
+    return out
+
+
+def _empty_sum_backward(grad_out, t, needs_a, needs_b, impl):
+    return _empty_if(needs_a, grad_out), _empty_if(needs_b, grad_out)
+
+
+def _sum_backward(grad_out, t, needs_a, needs_b, impl):
+    grads, norm = _empty_sum_backward(grad_out, t, needs_a, needs_b, impl), math.hypot(1 - t, t)
+    for grad, needed, weight in zip(grads, (needs_a, needs_b), ((1 - t) / norm, t / norm), strict=True):
+        if needed:
+            _backend(impl).scaled_copy(grad_out, weight, grad)
+    return grads
+
+
+mp_sum = _library.define(
+    "mp_sum(Tensor a, Tensor b, float t, str impl) -> Tensor", _sum, lambda a, b, t, impl: torch.empty_like(a)
+)
+mp_sum_bwd = _library.define(
+    "mp_sum_bwd(Tensor grad_out, float t, bool needs_a, bool needs_b, str impl) -> (Tensor, Tensor)",
+    _sum_backward,
+    _empty_sum_backward,
+)
+
+
+def _sum_context(ctx, inputs, output) -> None:
+    ctx.options = inputs[2:]
+
+
+def _sum_gradient(ctx, grad_out):
+    needs = ctx.needs_input_grad[:2]
+    t, impl = ctx.options
+    grads = mp_sum_bwd(grad_out, t, *needs, impl)
+    return (*[g if needed else None for g, needed in zip(grads, needs, strict=True)], None, None)
+
+
+_library.register_autograd(mp_sum, _sum_gradient, _sum_context)
+
+
+def _sum_tensor(a, b, t, impl):
+    out = torch.empty_like(a)
+    _backend(impl).mp_sum_tensor(a, b, t, out)
+    return out
+
+
+def _empty_sum_tensor_backward(grad_out, a, b, t, needs_a, needs_b, needs_t, impl):
+    return _empty_if(needs_a, a), _empty_if(needs_b, b), _empty_if(needs_t, t)
+
+
+def _sum_tensor_backward(grad_out, a, b, t, needs_a, needs_b, needs_t, impl):
+    needs = (needs_a, needs_b, needs_t)
+    grads = _empty_sum_tensor_backward(grad_out, a, b, t, *needs, impl)
+    wanted = [g if needed else None for g, needed in zip(grads, needs, strict=True)]
+    _backend(impl).mp_sum_tensor_backward(grad_out, a, b, t, *wanted)
+    return grads
+
+
+mp_sum_tensor = _library.define(
+    "mp_sum_tensor(Tensor a, Tensor b, Tensor t, str impl) -> Tensor",
+    _sum_tensor,
+    lambda a, b, t, impl: torch.empty_like(a),
+)
+mp_sum_tensor_bwd = _library.define(
+    "mp_sum_tensor_bwd(Tensor grad_out, Tensor a, Tensor b, Tensor t, bool needs_a, bool needs_b, bool needs_t, "
+    "str impl) -> (Tensor, Tensor, Tensor)",
+    _sum_tensor_backward,
+    _empty_sum_tensor_backward,
+)
+
+
+def _sum_tensor_context(ctx, inputs, output) -> None:
+    *tensors, ctx.impl = inputs
+    ctx.save_for_backward(*tensors)
+
+
+def _sum_tensor_gradient(ctx, grad_out):
+    needs = ctx.needs_input_grad[:3]
+    grads = mp_sum_tensor_bwd(grad_out, *ctx.saved_tensors, *needs, ctx.impl)
+    return (*[g if needed else None for g, needed in zip(grads, needs, strict=True)], None)
+
+
+_library.register_autograd(mp_sum_tensor, _sum_tensor_gradient, _sum_tensor_context)
+
+
+def _empty_cat(a, b, dim, weight_a, weight_b, impl):
+    shape = list(a.shape)
+    shape[dim] = a.shape[dim] + b.shape[dim]
+    return torch.empty(shape, dtype=a.dtype, device=a.device, memory_format=_memory_format(a, b))
+
+
+def _memory_format(*tensors: torch.Tensor) -> torch.memory_format:
+    """Channels-last if one of the tensors is that and nothing else, as torch.cat has it."""
+    channels_last = {4: torch.channels_last, 5: torch.channels_last_3d}.get(tensors[0].ndim)
+    if channels_last is not None:
+        for x in tensors:
+            if x.is_contiguous(memory_format=channels_last) and not x.is_contiguous():
+                return channels_last
+    return torch.contiguous_format
+
+
+def _cat(a, b, dim, weight_a, weight_b, impl):
+    out = _empty_cat(a, b, dim, weight_a, weight_b, impl)
+    n_a = a.shape[dim]
+    _backend(impl).scaled_copy(a, weight_a, out.narrow(dim, 0, n_a))
+    _backend(impl).scaled_copy(b, weight_b, out.narrow(dim, n_a, b.shape[dim]))
+    return out
+
+
+def _empty_cat_backward(grad_out, size_a, dim, weight_a, weight_b, impl):
+    parts = grad_out.narrow(dim, 0, size_a), grad_out.narrow(dim, size_a, grad_out.shape[dim] - size_a)
+    return tuple(
+        torch.empty(p.shape, dtype=p.dtype, device=p.device, memory_format=_memory_format(grad_out))
+        for p in parts
+    )
+
+
+def _cat_backward(grad_out, size_a, dim, weight_a, weight_b, impl):
+    grads = _empty_cat_backward(grad_out, size_a, dim, weight_a, weight_b, impl)
+    _backend(impl).scaled_copy(grad_out.narrow(dim, 0, size_a), weight_a, grads[0])
+    _backend(impl).scaled_copy(grad_out.narrow(dim, size_a, grads[1].shape[dim]), weight_b, grads[1])
+    return grads
+
+
+mp_cat = _library.define(
+    "mp_cat(Tensor a, Tensor b, int dim, float weight_a, float weight_b, str impl) -> Tensor",
+    _cat,
+    _empty_cat,
+)
+mp_cat_bwd = _library.define(
+    "mp_cat_bwd(Tensor grad_out, SymInt size_a, int dim, float weight_a, float weight_b, str impl) -> (Tensor, Tensor)",
+    _cat_backward,
+    _empty_cat_backward,
+)
+
+
+def _cat_context(ctx, inputs, output) -> None:
+    a, _, ctx.dim, *ctx.options = inputs
+    ctx.size_a = a.shape[ctx.dim]
+
+
+def _cat_gradient(ctx, grad_out):
+    return (*mp_cat_bwd(grad_out, ctx.size_a, ctx.dim, *ctx.options), None, None, None, None)
+
+
+_library.register_autograd(mp_cat, _cat_gradient, _cat_context)
+
+
+def _empty_norm(x, dim, eps, impl):
+    return torch.empty_like(x), _rms_like(x, [dim])
+
+
+def _norm(x, dim, eps, impl):
+    out, rms = _empty_norm(x, dim, eps, impl)
+    _backend(impl).pixel_norm(x, dim, eps, out, rms)
+    return out, rms
+
+
+def _norm_backward(grad_out, out, rms, dim, eps, impl):
+    grad_x = torch.empty_like(out)
+    _backend(impl).pixel_norm_backward(grad_out, out, rms, dim, eps, grad_x)
+    return grad_x
+
+
+pixel_norm = _library.define(
+    "pixel_norm(Tensor x, int dim, float eps, str impl) -> (Tensor, Tensor)", _norm, _empty_norm
+)
+pixel_norm_bwd = _library.define(
+    "pixel_norm_bwd(Tensor grad_out, Tensor out, Tensor rms, int dim, float eps, str impl) -> Tensor",
+    _norm_backward,
+    lambda grad_out, out, rms, dim, eps, impl: torch.empty_like(out),
+)
+
+
+def _norm_context(ctx, inputs, output) -> None:
+    _, *ctx.options = inputs
+    ctx.mark_non_differentiable(output[1])
+    ctx.save_for_backward(*output)
+
+
+_library.register_autograd(
+    pixel_norm,
+    lambda ctx, grad_out, _: (pixel_norm_bwd(grad_out, *ctx.saved_tensors, *ctx.options), None, None, None),
+    _norm_context,
+)
+
+
+def _empty_weight(w, gain, factor, impl):
+    return torch.empty_like(w), _rms_like(w, list(range(1, w.ndim)))
+
+
+def _weight(w, gain, factor, impl):
+    out, rms = _empty_weight(w, gain, factor, impl)
+    _backend(impl).normalize_weight(w, gain, factor, out, rms)
+    return out, rms
+
+
+def _empty_weight_backward(grad_out, w, gain, factor, rms, needs_w, needs_gain, impl):
+    return _empty_if(needs_w, w), torch.empty_like(gain) if needs_gain else w.new_empty(0)
+
+
+def _weight_backward(grad_out, w, gain, factor, rms, needs_w, needs_gain, impl):
+    grads = _empty_weight_backward(grad_out, w, gain, factor, rms, needs_w, needs_gain, impl)
+    wanted = [g if needed else None for g, needed in zip(grads, (needs_w, needs_gain), strict=True)]
+    _backend(impl).normalize_weight_backward(grad_out, w, gain, factor, rms, *wanted)
+    return grads
+
+
+normalize_weight = _library.define(
+    "normalize_weight(Tensor w, Tensor? gain, float factor, str impl) -> (Tensor, Tensor)",
+    _weight,
+    _empty_weight,
+)
+normalize_weight_bwd = _library.define(
+    "normalize_weight_bwd(Tensor grad_out, Tensor w, Tensor? gain, float factor, Tensor rms, bool needs_w, "
+    "bool needs_gain, str impl) -> (Tensor, Tensor)",
+    _weight_backward,
+    _empty_weight_backward,
+)
+
+
+def _weight_context(ctx, inputs, output) -> None:
+    w, gain, ctx.factor, ctx.impl = inputs
+    ctx.mark_non_differentiable(output[1])
+    ctx.save_for_backward(w, gain, output[1])
+
+
+def _weight_gradient(ctx, grad_out, _):
+    w, gain, rms = ctx.saved_tensors
+    needs = ctx.needs_input_grad[:2]
+    grads = normalize_weight_bwd(grad_out, w, gain, ctx.factor, rms, *needs, ctx.impl)
+    return (*[g if needed else None for g, needed in zip(grads, needs, strict=True)], None, None)
+
+
+_library.register_autograd(normalize_weight, _weight_gradient, _weight_context)

@@ -1,0 +1,46 @@
+"""The specification of the magnitude-preserving functions; equation numbers of EDM2 (Karras et al. 2024).
+
+Any float dtype, differentiable by autograd.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+
+
+def _norm(x: torch.Tensor, dim: int | list[int]) -> torch.Tensor:
+    """Euclidean norm in fp32 (fp64 for fp64)."""
+    dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
+    return torch.linalg.vector_norm(x, dim=dim, keepdim=True, dtype=dtype)
+
+
+def mp_silu(x: torch.Tensor) -> torch.Tensor:
+    """Eq. 81. 0.596 is the RMS of silu(n) for n ~ N(0, 1)."""
+    return F.silu(x) / 0.596
+
+
+def mp_sum(a: torch.Tensor, b: torch.Tensor, t: float | torch.Tensor) -> torch.Tensor:
+    """Eq. 88."""
+    return (((1 - t) * a + t * b) / ((1 - t) ** 2 + t**2) ** 0.5).to(a.dtype)
+
+
+def mp_cat(a: torch.Tensor, b: torch.Tensor, dim: int, t: float) -> torch.Tensor:
+    """Eq. 103."""
+    n_a, n_b = a.shape[dim], b.shape[dim]
+    c = math.sqrt((n_a + n_b) / ((1 - t) ** 2 + t**2))
+    return torch.cat([c * (1 - t) / math.sqrt(n_a) * a, c * t / math.sqrt(n_b) * b], dim=dim)
+
+
+def pixel_norm(x: torch.Tensor, dim: int, eps: float) -> torch.Tensor:
+    """x / (eps + root mean square of x along dim)."""
+    return (x / (eps + _norm(x, dim) / math.sqrt(x.shape[dim]))).to(x.dtype)
+
+
+def normalize_weight(w: torch.Tensor, gain: float | torch.Tensor) -> torch.Tensor:
+    """Eqs. 47 and 66: output channels (dim 0) of unit RMS, then gain / sqrt(fan-in)."""
+    fan_in = math.prod(w.shape[1:])
+    unit = w / (1e-4 + _norm(w, list(range(1, w.ndim))) / math.sqrt(fan_in))
+    return (unit * (gain / math.sqrt(fan_in))).to(w.dtype)

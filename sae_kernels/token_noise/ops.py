@@ -1,0 +1,103 @@
+"""Registration of token_noise: schemas, shapes, gradient, and the backend switch.
+
+There is no autocast rule: the ops keep their dtypes and compute in fp32 whatever the autocast dtype.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from .. import _library
+from . import composed
+
+_OPTIONS = "SymInt seed, SymInt offset, str impl"
+
+
+def implementations(device: torch.device) -> tuple[list[str], dict[str, str]]:
+    """(those that run on this device, fastest first; those that do not, with the reason)."""
+    return ["composed", "reference"], {
+        "triton": "there is no Triton kernel for this op yet",
+        "cuda": "there is no CUDA C++ kernel for this op yet",
+    }
+
+
+def _backend(impl: str):
+    if impl == "composed":
+        return composed
+    raise ValueError(f"impl: token_noise has no registered implementation {impl!r}")
+
+
+def _empty_forward(x, signal_scale, noise_scale, streams, dtype, return_noise, seed, offset, impl):
+    shape = (x.shape[0], streams * x.shape[1], *x.shape[2:])
+    return x.new_empty(shape, dtype=dtype), x.new_empty(shape if return_noise else (0,), dtype=dtype)
+
+
+def _forward(x, signal_scale, noise_scale, streams, dtype, return_noise, seed, offset, impl):
+    out, noise = _empty_forward(
+        x, signal_scale, noise_scale, streams, dtype, return_noise, seed, offset, impl
+    )
+    if out.numel() > 0:
+        wanted = noise if return_noise else None
+        _backend(impl).forward(x, signal_scale, noise_scale, out, wanted, streams, seed, offset)
+    return out, noise
+
+
+def _empty_backward(
+    grad_out, x, signal_scale, noise_scale, needs_x, needs_signal, needs_noise, seed, offset, impl
+):
+    wanted = ((x, needs_x), (signal_scale, needs_signal), (noise_scale, needs_noise))
+    return tuple(t.new_empty(t.shape if needed else (0,)) for t, needed in wanted)
+
+
+def _backward(grad_out, x, signal_scale, noise_scale, needs_x, needs_signal, needs_noise, seed, offset, impl):
+    needs = (needs_x, needs_signal, needs_noise)
+    grads = _empty_backward(grad_out, x, signal_scale, noise_scale, *needs, seed, offset, impl)
+    wanted = [grad if needed else None for grad, needed in zip(grads, needs, strict=True)]
+    if grad_out.numel() > 0:
+        _backend(impl).backward(grad_out, x, signal_scale, *wanted, seed, offset)
+    else:
+        for grad in grads:
+            grad.zero_()
+    return grads
+
+
+def _eps(like, shape, seed, offset, impl):
+    out = like.new_empty(shape)
+    if out.numel() > 0:
+        _backend(impl).eps(out, seed, offset)
+    return out
+
+
+token_noise_fwd = _library.define(
+    "token_noise_fwd(Tensor x, Tensor signal_scale, Tensor noise_scale, SymInt streams, ScalarType dtype, "
+    f"bool return_noise, {_OPTIONS}) -> (Tensor, Tensor)",
+    _forward,
+    _empty_forward,
+)
+token_noise_bwd = _library.define(
+    "token_noise_bwd(Tensor grad_out, Tensor x, Tensor signal_scale, Tensor noise_scale, bool needs_x, "
+    f"bool needs_signal, bool needs_noise, {_OPTIONS}) -> (Tensor, Tensor, Tensor)",
+    _backward,
+    _empty_backward,
+)
+# `like` carries device and dtype: the dispatcher needs a tensor to choose by.
+token_noise_eps = _library.define(
+    f"token_noise_eps(Tensor like, SymInt[] shape, {_OPTIONS}) -> Tensor",
+    _eps,
+    lambda like, shape, seed, offset, impl: like.new_empty(shape),
+)
+
+
+def _setup_context(ctx, inputs, output) -> None:
+    x, signal_scale, noise_scale, _, _, _, *ctx.options = inputs
+    ctx.mark_non_differentiable(output[1])
+    ctx.save_for_backward(x, signal_scale, noise_scale)
+
+
+def _gradient(ctx, grad_out, grad_noise):
+    needs = ctx.needs_input_grad[:3]
+    grads = token_noise_bwd(grad_out, *ctx.saved_tensors, *needs, *ctx.options)
+    return (*[g if needed else None for g, needed in zip(grads, needs, strict=True)], *[None] * 6)
+
+
+_library.register_autograd(token_noise_fwd, _gradient, _setup_context)
