@@ -20,29 +20,31 @@ def causal_conv3d(
     pad_value: float = 0.0,
     impl: str = "auto",
 ) -> torch.Tensor:
-    """Convolution over (time, Y, X) in which clean and noisy frames alike take their past from the clean stream.
+    """Causal convolution over (time, Y, X); clean and noisy frames alike take their past from the clean stream.
 
-    y[f] = last_scale[f] * (weight[:, :, -1] conv x[f]) + past_scale[f] * P[frame of f], where P[i] sums the other kt - 1
-    taps over clean frames i - kt + 1 .. i - 1. P is computed once and shared by all streams: (kt - 1) T + (1 + K) T tap
-    passes instead of kt (1 + K) T. With K = 0 and no scales it equals `F.conv3d(torch.cat([history, x], 2), weight,
-    padding=(0, ky // 2, kx // 2))`. Within one block of several frames a noisy frame's past taps read its own copy, and
-    the clean stream before the block. Deterministic.
+    y[f] = last_scale[f] * (weight[:, :, -1] conv x[f]) + past_scale[f] * P[frame of f], where P[i] sums the other
+    kt - 1 taps over clean frames i - kt + 1 .. i - 1. P is computed once and shared by all streams:
+    (kt - 1) T + (1 + K) T tap passes instead of kt (1 + K) T. With K = 0 and no scales it equals
+    `F.conv3d(torch.cat([history, x], 2), weight, padding=(0, ky // 2, kx // 2))`. In a block of several frames a
+    noisy frame's past taps read its own copy inside the block and the clean stream before it (a slower route:
+    every stream runs its own past taps). Deterministic.
 
     Args:
         x: (B, Cin, F, Y, X). channels_last_3d is the fast memory format; any strides work.
-        weight: (Cout, Cin, kt, ky, kx), ky and kx odd, of the dtype and device of x. Stride 1, zero "same" padding in
-            space. weight[:, :, -1] acts on the current frame.
-        layout: the geometry; F must equal `layout.total_frames`. Tokens per frame, window and sink are the attention's
-            business and are not looked at: maps of every resolution share one layout.
+        weight: (Cout, Cin, kt, ky, kx), ky and kx odd, of the dtype and device of x. Stride 1, zero "same"
+            padding in space. weight[:, :, -1] acts on the current frame.
+        layout: the geometry; F must equal `layout.total_frames`. Tokens per frame, window and sink are the
+            attention's business and are not looked at: maps of every resolution share one layout.
         past_scale, last_scale: (B, F), None for 1.
         history: (B, Cin, kt - 1, Y, X), the clean frames before frame 0, oldest first.
-        pad_value: without `history`, the constant that fills those frames; the spatial padding around them stays 0.
-        impl: "auto", "reference" (one frame at a time, any float dtype), "composed" (library convolutions). A named
-            one is used or refused, never replaced.
+        pad_value: without `history`, the constant that fills those frames; the spatial padding around them
+            stays 0.
+        impl: "auto", "reference" (one frame at a time, any float dtype), "composed" (library convolutions). A
+            named one is used or refused, never replaced.
 
     Returns:
-        (B, Cout, F, Y, X) of the dtype of x, channels_last_3d if the channels of x are innermost, else contiguous.
-        Differentiable in x, weight, both scales and history.
+        (B, Cout, F, Y, X) of the dtype of x; channels_last_3d if the channels of x are innermost in memory, else
+        contiguous. Differentiable in x, weight, both scales and history.
 
     Raises:
         ValueError: a shape, device or value breaks its rule, or `impl` cannot run here.
@@ -74,8 +76,8 @@ def causal_conv3d(
 def past_term(history: torch.Tensor, weight: torch.Tensor, *, impl: str = "auto") -> torch.Tensor:
     """P of one frame: the sum of all taps but the last over the clean frames before it.
 
-    It stays the same over all denoiser evaluations of a frame, so a sampler computes it once: the frame's output is
-    last_scale * F.conv2d(x, weight[:, :, -1], padding="same") + past_scale * P.
+    It stays the same over all denoiser evaluations of a frame, so a sampler computes it once: the frame's output
+    is last_scale * F.conv2d(x, weight[:, :, -1], padding="same") + past_scale * P.
 
     Args:
         history: (B, Cin, kt - 1, Y, X), the clean frames before the frame, oldest first.

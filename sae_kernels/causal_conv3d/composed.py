@@ -1,11 +1,11 @@
-"""The shared-past convolution from library 2D convolutions (oneDNN on the CPU, cuDNN on CUDA), forward and backward.
+"""The shared-past convolution from library 2D convolutions (oneDNN on the CPU, cuDNN on CUDA).
 
-The last taps are one conv2d over all frames of all streams: channels_last_3d memory is (B, F, Y, X, C), so the frames are
-a free view. The past taps are one conv2d over the T clean frames, with the kt - 1 taps stacked in the input channels: the
-stack is the only copy, the library accumulates over all past taps before it rounds, and the tap passes are exactly
-(kt - 1) T. A conv3d over the padded clean frames does the same arithmetic but falls off oneDNN's fast path below 96
-channels (T = 16, 2 threads: 64 channels at 16x16 6.2 ms against 1.5 ms, 32 channels at 32x32 20 ms against 1.6 ms) and
-gains at most 4 % above it.
+The last taps are one conv2d over all frames of all streams: channels_last_3d memory is (B, F, Y, X, C), so the
+frames are a free view. The past taps are one conv2d over the T clean frames with the kt - 1 taps stacked in the
+input channels: the stack is the only copy, the library accumulates over all past taps before it rounds, and the
+tap passes are exactly (kt - 1) T. A conv3d over the padded clean frames does the same arithmetic, but falls off
+oneDNN's fast path below 96 channels (T = 16, 2 threads: 64 channels at 16x16 6.2 ms against 1.5 ms, 32 channels
+at 32x32 20 ms against 1.6 ms) and gains at most 4 % above it.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ def forward(
     pad_value: float,
     layout: FrameLayout,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """(out (B, Cout, F, Y, X), past (B, Cout, R T, Y, X) or None if kt = 1), both channels_last_3d; R as in `_rows`."""
+    """(out (B, Cout, F, Y, X), past (B, Cout, R T, Y, X) or None if kt = 1), channels_last_3d; R: see `_rows`."""
     x = x.contiguous(memory_format=torch.channels_last_3d)
     out = _video(_conv(_images(x), weight[:, :, -1]), x.shape[0])
     if last_scale is not None:
@@ -58,8 +58,8 @@ def backward(
 ) -> tuple[torch.Tensor | None, ...]:
     """Gradients of (x, weight, past_scale, last_scale, history), None where `mask` does not ask.
 
-    Past taps act on the past_scale-weighted sum over the streams of `grad`, last taps on each frame's own. `past` is
-    what `forward` returned, or None to have it computed again where the gradient of past_scale needs it.
+    Past taps act on the past_scale-weighted sum over the streams of `grad`, last taps on each frame's own.
+    `past` is what `forward` returned, or None to have it computed again where past_scale's gradient needs it.
     """
     need_x, need_weight, need_past_scale, need_last_scale, need_history = mask
     B, kt = x.shape[0], weight.shape[2]
@@ -101,8 +101,8 @@ def backward(
     need_sources = need_x or need_history
     if need_sources or need_weight:
         sources = _stack_sources(x, history, pad_value, kt, layout)
-        total = _images(_sum_groups(groups, past_scale, layout).contiguous(memory_format=torch.channels_last_3d))
-        grad_sources, grad_past = _conv_backward(total, sources, _past_kernel(weight), need_sources, need_weight)
+        total, kernel = _images(_sum_groups(groups, past_scale, layout)), _past_kernel(weight)
+        grad_sources, grad_past = _conv_backward(total, sources, kernel, need_sources, need_weight)
         if need_weight:
             grad_weight[:, :, :-1] = grad_past.unflatten(1, (kt - 1, -1)).transpose(1, 2)
         if need_history:
@@ -135,14 +135,13 @@ def past_term_backward(
     return grad_history, grad_weight
 
 
-
 def _rows(layout: FrameLayout) -> int:
-    """R, the streams with a past of their own: one that all share, unless noisy frames of a block see their own copy."""
+    """R, how many streams have a past of their own: all share one unless blocks let noisy frames see their copy."""
     return layout.streams if layout.frames_per_block > 1 else 1
 
 
 def _own_spans(layout: FrameLayout, lag: int) -> Iterator[tuple[int, int]]:
-    """Intervals of frames whose source `lag` frames earlier lies in the same block, so that noisy ones read their own."""
+    """Intervals of frames whose source `lag` frames earlier lies in the same block: noisy frames read their own."""
     f = layout.frames_per_block
     for start in range(0, layout.frames, f):
         end = min(start + f, layout.frames)
@@ -212,7 +211,8 @@ def _add_source_gradients(
 
 
 def _stack_history(history: torch.Tensor) -> torch.Tensor:
-    return history.permute(0, 3, 4, 2, 1).flatten(3).permute(0, 3, 1, 2).contiguous(memory_format=torch.channels_last)
+    stacked = history.permute(0, 3, 4, 2, 1).flatten(3).permute(0, 3, 1, 2)
+    return stacked.contiguous(memory_format=torch.channels_last)
 
 
 def _past_kernel(weight: torch.Tensor) -> torch.Tensor:
@@ -222,7 +222,6 @@ def _past_kernel(weight: torch.Tensor) -> torch.Tensor:
 def _past(x, weight, history, pad_value, layout) -> torch.Tensor:
     sources = _stack_sources(x, history, pad_value, weight.shape[2], layout)
     return _video(_conv(sources, _past_kernel(weight)), x.shape[0])
-
 
 
 def _per_frame(scale: torch.Tensor) -> torch.Tensor:
@@ -236,14 +235,18 @@ def _groups(video: torch.Tensor, layout: FrameLayout) -> torch.Tensor:
 
 
 def _sum_groups(groups: torch.Tensor, past_scale: torch.Tensor | None, layout: FrameLayout) -> torch.Tensor:
+    """The sum over groups of past_scale * group, (B, C, R T, Y, X) channels_last_3d."""
+    first, *others = groups.unbind(2)
     if past_scale is None:
-        return groups[:, :, 0] if groups.shape[2] == 1 else groups.sum(2)
-    scales = _groups(_per_frame(past_scale), layout)
-    total = groups[:, :, 0] * scales[:, :, 0]
-    for g in range(1, groups.shape[2]):
-        total.addcmul_(groups[:, :, g], scales[:, :, g])
-    return total
-
+        total = first
+        for index, group in enumerate(others):
+            total = total.add_(group) if index else total + group
+    else:
+        scale, *scales = _groups(_per_frame(past_scale), layout).unbind(2)
+        total = first * scale
+        for group, scale in zip(others, scales):
+            total.addcmul_(group, scale)
+    return total.contiguous(memory_format=torch.channels_last_3d)
 
 
 def _images(video: torch.Tensor) -> torch.Tensor:
@@ -261,7 +264,8 @@ def _padding(kernel: torch.Tensor) -> list[int]:
 def _conv(images: torch.Tensor, kernel: torch.Tensor) -> torch.Tensor:
     kernel = kernel.contiguous(memory_format=torch.channels_last)
     with _deterministic(images.device):
-        return F.conv2d(images, kernel, padding=_padding(kernel)).contiguous(memory_format=torch.channels_last)
+        out = F.conv2d(images, kernel, padding=_padding(kernel))
+    return out.contiguous(memory_format=torch.channels_last)
 
 
 def _conv_backward(

@@ -54,11 +54,18 @@ def _forward(
     return out, past if keep_past and past is not None else x.new_empty(0)
 
 
-def _empty_backward(x, weight, past_scale, last_scale, history, mask):
+def _empty_backward(x, weight, mask):
     """Unasked gradients are empty, because an op's arity is fixed."""
-    scales = [x.new_empty(x.shape[0], x.shape[2]) for _ in range(2)]
-    grads = [_video(x, x.shape), torch.empty_like(weight), *scales, None if history is None else _video(x, history.shape)]
-    return tuple(grad if asked and grad is not None else x.new_empty(0) for grad, asked in zip(grads, mask))
+    B, _, F, Y, X = x.shape
+    past_shape = (B, x.shape[1], weight.shape[2] - 1, Y, X)
+    grads = (
+        _video(x, x.shape),
+        torch.empty_like(weight),
+        x.new_empty(B, F),
+        x.new_empty(B, F),
+        _video(x, past_shape),
+    )
+    return tuple(grad if asked else x.new_empty(0) for grad, asked in zip(grads, mask))
 
 
 def _backward(
@@ -66,7 +73,7 @@ def _backward(
     pad_value, frames, frames_per_block, noisy_copies, noisy_first, mask, impl,
 ):  # fmt: skip
     if x.numel() == 0:
-        return tuple(grad.zero_() for grad in _empty_backward(x, weight, past_scale, last_scale, history, mask))
+        return tuple(grad.zero_() for grad in _empty_backward(x, weight, mask))
     layout = FrameLayout(frames, 1, frames_per_block, noisy_copies, noisy_first)
     past = past if past.numel() > 0 else None
     grads = _backend(impl).backward(
@@ -75,23 +82,35 @@ def _backward(
     return tuple(x.new_empty(0) if grad is None else grad for grad in grads)
 
 
+def _fake_forward(
+    x, weight, past_scale, last_scale, history,
+    pad_value, frames, frames_per_block, noisy_copies, noisy_first, keep_past, impl,
+):  # fmt: skip
+    return _empty_forward(x, weight, frames, frames_per_block, noisy_copies, keep_past)
+
+
+def _fake_backward(
+    grad_out, x, weight, past_scale, last_scale, history, past,
+    pad_value, frames, frames_per_block, noisy_copies, noisy_first, mask, impl,
+):  # fmt: skip
+    return _empty_backward(x, weight, mask)
+
+
 causal_conv3d_fwd = _library.define(
     f"causal_conv3d_fwd({_TENSORS}, {_GEOMETRY}, bool keep_past, str impl) -> (Tensor, Tensor)",
     _forward,
-    lambda x, weight, past_scale, last_scale, history, pad_value, frames, frames_per_block, noisy_copies,
-    noisy_first, keep_past, impl: _empty_forward(x, weight, frames, frames_per_block, noisy_copies, keep_past),
-)  # fmt: skip
+    _fake_forward,
+)
 causal_conv3d_bwd = _library.define(
     f"causal_conv3d_bwd(Tensor grad_out, {_TENSORS}, Tensor past, {_GEOMETRY}, bool[] mask, str impl)"
     " -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
     _backward,
-    lambda grad_out, x, weight, past_scale, last_scale, history, past, pad_value, frames, frames_per_block,
-    noisy_copies, noisy_first, mask, impl: _empty_backward(x, weight, past_scale, last_scale, history, mask),
-)  # fmt: skip
+    _fake_backward,
+)
 
 
 def _setup_context(ctx, inputs, output) -> None:
-    *tensors, ctx.pad_value, ctx.frames, ctx.frames_per_block, ctx.noisy_copies, ctx.noisy_first, _, ctx.impl = inputs
+    tensors, (*ctx.options, _keep_past, ctx.impl) = inputs[:5], inputs[5:]
     ctx.mark_non_differentiable(output[1])
     ctx.save_for_backward(*tensors, output[1])
 
@@ -101,11 +120,7 @@ def _gradient(ctx, grad_out, grad_past):
     grads = causal_conv3d_bwd(
         grad_out,
         *ctx.saved_tensors,
-        ctx.pad_value,
-        ctx.frames,
-        ctx.frames_per_block,
-        ctx.noisy_copies,
-        ctx.noisy_first,
+        *ctx.options,
         mask,
         ctx.impl,
     )
@@ -145,7 +160,8 @@ causal_conv3d_past_fwd = _library.define(
     lambda history, weight, impl: _empty_past(history, weight),
 )
 causal_conv3d_past_bwd = _library.define(
-    "causal_conv3d_past_bwd(Tensor grad_out, Tensor history, Tensor weight, bool[] mask, str impl) -> (Tensor, Tensor)",
+    "causal_conv3d_past_bwd(Tensor grad_out, Tensor history, Tensor weight, bool[] mask, str impl)"
+    " -> (Tensor, Tensor)",
     _past_backward,
     lambda grad_out, history, weight, mask, impl: _empty_past_backward(history, weight, mask),
 )
