@@ -1,0 +1,350 @@
+"""Record gymnasium environments: seeded, parallel, resumable; the same bytes whichever way it went."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Generator, Iterator
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from contextlib import contextmanager
+from dataclasses import dataclass
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from .format import (
+    FORMAT,
+    FRAMES_PER_CHUNK,
+    VERSION,
+    Shard,
+    pack_shard,
+    read_description,
+    resize_frames,
+    shard_path,
+    staged_path,
+    write_episode,
+    write_json,
+)
+
+Policy = Callable[[Any, Any, np.random.Generator], Any]  # (observation, action_space, rng) -> action
+Progress = Callable[[int, int, int], None]  # (episodes done, episodes asked for, frames so far)
+
+
+def hold_random(observation: Any, action_space: Any, rng: np.random.Generator) -> Any:
+    """A uniformly random action; `collect` seeds the space and holds the action for `hold` steps."""
+    return action_space.sample()
+
+
+@dataclass(frozen=True)
+class Collected:
+    """What is on disk after `collect`; `recorded` counts the episodes that this call added."""
+
+    path: Path
+    episodes: int
+    frames: int
+    recorded: int
+
+
+def episode_seeds(seed: int, episode: int) -> tuple[int, int]:
+    """(environment's seed, action generator's seed) of one episode: a function of these two numbers alone."""
+    first, second = np.random.SeedSequence([seed, episode]).generate_state(2)
+    return int(first) & 0x7FFFFFFF, int(second) & 0x7FFFFFFF
+
+
+def make_env(env_id: str, env_kwargs: dict[str, Any] | None = None) -> Any:
+    """`gymnasium.make` with rgb_array rendering and no display; ImportError names the package that is missing."""
+    os.environ.setdefault("SDL_VIDEODRIVER", "dummy")
+    os.environ.setdefault("SDL_AUDIODRIVER", "dummy")
+    os.environ.setdefault("PYGAME_HIDE_SUPPORT_PROMPT", "1")
+    try:
+        import gymnasium
+    except ImportError as error:
+        raise ImportError("collecting needs the package gymnasium: pip install 'gymnasium[box2d]'") from error
+    try:
+        import ale_py
+    except ImportError:
+        if env_id.startswith("ALE/"):
+            raise ImportError(f"{env_id} needs the package ale_py: pip install ale-py") from None
+    else:
+        gymnasium.register_envs(ale_py)
+    try:
+        return gymnasium.make(env_id, render_mode="rgb_array", **(env_kwargs or {}))
+    except gymnasium.error.DependencyNotInstalled as error:
+        raise ImportError(f"{env_id} needs a package that is missing: {error}") from error
+    except (gymnasium.error.Error, ModuleNotFoundError) as error:
+        raise ValueError(f"env_id: gymnasium cannot make {env_id!r}: {error}") from error
+
+
+def _render(env: Any, env_id: str) -> np.ndarray:
+    frame = env.render()
+    if not isinstance(frame, np.ndarray) or frame.dtype != np.uint8 or frame.ndim != 3 or frame.shape[2] != 3:
+        got = f"{frame.dtype} {frame.shape}" if isinstance(frame, np.ndarray) else type(frame).__name__
+        raise ValueError(f"env_id: {env_id} must render uint8 (Y, X, 3) with render_mode='rgb_array', got {got}")
+    return frame
+
+
+def _action_space(env: Any, env_id: str) -> dict[str, Any]:
+    from gymnasium.spaces import Box, Discrete
+
+    space = env.action_space
+    if isinstance(space, Discrete):
+        return {"kind": "discrete", "n": int(space.n), "start": int(space.start)}
+    if isinstance(space, Box) and np.issubdtype(space.dtype, np.floating):
+        return {"kind": "continuous", "dim": int(np.prod(space.shape)), "shape": list(space.shape)}
+    raise ValueError(f"env_id: {env_id} must have a Discrete or a floating Box action space, got {space}")
+
+
+def _play(env: Any, description: dict[str, Any], policy: Policy, seeds: tuple[int, int]) -> Generator[Any, None, str]:
+    """Yields (action that caused the frame, or None; frame at the environment's own size); returns how it ended."""
+    observation, _ = env.reset(seed=seeds[0])
+    env.action_space.seed(seeds[1])
+    rng = np.random.default_rng(seeds[1])
+    hold, skip_first = description["policy"]["hold"], description["skip_first"]
+    max_frames = description["max_frames"] or float("inf")
+    steps, frames, end, action = 0, 1, "", None
+
+    def step() -> str:
+        nonlocal observation, action, steps
+        if steps % hold == 0:
+            action = policy(observation, env.action_space, rng)
+            if not env.action_space.contains(action):
+                raise ValueError(f"policy: must return a member of {env.action_space}, got {action!r}")
+        observation, _, terminated, truncated, _ = env.step(action)
+        steps += 1
+        return "terminated" if terminated else "truncated" if truncated else ""
+
+    while steps < skip_first and not end:
+        end = step()
+    yield None, _render(env, description["env_id"])
+    while not end and frames < max_frames:
+        for _ in range(description["frame_skip"]):
+            end = step()
+            if end:
+                break
+        frames += 1
+        yield action, _render(env, description["env_id"])
+    return end or "max_frames"
+
+
+def _record(root: Path, description: dict[str, Any], policy: Policy, episode: int) -> int:
+    """Record one episode to the staging folder. A fresh environment each: nothing leaks from one to the next."""
+    space, seeds = description["action_space"], episode_seeds(description["seed"], episode)
+    env = make_env(description["env_id"], description["env_kwargs"])
+    try:
+        with write_episode(staged_path(root, episode), episode) as writer:
+            play = _play(env, description, policy, seeds)
+            while True:
+                try:
+                    action, frame = next(play)
+                except StopIteration as stop:
+                    end = stop.value
+                    break
+                if action is not None:
+                    action = int(action) - space["start"] if space["kind"] == "discrete" else np.ravel(action)
+                writer.add(resize_frames(frame[None], tuple(description["size"]))[0], action)
+            if space["kind"] == "discrete":
+                actions = np.array(writer.actions, np.int64)
+            else:
+                actions = np.array(writer.actions, np.float32).reshape(-1, space["dim"])
+            writer.finish(actions, {"seed": seeds[0], "action_seed": seeds[1], "end": end})
+        return writer.count
+    finally:
+        env.close()
+
+
+@contextmanager
+def _locked(root: Path) -> Iterator[None]:
+    """One `collect` per folder; the lock goes with the process, however that ends."""
+    try:
+        import fcntl
+    except ImportError:  # not on Windows; there two at once only waste work, as both write the same bytes
+        yield
+        return
+    handle = os.open(root, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            raise RuntimeError(f"{root}: another process is collecting into this folder") from error
+        yield
+    finally:
+        os.close(handle)
+
+
+def _check_resume(root: Path, description: dict[str, Any]) -> None:
+    old = read_description(root)
+    for field in {**description, **old}:
+        if old.get(field) != description.get(field):
+            raise ValueError(
+                f"out: {root} was recorded with {field}={old.get(field)!r}, asked for {field}="
+                f"{description.get(field)!r}; collect into another folder"
+            )
+
+
+def _positive(name: str, value: Any, minimum: int = 1) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or value < minimum:
+        raise ValueError(f"{name}: must be an integer >= {minimum}, got {value!r}")
+
+
+def collect(
+    env_id: str,
+    out: str | os.PathLike[str],
+    *,
+    episodes: int,
+    size: tuple[int, int] = (64, 64),
+    seed: int = 0,
+    policy: str | Policy = "hold-random",
+    frame_skip: int = 2,
+    hold: int = 8,
+    max_frames: int | None = None,
+    skip_first: int = 0,
+    num_workers: int = 1,
+    env_kwargs: dict[str, Any] | None = None,
+    episodes_per_shard: int = 16,
+    progress: Progress | None = None,
+) -> Collected:
+    """Record `episodes` episodes of any gymnasium environment that renders rgb arrays into the folder `out`.
+
+    One frame every `frame_skip` environment steps, area-averaged to `size` (Y, X); a new action every `hold` steps
+    (a multiple of frame_skip, so that each transition has one action); the first `skip_first` steps (likewise a
+    multiple) are played and not recorded; an episode ends with its last frame when terminated or truncated, or after
+    `max_frames` frames. `policy`: "hold-random" or a function (observation, action_space, rng) -> action that can be
+    pickled. ALE environments have a frame skip of their own: env_kwargs={"frameskip": 1} turns it off.
+
+    Calling again goes on where it stopped, a larger `episodes` adds to the folder; the bytes are those of a single
+    uninterrupted call, with any num_workers. `progress(done, episodes, frames)` after each episode.
+    Raises ValueError for settings (naming the first that differs from the folder's), ImportError for a missing package.
+    """
+    for name, value in dict(
+        episodes=episodes,
+        frame_skip=frame_skip,
+        hold=hold,
+        num_workers=num_workers,
+        episodes_per_shard=episodes_per_shard,
+    ).items():
+        _positive(name, value)
+    _positive("seed", seed, 0)
+    _positive("skip_first", skip_first, 0)
+    if max_frames is not None:
+        _positive("max_frames", max_frames)
+    if len(size) != 2 or min(size) < 1:
+        raise ValueError(f"size: must be (Y, X) >= 1, got {size!r}")
+    if hold % frame_skip or skip_first % frame_skip:
+        raise ValueError(
+            f"hold, skip_first: must be multiples of frame_skip = {frame_skip}, so that one action causes each frame, "
+            f"got {hold} and {skip_first}"
+        )
+    if isinstance(policy, str):
+        if policy != "hold-random":
+            raise ValueError(f"policy: must be 'hold-random' or a function, got {policy!r}")
+        play, policy_name = hold_random, policy
+    else:
+        play, policy_name = policy, f"{policy.__module__}.{policy.__qualname__}"
+
+    env = make_env(env_id, env_kwargs)
+    try:
+        import gymnasium
+
+        env.reset(seed=0)
+        _render(env, env_id)
+        rate = env.metadata.get("render_fps") or 30
+        description: dict[str, Any] = {
+            "format": FORMAT,
+            "version": VERSION,
+            "env_id": env_id,
+            "env_kwargs": env_kwargs or {},
+            "fps": rate / frame_skip,
+            "seed": seed,
+            "size": [int(size[0]), int(size[1])],
+            "action_space": _action_space(env, env_id),
+            "policy": {"name": policy_name, "hold": hold},
+            "frame_skip": frame_skip,
+            "skip_first": skip_first,
+            "max_frames": max_frames,
+            "autoreset": "disabled",  # every episode has an environment of its own, no reset transition is recorded
+            "gymnasium": gymnasium.__version__,
+            "episodes_per_shard": episodes_per_shard,
+            "frames_per_chunk": FRAMES_PER_CHUNK,
+        }
+    finally:
+        env.close()
+    description = json.loads(json.dumps(description))
+
+    root = Path(out)
+    root.mkdir(parents=True, exist_ok=True)
+    with _locked(root):
+        if (root / "dataset.json").exists():
+            _check_resume(root, description)
+        elif any(not entry.name.startswith(".") for entry in root.iterdir()):
+            raise ValueError(f"out: {root} has files but no dataset.json; collect into an empty folder")
+        else:
+            write_json(root / "dataset.json", description)
+        return _fill(root, description, play, episodes, num_workers, progress)
+
+
+def _fill(
+    root: Path, description: dict[str, Any], policy: Policy, episodes: int, workers: int, progress: Progress | None
+) -> Collected:
+    per_shard = description["episodes_per_shard"]
+    (root / "staging").mkdir(exist_ok=True)
+    for leftover in [*root.glob(".*.tmp"), *root.glob("staging/.*.tmp")]:
+        leftover.unlink(missing_ok=True)
+    lengths: dict[int, int] = {}  # of the episodes on disk
+    for file in [*root.glob("shard-*.npz"), *root.glob("staging/episode-*.npz")]:
+        shard = Shard(file)
+        lengths.update({number: int(entry["frames"]) for number, entry in shard.episodes.items()})
+        shard.close()
+    before = len(lengths)
+    missing = [episode for episode in range(episodes) if episode not in lengths]
+
+    for shard_number in range(-(-episodes // per_shard)):
+        _pack(root, shard_number, per_shard, episodes, lengths)
+    for episode, frames in _record_all(root, description, policy, missing, workers):
+        lengths[episode] = frames
+        _pack(root, episode // per_shard, per_shard, episodes, lengths)
+        if progress is not None:
+            progress(sum(number < episodes for number in lengths), episodes, sum(lengths.values()))
+    try:
+        (root / "staging").rmdir()
+    except OSError:  # holds episodes beyond those asked for now
+        pass
+    return Collected(root, len(lengths), sum(lengths.values()), len(lengths) - before)
+
+
+def _record_all(
+    root: Path, description: dict[str, Any], policy: Policy, missing: list[int], workers: int
+) -> Iterator[tuple[int, int]]:
+    if workers == 1 or len(missing) < 2:
+        for episode in missing:
+            yield episode, _record(root, description, policy, episode)
+        return
+    with ProcessPoolExecutor(min(workers, len(missing)), mp_context=get_context("spawn")) as pool:
+        futures = {pool.submit(_record, root, description, policy, episode): episode for episode in missing}
+        try:
+            for future in as_completed(futures):
+                yield futures[future], future.result()
+        finally:
+            pool.shutdown(wait=True, cancel_futures=True)
+
+
+def _pack(root: Path, shard_number: int, per_shard: int, episodes: int, lengths: dict[int, int]) -> None:
+    """Write a shard once all its episodes are there, then drop their staged files."""
+    wanted = range(shard_number * per_shard, min((shard_number + 1) * per_shard, episodes))
+    if any(number not in lengths for number in wanted):
+        return
+    target = shard_path(root, shard_number)
+    packed = Shard(target) if target.exists() else None
+    held = set(packed.episodes) if packed else set()
+    if not held.issuperset(wanted):
+        sources = {n: packed if packed and n in held else Shard(staged_path(root, n)) for n in held.union(wanted)}
+        try:
+            pack_shard(target, sources)
+        finally:
+            for source in sources.values():
+                source.close()
+    elif packed:
+        packed.close()
+    for number in wanted:
+        staged_path(root, number).unlink(missing_ok=True)

@@ -1,0 +1,209 @@
+"""Pictures and films of frames: GIF, MP4, PNG, comparison strips. Files appear whole or not at all.
+
+Frames are uint8 (T, Y, X, 3), or (T, Y, X, 1), shown grey; floats (latents) of any channel count are shown as the
+grey mean of their channels, black at the video's lowest value and white at its highest.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from fractions import Fraction
+from typing import Any
+
+import numpy as np
+
+from .data.format import atomic_path
+
+BACKGROUND = 24
+CONTEXT_BORDER = (110, 110, 110)
+GENERATED_BORDER = (255, 150, 0)
+
+
+def to_rgb(frames: Any, name: str = "frames") -> np.ndarray:
+    """uint8 (T, Y, X, 3), by the rules at the top of this file. ValueError/TypeError naming what came otherwise."""
+    x = np.asarray(frames)
+    if x.ndim != 4 or 0 in x.shape:
+        raise ValueError(f"{name}: must be (T, Y, X, C), none of them 0, got {x.dtype} {x.shape}")
+    if x.dtype.kind == "f":
+        x = x.astype(np.float32).mean(-1, keepdims=True)
+        if not np.isfinite(x).all():
+            raise ValueError(f"{name}: latents must be finite, got NaN or infinity")
+        low, high = x.min(), x.max()
+        x = ((x - low) / (high - low) * 255 if high > low else np.full_like(x, 128)).round().astype(np.uint8)
+    if x.dtype != np.uint8:
+        raise TypeError(f"{name}: must be uint8, or floats for latents, got {x.dtype}")
+    if x.shape[-1] == 1:
+        x = np.repeat(x, 3, axis=-1)
+    if x.shape[-1] != 3:
+        raise ValueError(f"{name}: uint8 frames must have 3 channels, or 1, got {x.shape}")
+    return x
+
+
+def enlarge(frames: np.ndarray, scale: int) -> np.ndarray:
+    """Nearest neighbour, (..., Y, X, C) by an integer."""
+    if isinstance(scale, bool) or not isinstance(scale, int) or scale < 1:
+        raise ValueError(f"scale: must be an integer >= 1, got {scale!r}")
+    return frames.repeat(scale, axis=-3).repeat(scale, axis=-2)
+
+
+def _check_fps(fps: float) -> None:
+    if not 0 < fps <= 1000:
+        raise ValueError(f"fps: must be in (0, 1000], got {fps!r}")
+
+
+def write_png(path: str | os.PathLike[str], image: Any) -> None:
+    """`image` (Y, X, 3) or (Y, X, 1) uint8, or floats."""
+    from PIL import Image
+
+    picture = Image.fromarray(to_rgb(np.asarray(image)[None], "image")[0])
+    with atomic_path(path) as temporary:
+        picture.save(temporary, format="PNG")
+
+
+def write_gif(path: str | os.PathLike[str], frames: Any, fps: float = 25, scale: int = 1) -> None:
+    """A GIF that loops for ever. Its clock ticks in 1/100 s, so that 60 fps is met on average only."""
+    from PIL import Image
+
+    _check_fps(fps)
+    video = enlarge(to_rgb(frames), scale)
+    ticks = np.round(np.arange(len(video) + 1) * 100 / fps).astype(int)
+    # 256 colours of each frame's own and no dither, which would flicker
+    images = [Image.fromarray(f).quantize(256, Image.Quantize.MEDIANCUT, dither=Image.Dither.NONE) for f in video]
+    with atomic_path(path) as temporary:
+        images[0].save(
+            temporary,
+            format="GIF",
+            save_all=True,
+            append_images=images[1:],
+            duration=[int(d) * 10 for d in np.diff(ticks)],
+            loop=0,
+        )
+
+
+def _encoder() -> str:
+    import av
+
+    for name in ("libx264", "libopenh264", "mpeg4"):
+        try:
+            av.codec.Codec(name, "w")
+        except ValueError:  # PyAV's UnknownCodecError
+            continue
+        return name
+    raise RuntimeError("write_mp4: PyAV has none of the encoders libx264, libopenh264, mpeg4")
+
+
+def write_mp4(path: str | os.PathLike[str], frames: Any, fps: float = 25, scale: int = 1) -> None:
+    """H.264 where PyAV has an encoder, else MPEG-4 part 2. Odd sizes get their last row or column twice."""
+    try:
+        import av
+    except ImportError as error:
+        raise ImportError("write_mp4 needs the package av: pip install av") from error
+    _check_fps(fps)
+    video = enlarge(to_rgb(frames), scale)
+    video = np.pad(video, ((0, 0), (0, video.shape[1] % 2), (0, video.shape[2] % 2), (0, 0)), mode="edge")
+    codec = _encoder()
+    with atomic_path(path) as temporary:
+        with av.open(str(temporary), "w", format="mp4") as container:
+            stream = container.add_stream(codec, rate=Fraction(fps).limit_denominator(1000))
+            stream.height, stream.width, stream.pix_fmt = video.shape[1], video.shape[2], "yuv420p"
+            if codec == "libx264":
+                stream.options = {"crf": "18"}
+            else:
+                stream.bit_rate = max(1_000_000, int(video[0].size * fps))
+            for frame in video:
+                container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
+            container.mux(stream.encode())
+
+
+def _text_size(text: str) -> tuple[int, int]:
+    from PIL import Image, ImageDraw
+
+    left, _, right, bottom = ImageDraw.Draw(Image.new("RGB", (1, 1))).textbbox((0, 0), text)
+    return int(np.ceil(right - left)), int(np.ceil(bottom))
+
+
+def _write_text(image: np.ndarray, text: str, y: int, x: int) -> None:
+    from PIL import Image, ImageDraw
+
+    picture = Image.fromarray(image)
+    ImageDraw.Draw(picture).text((x, y), text, fill=(235, 235, 235))
+    image[:] = np.asarray(picture)
+
+
+def strip(
+    rows: Sequence[tuple[str, Any]],
+    scale: int = 1,
+    gap: int = 2,
+    max_frames: int | None = None,
+    context: int = 0,
+) -> np.ndarray:
+    """Rows of frames side by side with labels at the left -> uint8 (Y, X, 3).
+
+    rows: (label, frames (T, Y, X, C)), which may differ in length (the place of missing frames stays empty). Of more
+    than `max_frames` frames, that many are shown, evenly spread. With `context` = n an orange line stands between the
+    first n frames and the rest.
+    """
+    if not rows:
+        raise ValueError("rows: must have at least one")
+    if gap < 0 or context < 0 or (max_frames is not None and max_frames < 1):
+        raise ValueError(f"gap, context >= 0 and max_frames >= 1, got {gap}, {context}, {max_frames}")
+    videos = [enlarge(to_rgb(frames, f"rows[{i}] ({label})"), scale) for i, (label, frames) in enumerate(rows)]
+    length = max(len(video) for video in videos)
+    shown = np.arange(length)
+    if max_frames is not None and length > max_frames:
+        shown = np.round(np.linspace(0, length - 1, max_frames)).astype(int)
+    border = int((shown < context).sum()) if context else 0
+    line = max(2, scale) if 0 < border < len(shown) else 0
+    widest = max(video.shape[2] for video in videos)
+    labels = [_text_size(label) for label, _ in rows]
+    left = max(width for width, _ in labels) + 8 if any(label for label, _ in rows) else gap
+    heights = [max(video.shape[1], size[1]) for video, size in zip(videos, labels, strict=True)]
+    image = np.full(
+        (sum(heights) + gap * (len(rows) + 1), left + len(shown) * (widest + gap) + (line + gap if line else 0), 3),
+        BACKGROUND,
+        np.uint8,
+    )
+    y = gap
+    for (label, _), video, height, size in zip(rows, videos, heights, labels, strict=True):
+        _write_text(image, label, y + (height - size[1]) // 2, 4)
+        for column, index in enumerate(shown):
+            x = left + column * (widest + gap) + (line + gap if line and column >= border else 0)
+            if index < len(video):
+                image[y : y + video.shape[1], x : x + video.shape[2]] = video[index]
+        y += height + gap
+    if line:
+        x = left + border * (widest + gap)
+        image[:, x : x + line] = GENERATED_BORDER
+    return image
+
+
+def side_by_side(videos: Sequence[tuple[str, Any]], scale: int = 1, gap: int = 4, context: int = 0) -> np.ndarray:
+    """(label, frames) of one height, labels above -> uint8 (T, Y, X, 3) for `write_gif` or `write_mp4`.
+
+    A video that ends early keeps its last frame. With `context` = n the border is grey for the first n frames and
+    orange afterwards.
+    """
+    if not videos:
+        raise ValueError("videos: must have at least one")
+    if gap < 0 or context < 0:
+        raise ValueError(f"gap, context: must be >= 0, got {gap}, {context}")
+    films = [enlarge(to_rgb(frames, f"videos[{i}] ({label})"), scale) for i, (label, frames) in enumerate(videos)]
+    if len({film.shape[1] for film in films}) > 1:
+        raise ValueError(f"videos: must have one height, got {[film.shape[1:3] for film in films]}")
+    texts = [_text_size(label) for label, _ in videos]
+    top = max(size[1] for size in texts) + 4 if any(label for label, _ in videos) else 0
+    widths = [max(film.shape[2] + 2 * gap, size[0] + 4) for film, size in zip(films, texts, strict=True)]
+    length, height = max(len(film) for film in films), films[0].shape[1]
+    out = np.full((length, top + height + 2 * gap, sum(widths), 3), BACKGROUND, np.uint8)
+    x = 0
+    for (label, _), film, width in zip(videos, films, widths, strict=True):
+        panel = np.full((out.shape[1], width, 3), BACKGROUND, np.uint8)
+        _write_text(panel, label, 1, 2)
+        out[:, :, x : x + width] = panel
+        box = out[:, top:, x : x + film.shape[2] + 2 * gap]
+        if context:
+            box[:context], box[context:] = CONTEXT_BORDER, GENERATED_BORDER
+        box[:, gap : gap + height, gap : gap + film.shape[2]] = film[np.minimum(np.arange(length), len(film) - 1)]
+        x += width
+    return out
