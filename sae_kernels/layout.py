@@ -103,7 +103,7 @@ class FrameLayout:
         return other < block and (self.window is None or other >= block - self.window or other < self.sink)
 
     def past_intervals(self, block: int) -> tuple[tuple[int, int], tuple[int, int]]:
-        """Frames of the clean stream before `block` that it sees: the sink's interval and the window's, either may be empty."""
+        """Frames of the clean stream before `block` that it sees: the sink's interval, the window's; may be empty."""
         first = 0 if self.window is None else max(0, block - self.window)
         sink_end = min(self.sink, first)
         f = self.frames_per_block

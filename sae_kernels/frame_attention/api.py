@@ -20,7 +20,7 @@ def frame_attention(
     noisy_queries_only: bool = False,
     impl: str = "auto",
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
-    """Attention in which clean frames see clean frames up to themselves and a noisy frame sees the clean past and itself.
+    """Attention where clean frames see clean frames up to themselves, and a noisy frame sees the clean past and itself.
 
     Equal to `F.scaled_dot_product_attention(q, k, v, attn_mask=layout.dense_mask(), scale=scale, enable_gqa=True)`
     without ever building a mask, a block list or an S x S tensor (`impl="reference"` excepted). Deterministic.

@@ -53,7 +53,8 @@ def _forward(
 
 def _backward(
     grad_out, q, k, v, out, lse,
-    frames, tokens_per_frame, frames_per_block, noisy_copies, noisy_first, window, sink, scale, noisy_queries_only, impl,
+    frames, tokens_per_frame, frames_per_block, noisy_copies, noisy_first, window, sink,
+    scale, noisy_queries_only, impl,
 ):  # fmt: skip
     layout = FrameLayout(frames, tokens_per_frame, frames_per_block, noisy_copies, noisy_first, window, sink)
     grads = tuple(torch.empty_like(t) for t in (q, k, v))
