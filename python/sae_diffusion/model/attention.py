@@ -78,9 +78,7 @@ class VideoAttention(FrameAttention):
             size = entry.block_tokens
             for i in range(frames.frames // frames.config.frames_per_block):
                 q_i, k_i, v_i = (t[:, :, i * size : (i + 1) * size] for t in (q, k, v))
-                chunks.append(
-                    F.scaled_dot_product_attention(q_i, *entry.with_own(cache.blocks + i, k_i, v_i))
-                )
+                chunks.append(F.scaled_dot_product_attention(q_i, *entry.with_own(cache.blocks + i, k_i, v_i)))
                 entry.append(cache.blocks + i, k_i, v_i)
             out = torch.cat(chunks, dim=2)
         return out.transpose(1, 2)
@@ -94,6 +92,6 @@ class VideoAttention(FrameAttention):
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotate the pairs (x_j, x_{j + D/2}) of the last dimension; computed in the dtype of cos, returned in that of x."""
+    """Rotate the pairs (x_j, x_{j + D/2}) of the last dimension, in the dtype of cos; the result has that of x."""
     a, b = x.chunk(2, dim=-1)
     return torch.cat((a * cos - b * sin, a * sin + b * cos), dim=-1).to(x.dtype)

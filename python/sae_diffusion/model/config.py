@@ -27,7 +27,7 @@ class ModelConfig:
         window, sink, frames_per_block: as in `sae_kernels.FrameLayout`, for attention. Convolutions always reach back
             kt - 1 frames.
         dropout: between the two convolutions of a block.
-        impl: implementation asked of the `sae_kernels` ops.
+        impl: implementation asked of `frame_attention` and `causal_conv3d`.
 
     Raises:
         ValueError: a field breaks its rule; the message names field, rule and value.
@@ -66,19 +66,13 @@ class ModelConfig:
             if isinstance(value, bool) or not isinstance(value, int) or value < smallest:
                 raise ValueError(f"{name}: must be an integer >= {smallest}, got {value!r}")
         if not self.channel_mult or any(not isinstance(m, int) or m < 1 for m in self.channel_mult):
-            raise ValueError(
-                f"channel_mult: must be integers >= 1, one for each level, got {self.channel_mult}"
-            )
+            raise ValueError(f"channel_mult: must be integers >= 1, one for each level, got {self.channel_mult}")
         if self.window is not None and (not isinstance(self.window, int) or self.window < 0):
             raise ValueError(f"window: must be None or an integer >= 0, got {self.window!r}")
         if self.temporal_mixing not in _TEMPORAL_MIXINGS:
-            raise ValueError(
-                f"temporal_mixing: must be one of {_TEMPORAL_MIXINGS}, got {self.temporal_mixing!r}"
-            )
+            raise ValueError(f"temporal_mixing: must be one of {_TEMPORAL_MIXINGS}, got {self.temporal_mixing!r}")
         if self.num_actions and self.action_dim:
-            raise ValueError(
-                f"action_dim: must be 0 where num_actions = {self.num_actions}, got {self.action_dim}"
-            )
+            raise ValueError(f"action_dim: must be 0 where num_actions = {self.num_actions}, got {self.action_dim}")
         if not self.sigma_data > 0:
             raise ValueError(f"sigma_data: must be > 0, got {self.sigma_data}")
         if not 0 <= self.dropout < 1:

@@ -41,7 +41,7 @@ class FrameGate(nn.Module):
 
 
 class CausalConv(NormalizedModule):
-    """Normalised 3x3 convolution over the kt frames up to the current one; earlier frames are read from the clean stream.
+    """Normalised 3x3 convolution over the last kt frames, the earlier ones read from the clean stream.
 
     joint: one weight (O, I, kt, 3, 3), normalised over 9 kt I inputs; a plain sum of its taps. gated: the last taps
     (O, I, 3, 3) and the past taps (O, I, kt - 1, 3, 3) are normalised each on its own and mixed by a `FrameGate`.
@@ -59,9 +59,7 @@ class CausalConv(NormalizedModule):
             self.gate = None
         else:
             self.weight = nn.Parameter(torch.randn(out_channels, in_channels, 3, 3))
-            self.past_weight = nn.Parameter(
-                torch.randn(out_channels, in_channels, config.kernel_frames - 1, 3, 3)
-            )
+            self.past_weight = nn.Parameter(torch.randn(out_channels, in_channels, config.kernel_frames - 1, 3, 3))
             self.gate = FrameGate()
 
     def raw_weights(self) -> Iterator[nn.Parameter]:
@@ -73,9 +71,7 @@ class CausalConv(NormalizedModule):
         """(O, I, kt, 3, 3)."""
         weight = normalize_weight(self.weight)
         return (
-            weight
-            if self.gate is None
-            else torch.cat((normalize_weight(self.past_weight), weight[:, :, None]), dim=2)
+            weight if self.gate is None else torch.cat((normalize_weight(self.past_weight), weight[:, :, None]), dim=2)
         )
 
     def _last_taps(self, gain: float) -> Tensor:
@@ -87,9 +83,7 @@ class CausalConv(NormalizedModule):
     def forward(self, x: Tensor, frames: FramePass) -> Tensor:
         """x (B, I, F, Y, X) -> (B, O, F, Y, X)."""
         if frames.mode == "spatial":
-            return self._present(
-                x, "spatial", 1.0 if self.gate is not None else math.sqrt(self.kernel_frames)
-            )
+            return self._present(x, "spatial", 1.0 if self.gate is not None else math.sqrt(self.kernel_frames))
         last_scale = past_scale = None
         if self.gate is not None:
             last_scale, past_scale = (s.to(x.dtype) for s in self.gate(frames.c_noise, frames.positions))
@@ -97,9 +91,7 @@ class CausalConv(NormalizedModule):
             return self._causal(x, frames, last_scale, past_scale, None)
         entry = frames.cache.conv(self.key, x)
         if frames.mode == "denoise" and frames.config.frames_per_block == 1:
-            past = entry.past(lambda history: past_term(history, self._all_taps(), impl=self.impl))[
-                :, :, None
-            ]
+            past = entry.past(lambda history: past_term(history, self._all_taps(), impl=self.impl))[:, :, None]
             y = self._present(x, "last", 1.0)
             if last_scale is None:
                 return y + past

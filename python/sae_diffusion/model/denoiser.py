@@ -68,12 +68,8 @@ class Denoiser(nn.Module):
             raise ValueError(f"noisy_copies: must be >= 0, got {noisy_copies}")
         self._check(x, sigma)
         if x.shape[1] == 0 or x.shape[1] % streams:
-            raise ValueError(
-                f"x: frames must be a positive multiple of 1 + noisy_copies = {streams}, got {x.shape[1]}"
-            )
-        return self._run(
-            x, sigma, actions, "spatial" if spatial_only else "sequence", noisy_copies=streams - 1
-        )
+            raise ValueError(f"x: frames must be a positive multiple of 1 + noisy_copies = {streams}, got {x.shape[1]}")
+        return self._run(x, sigma, actions, "spatial" if spatial_only else "sequence", noisy_copies=streams - 1)
 
     def new_cache(self, batch: int) -> Cache:
         """An empty cache for `batch` videos."""
@@ -98,7 +94,9 @@ class Denoiser(nn.Module):
 
     @torch.no_grad()
     def denoise(self, x: Tensor, sigma: Tensor, actions: Tensor | None, cache: Cache) -> Tensor:
-        """D of the next block given the cache, the noisy half of the training pass; changes nothing that later calls see.
+        """D of the next block given the cache, the noisy half of the training pass.
+
+        The cache holds what it held: later calls see no trace of this one.
 
         Args:
             x: (B, n, C, Y, X), n = frames_per_block, or fewer for the last block of a clip.
@@ -170,15 +168,11 @@ class Denoiser(nn.Module):
             return
         if c.num_actions:
             if actions.is_floating_point():
-                raise TypeError(
-                    f"actions: must be integers, num_actions = {c.num_actions}, got {actions.dtype}"
-                )
+                raise TypeError(f"actions: must be integers, num_actions = {c.num_actions}, got {actions.dtype}")
             want: tuple[int, ...] = (batch, frames)
         elif c.action_dim:
             if not actions.is_floating_point():
-                raise TypeError(
-                    f"actions: must be floating-point, action_dim = {c.action_dim}, got {actions.dtype}"
-                )
+                raise TypeError(f"actions: must be floating-point, action_dim = {c.action_dim}, got {actions.dtype}")
             want = (batch, frames, c.action_dim)
         else:
             raise ValueError("actions: must be None for a model with num_actions = 0 and action_dim = 0")

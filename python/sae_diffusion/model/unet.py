@@ -131,14 +131,10 @@ class UNet(nn.Module):
         self.encoder = nn.ModuleDict()
         for level, (height, out) in enumerate(levels):
             if level > 0:
-                self.encoder[f"{height}_down"] = Block(
-                    channels, channels, config, encoder=True, resample="down"
-                )
+                self.encoder[f"{height}_down"] = Block(channels, channels, config, encoder=True, resample="down")
                 skips.append(channels)
             for i in range(config.blocks_per_level):
-                self.encoder[f"{height}_{i}"] = Block(
-                    channels, out, config, encoder=True, attention=attention(height)
-                )
+                self.encoder[f"{height}_{i}"] = Block(channels, out, config, encoder=True, attention=attention(height))
                 channels = out
                 skips.append(channels)
 
