@@ -1,8 +1,42 @@
-"""Named configurations: one entry for each model."""
+"""Named configurations: one entry for each model, and how it is trained and sampled."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass, field
+from typing import Literal
+
+from .diffusion.noise import NoiseConfig
+from .diffusion.sampler import SamplerConfig
 from .model import ModelConfig
+from .train.config import TrainConfig
+
+
+@dataclass(frozen=True)
+class ClipConfig:
+    """How clips are cut from the data.
+
+    Args:
+        frame_stride: take every so-manieth frame.
+        clip_stride: frames between the starts of two clips of an episode; None = no overlap.
+        heldout_fraction: share of the episodes kept from training, for evaluation and for context; 0 = train on all.
+        on_error: what cannot be read, or is too short, is an error, or is skipped and counted.
+    """
+
+    frame_stride: int = 1
+    clip_stride: int | None = None
+    heldout_fraction: float = 0.1
+    on_error: Literal["raise", "skip"] = "skip"
+
+
+@dataclass(frozen=True)
+class Preset:
+    """Everything `sae train` and `sae sample` take their defaults from."""
+
+    model: ModelConfig
+    train: TrainConfig = field(default_factory=TrainConfig)
+    sampler: SamplerConfig = field(default_factory=SamplerConfig)
+    clips: ClipConfig = field(default_factory=ClipConfig)
+
 
 MODELS = {
     # 64x64 pixels as 32x32x12: a step of 4 clips of 8 to 12 frames takes about a second on two CPU cores.
@@ -40,3 +74,34 @@ MODELS = {
         temporal_mixing="gated",
     ),
 }
+
+# Noise and schedules of "lunar-lander" and "counter-strike" are those the reference trained with.
+PRESETS = {
+    "tiny": Preset(
+        MODELS["tiny"],
+        TrainConfig(
+            clip_length=8, batch_size=4, noisy_copies=2, steps=2000, noise=NoiseConfig(mean=0.0, std=1.6),
+            lr=1e-2, lr_ref_steps=200, lr_ramp_steps=20, checkpoint_every=200, snapshot_every=200, log_every=20,
+            num_workers=1,
+        ),
+        SamplerConfig(steps=12, rho=5.0),
+        ClipConfig(clip_stride=2),
+    ),
+    "lunar-lander": Preset(
+        MODELS["lunar-lander"],
+        TrainConfig(
+            clip_length=16, batch_size=8, noise=NoiseConfig(mean=0.3, std=2.0, context_sigma_max=0.5),
+            steps=40_000, lr=1e-2, lr_ref_steps=800, lr_ramp_steps=800, precision="bf16", spatial_every=4,
+        ),
+        SamplerConfig(),
+        ClipConfig(clip_stride=4),
+    ),
+    "counter-strike": Preset(
+        MODELS["counter-strike"],
+        TrainConfig(
+            clip_length=16, batch_size=8, micro_batch=2, noise=NoiseConfig(mean=0.9, std=1.0, context_sigma_max=0.1),
+            steps=100_000, lr=1e-4, lr_ref_steps=200, lr_ramp_steps=200, precision="bf16", spatial_every=4,
+        ),
+        SamplerConfig(steps=64, sigma_min=0.4, rho=2.0),
+    ),
+}  # fmt: skip

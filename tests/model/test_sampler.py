@@ -65,9 +65,7 @@ def shift(actions, x):
 def start(model, config, frame, seed=0, sample=0):
     """x at sigma_max for one frame."""
     shape = (model.config.channels, model.config.height, model.config.width)
-    eps = token_noise_eps(
-        shape, seed=seed, offset=(frame << 32) | (sample << 16), device="cpu", dtype=torch.float32
-    )
+    eps = token_noise_eps(shape, seed=seed, offset=(frame << 32) | (sample << 16), device="cpu", dtype=torch.float32)
     return config.sigma_max * eps.to(model.weight.dtype)
 
 
@@ -94,18 +92,14 @@ def test_schedule_values():
     config = SamplerConfig(steps=5, sigma_min=0.25, sigma_max=16.0, rho=2.0)
     # sqrt(sigma) falls linearly from 4 to 0.5.
     expected = [4.0**2, 3.125**2, 2.25**2, 1.375**2, 0.5**2, 0.0]
-    assert torch.allclose(
-        sigma_schedule(config), torch.tensor(expected, dtype=torch.float64), rtol=1e-14, atol=0
-    )
+    assert torch.allclose(sigma_schedule(config), torch.tensor(expected, dtype=torch.float64), rtol=1e-14, atol=0)
     default = sigma_schedule(SamplerConfig())
     assert len(default) == 33 and default[-1] == 0 and (default.diff() < 0).all()
-    assert default[0].item() == pytest.approx(80.0, rel=1e-12) and default[31].item() == pytest.approx(
-        0.002, rel=1e-12
-    )
+    assert default[0].item() == pytest.approx(80.0, rel=1e-12) and default[31].item() == pytest.approx(0.002, rel=1e-12)
     assert sigma_schedule(SamplerConfig(steps=1)).tolist() == pytest.approx([80.0, 0.0])
 
 
-@pytest.mark.parametrize("solver,order", [("heun", 2), ("euler", 1)])
+@pytest.mark.parametrize(("solver", "order"), [("heun", 2), ("euler", 1)])
 def test_solver_converges_to_the_exact_solution_with_its_order(solver, order):
     model, given = Chain(), context()
     errors = []
@@ -144,7 +138,7 @@ def test_churn_keeps_the_marginal():
     assert abs(torch.corrcoef(torch.stack([x[0].flatten(), begin.flatten()]))[0, 1].item()) < 0.5
 
 
-@pytest.mark.parametrize("churn,rise", [(1.6, 0.1), (1e9, math.sqrt(2) - 1)])
+@pytest.mark.parametrize(("churn", "rise"), [(1.6, 0.1), (1e9, math.sqrt(2) - 1)])
 def test_churn_raises_the_level(churn, rise):
     model = Chain()
     generate(model, context(), None, 1, dataclasses.replace(EXACT, churn=churn, solver="euler"))
@@ -184,7 +178,7 @@ def test_guidance_formula(kind):
     assert torch.allclose(got, weak + w * (strong - weak), rtol=1e-12, atol=1e-12)
 
 
-@pytest.mark.parametrize("solver,expected", [("heun", 2 * 16 - 1), ("euler", 16)])
+@pytest.mark.parametrize(("solver", "expected"), [("heun", 2 * 16 - 1), ("euler", 16)])
 def test_number_of_evaluations(solver, expected):
     model = Chain()
     generate(model, context(), None, 3, dataclasses.replace(EXACT, solver=solver))
@@ -258,7 +252,7 @@ def test_yields_block_by_block_and_reports_progress():
 
 
 @pytest.mark.parametrize(
-    "arguments,message",
+    ("arguments", "message"),
     [
         (
             {"context": torch.zeros(1, 2, 3, 4, 4)},
@@ -283,7 +277,7 @@ def test_bad_arguments_are_named(arguments, message):
 
 
 @pytest.mark.parametrize(
-    "field,value", [("steps", 0), ("sigma_min", 0.0), ("rho", 0.0), ("solver", "rk4"), ("guidance_kind", "x")]
+    ("field", "value"), [("steps", 0), ("sigma_min", 0.0), ("rho", 0.0), ("solver", "rk4"), ("guidance_kind", "x")]
 )
 def test_bad_config_is_named(field, value):
     with pytest.raises(ValueError, match=f"{field}: must be"):

@@ -14,7 +14,7 @@ import torch
 
 from sae_kernels import token_noise_eps
 
-# The normals of one frame are numbered by (frame, sample, draw): draw 0 starts the ODE, draw i + 1 is the churn of step i.
+# The normals of a frame are numbered by (frame, sample, draw): draw 0 starts the ODE, draw i + 1 churns step i.
 _SAMPLE_BITS, _DRAW_BITS = 16, 16
 _CONTEXT_DRAW = 2**_DRAW_BITS - 1
 
@@ -26,9 +26,13 @@ class SamplerConfig:
     Args:
         steps: N noise levels; a block costs 2N - 1 network evaluations with "heun" and N with "euler" (twice that
             when guidance is not 1), and one more to enter the cache.
-        sigma_min, sigma_max, rho: the noise levels, see `sigma_schedule`.
-        churn, churn_min, churn_max, churn_noise: S_churn, S_min, S_max and S_noise of EDM algorithm 2; churn 0 is
-            deterministic.
+        sigma_min: the last noise level before 0.
+        sigma_max: the first noise level.
+        rho: how densely levels lie near sigma_min, see `sigma_schedule`.
+        churn: S_churn of EDM algorithm 2, noise added between steps; 0 is deterministic.
+        churn_min: the least noise level that is churned.
+        churn_max: the greatest noise level that is churned.
+        churn_noise: S_noise, a factor on the added noise.
         solver: "heun" (second order) or "euler" (first order).
         context_sigma: the noise level the network is told for frames in the cache.
         context_noise: standard deviation of the noise really added to frames before they enter the cache.
@@ -72,7 +76,10 @@ class SamplerConfig:
 
 
 def sigma_schedule(config: SamplerConfig) -> torch.Tensor:
-    """Noise levels, fp64 (steps + 1): (smax^(1/rho) + i/(N-1) (smin^(1/rho) - smax^(1/rho)))^rho, i < N, then 0 (EDM eq. 5)."""
+    """Noise levels, fp64 (steps + 1), the last one 0 (EDM eq. 5).
+
+    sigma_i = (sigma_max^(1/rho) + i / (N - 1) (sigma_min^(1/rho) - sigma_max^(1/rho)))^rho, i < N = steps.
+    """
     ramp = torch.linspace(0, 1, config.steps, dtype=torch.float64)
     first, last = config.sigma_max ** (1 / config.rho), config.sigma_min ** (1 / config.rho)
     return torch.cat([(first + ramp * (last - first)) ** config.rho, ramp.new_zeros(1)])
@@ -135,11 +142,11 @@ def iter_frames(
 
     Args:
         denoiser: a `Denoiser` in eval mode.
-        context: given frames (B, n, C, Y, X), normalised, n a multiple of f; None to start from nothing (or from `cache`).
+        context: given frames (B, n, C, Y, X), normalised, n a multiple of f; None to start from nothing or `cache`.
         actions: (B, n + N) int64 or (B, n + N, A) float, the action that caused each frame; None for no conditioning.
         num_frames: N, a multiple of f.
         guide: the weaker network of autoguidance.
-        cache, guide_cache: from `new_cache(B)`, empty or left by an earlier call; filled in place. None makes fresh ones.
+        cache, guide_cache: from `new_cache(B)`, empty or left by an earlier call; filled in place. None = fresh ones.
         batch: B when neither context, actions nor cache tell it; 1 by default.
 
     Raises:
@@ -166,9 +173,7 @@ def iter_frames(
         )
     for name, frames in (("context", given), ("num_frames", num_frames)):
         if frames % block_frames or frames < 0:
-            raise ValueError(
-                f"{name}: frames must be a multiple of frames_per_block = {block_frames}, got {frames}"
-            )
+            raise ValueError(f"{name}: frames must be a multiple of frames_per_block = {block_frames}, got {frames}")
     if actions is not None and actions.shape[1] != given + num_frames:
         raise ValueError(
             f"actions: need one for each of the {given} context and {num_frames} new frames = {given + num_frames}, "
@@ -177,9 +182,7 @@ def iter_frames(
     if batch > 2**_SAMPLE_BITS:
         raise ValueError(f"batch: must be at most {2**_SAMPLE_BITS}, got {batch}")
     if guide is not None and config.guidance_kind != "auto":
-        raise ValueError(
-            f"guide: is used with guidance_kind 'auto' only, got guidance_kind {config.guidance_kind!r}"
-        )
+        raise ValueError(f"guide: is used with guidance_kind 'auto' only, got guidance_kind {config.guidance_kind!r}")
     if guide is None and config.guidance_kind == "auto" and config.guidance != 1:
         raise ValueError("guide: guidance_kind 'auto' needs a second network, got None")
 
@@ -190,17 +193,13 @@ def iter_frames(
             raise ValueError(
                 f"guide_cache: must hold as many frames as cache = {networks[0][1].frames}, got {networks[1][1].frames}"
             )
-    return _Sampler(networks, config, seed, batch, frame_shape).run(
-        context, actions, num_frames, block_frames
-    )
+    return _Sampler(networks, config, seed, batch, frame_shape).run(context, actions, num_frames, block_frames)
 
 
 class _Sampler:
     """One run: networks with their caches (the guide last), noise levels, and where the noise comes from."""
 
-    def __init__(
-        self, networks, config: SamplerConfig, seed: int, batch: int, frame_shape: tuple[int, ...]
-    ) -> None:
+    def __init__(self, networks, config: SamplerConfig, seed: int, batch: int, frame_shape: tuple[int, ...]) -> None:
         weight = next(networks[0][0].parameters())
         self.networks, self.config, self.seed = networks, config, seed
         self.batch, self.frame_shape, self.device = batch, frame_shape, weight.device
@@ -208,9 +207,8 @@ class _Sampler:
         self.sigmas = sigma_schedule(config).tolist()
 
     def run(self, context, actions, num_frames: int, block_frames: int) -> Iterator[torch.Tensor]:
-        done = 0
-        if context is not None:
-            done = context.shape[1]
+        done = 0 if context is None else context.shape[1]
+        if done:
             self.append(context.to(self.device, self.dtype), None if actions is None else actions[:, :done])
         for start in range(done, done + num_frames, block_frames):
             caused_by = None if actions is None else actions[:, start : start + block_frames]

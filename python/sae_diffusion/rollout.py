@@ -1,0 +1,134 @@
+"""Continuations of recorded clips, or films from nothing, and the files that show them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from .data import Clip, FrameStats
+from .diffusion.sampler import SamplerConfig, generate
+from .media import side_by_side, strip, write_gif, write_mp4, write_png
+
+
+@dataclass(frozen=True)
+class Rollout:
+    """B films of n given and N generated frames, as on disk: uint8 images or float latents.
+
+    Attributes:
+        frames: (B, n + N, Y, X, C), the given frames first.
+        truth: what was recorded, of the same shape; None where nothing was.
+        context: n.
+    """
+
+    frames: np.ndarray
+    truth: np.ndarray | None
+    context: int
+
+    def strip(self, scale: int = 1, films: int = 4, max_frames: int | None = None) -> np.ndarray:
+        """A picture (Y, X, 3): recorded above generated for each film, time to the right, a line before generation."""
+        rows = []
+        for i in range(min(films, len(self.frames))):
+            if self.truth is not None:
+                rows.append(("recorded", self.truth[i]))
+            rows.append(("generated", self.frames[i]))
+        return strip(rows, scale, max_frames=max_frames, context=self.context)
+
+    def film(self, scale: int = 1) -> np.ndarray:
+        """Frames (T, Y, X, 3) that show all films at once: recorded above generated."""
+        rows = [("generated", self.frames)]
+        if self.truth is not None:
+            rows.insert(0, ("recorded", self.truth))
+        return np.concatenate(
+            [side_by_side([(label, film) for film in films], scale, context=self.context) for label, films in rows],
+            axis=1,
+        )
+
+    def write(self, folder: Path | str, *, fps: float = 10.0, scale: int = 4) -> list[Path]:
+        """Write rollout.gif, rollout.mp4 and strip.png into `folder`; returns their paths."""
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        film, paths = self.film(scale), [folder / name for name in ("rollout.gif", "rollout.mp4", "strip.png")]
+        write_gif(paths[0], film, fps)
+        write_mp4(paths[1], film, fps)
+        write_png(paths[2], self.strip(max(1, scale // 2), max_frames=20))
+        return paths
+
+
+def stack_actions(clips: Sequence[Clip]) -> torch.Tensor | None:
+    """(B, T) int64 or (B, T, A) float32; None where the clips carry no actions."""
+    if any(clip.actions is None for clip in clips):
+        return None
+    return torch.from_numpy(np.stack([clip.actions for clip in clips]))
+
+
+def random_actions(denoiser: Any, batch: int, frames: int, hold: int, seed: int) -> torch.Tensor | None:
+    """Uniform actions, each kept for `hold` frames; standard normal ones where they are continuous, else None."""
+    config, generator = denoiser.config, torch.Generator().manual_seed(seed)
+    choices = -(-frames // hold)
+    if config.num_actions:
+        drawn = torch.randint(config.num_actions, (batch, choices), generator=generator)
+    elif config.action_dim:
+        drawn = torch.randn(batch, choices, config.action_dim, generator=generator)
+    else:
+        return None
+    return drawn.repeat_interleave(hold, dim=1)[:, :frames]
+
+
+def continue_clips(
+    denoiser: Any,
+    stats: FrameStats,
+    clips: Sequence[Clip],
+    frames: int,
+    config: SamplerConfig,
+    *,
+    context: int,
+    recorded: bool = True,
+    actions: torch.Tensor | None = None,
+    seed: int = 0,
+    guide: Any = None,
+    callback: Callable[[int], None] | None = None,
+) -> Rollout:
+    """Generate `frames` frames after the first `context` frames of each clip.
+
+    Args:
+        clips: of one size; context frames long, or context + frames long where `recorded`.
+        recorded: tell the network the clips' own actions, and keep the clips as the truth.
+        actions: otherwise (B, frames, ...), the actions that cause the new frames.
+
+    Raises:
+        ValueError: a clip is too short.
+    """
+    wanted = context + frames if recorded else context
+    for clip in clips:
+        if len(clip.frames) < wanted:
+            raise ValueError(f"clips: {clip.source} must have {wanted} frames, got {len(clip.frames)}")
+    told = stack_actions(clips) if denoiser.config.num_actions or denoiser.config.action_dim else None
+    if told is not None:
+        told = told[:, :wanted] if recorded or actions is None else torch.cat([told[:, :context], actions], dim=1)
+    given = np.stack([clip.frames[:context] for clip in clips])
+    new = generate(denoiser, stats.normalize(given), told, frames, config, seed=seed, guide=guide, callback=callback)
+    films = np.concatenate([given, stats.denormalize(new).cpu().numpy()], axis=1)
+    truth = np.stack([clip.frames[:wanted] for clip in clips]) if recorded else None
+    return Rollout(films, truth, context)
+
+
+def films_from_nothing(
+    denoiser: Any,
+    stats: FrameStats,
+    films: int,
+    frames: int,
+    config: SamplerConfig,
+    *,
+    actions: torch.Tensor | None = None,
+    seed: int = 0,
+    guide: Any = None,
+    callback: Callable[[int], None] | None = None,
+) -> Rollout:
+    """Generate `films` films of `frames` frames without any context; actions (films, frames, ...) or None."""
+    new = generate(denoiser, None, actions, frames, config, seed=seed, guide=guide, batch=films, callback=callback)
+    return Rollout(stats.denormalize(new).cpu().numpy(), None, 0)
