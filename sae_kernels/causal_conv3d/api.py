@@ -20,13 +20,13 @@ def causal_conv3d(
     pad_value: float = 0.0,
     impl: str = "auto",
 ) -> torch.Tensor:
-    """Causal convolution over (time, Y, X); clean and noisy frames alike take their past from the clean stream.
+    """Causal convolution over (time, Y, X); clean and noisy frames alike see the clean past.
 
-    y[f] = last_scale[f] * (weight[:, :, -1] conv x[f]) + past_scale[f] * P[frame of f], where P[i] sums the other
-    kt - 1 taps over clean frames i - kt + 1 .. i - 1. P is computed once and shared by all streams:
+    y[f] = last_scale[f] * (weight[:, :, -1] conv x[f]) + past_scale[f] * P[frame of f], where P[i] sums the
+    other kt - 1 taps over clean frames i - kt + 1 .. i - 1. P is computed once and shared by all streams:
     (kt - 1) T + (1 + K) T tap passes instead of kt (1 + K) T. With K = 0 and no scales it equals
-    `F.conv3d(torch.cat([history, x], 2), weight, padding=(0, ky // 2, kx // 2))`. In a block of several frames a
-    noisy frame's past taps read its own copy inside the block and the clean stream before it (a slower route:
+    `F.conv3d(torch.cat([history, x], 2), weight, padding=(0, ky // 2, kx // 2))`. In a block of several frames
+    a noisy frame's past taps read its own copy inside the block and the clean stream before it (a slower route:
     every stream runs its own past taps). Deterministic.
 
     Args:
@@ -43,8 +43,8 @@ def causal_conv3d(
             named one is used or refused, never replaced.
 
     Returns:
-        (B, Cout, F, Y, X) of the dtype of x; channels_last_3d if the channels of x are innermost in memory, else
-        contiguous. Differentiable in x, weight, both scales and history.
+        (B, Cout, F, Y, X) of the dtype of x; channels_last_3d if the channels of x are innermost in memory,
+        else contiguous. Differentiable in x, weight, both scales and history.
 
     Raises:
         ValueError: a shape, device or value breaks its rule, or `impl` cannot run here.
@@ -76,8 +76,8 @@ def causal_conv3d(
 def past_term(history: torch.Tensor, weight: torch.Tensor, *, impl: str = "auto") -> torch.Tensor:
     """P of one frame: the sum of all taps but the last over the clean frames before it.
 
-    It stays the same over all denoiser evaluations of a frame, so a sampler computes it once: the frame's output
-    is last_scale * F.conv2d(x, weight[:, :, -1], padding="same") + past_scale * P.
+    It stays the same over all denoiser evaluations of a frame, so a sampler computes it once: the frame's
+    output is last_scale * F.conv2d(x, weight[:, :, -1], padding="same") + past_scale * P.
 
     Args:
         history: (B, Cin, kt - 1, Y, X), the clean frames before the frame, oldest first.

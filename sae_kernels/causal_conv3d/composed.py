@@ -1,11 +1,11 @@
 """The shared-past convolution from library 2D convolutions (oneDNN on the CPU, cuDNN on CUDA).
 
-The last taps are one conv2d over all frames of all streams: channels_last_3d memory is (B, F, Y, X, C), so the
-frames are a free view. The past taps are one conv2d over the T clean frames with the kt - 1 taps stacked in the
-input channels: the stack is the only copy, the library accumulates over all past taps before it rounds, and the
-tap passes are exactly (kt - 1) T. A conv3d over the padded clean frames does the same arithmetic, but falls off
-oneDNN's fast path below 96 channels (T = 16, 2 threads: 64 channels at 16x16 6.2 ms against 1.5 ms, 32 channels
-at 32x32 20 ms against 1.6 ms) and gains at most 4 % above it.
+The last taps are one conv2d over all frames of all streams: channels_last_3d memory is (B, F, Y, X, C), so
+the frames are a free view. The past taps are one conv2d over the T clean frames with the kt - 1 taps stacked in
+the input channels: the stack is the only copy, the library accumulates over all past taps before it rounds, and
+the tap passes are exactly (kt - 1) T. A conv3d over the padded clean frames does the same arithmetic, but falls
+off oneDNN's fast path below 96 channels (T = 16, 2 threads: 64 channels at 16x16 6.2 ms against 1.5 ms, 32 at
+32x32 20 ms against 1.6 ms) and gains at most 4 % above it.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ def forward(
     pad_value: float,
     layout: FrameLayout,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """(out (B, Cout, F, Y, X), past (B, Cout, R T, Y, X) or None if kt = 1), channels_last_3d; R: see `_rows`."""
+    """(out (B, Cout, F, Y, X), past (B, Cout, R T, Y, X) or None if kt = 1); R is `_rows`."""
     x = x.contiguous(memory_format=torch.channels_last_3d)
     out = _video(_conv(_images(x), weight[:, :, -1]), x.shape[0])
     if last_scale is not None:
@@ -136,12 +136,12 @@ def past_term_backward(
 
 
 def _rows(layout: FrameLayout) -> int:
-    """R, how many streams have a past of their own: all share one unless blocks let noisy frames see their copy."""
+    """R, streams with a past of their own: all share one unless noisy frames see their own block."""
     return layout.streams if layout.frames_per_block > 1 else 1
 
 
 def _own_spans(layout: FrameLayout, lag: int) -> Iterator[tuple[int, int]]:
-    """Intervals of frames whose source `lag` frames earlier lies in the same block: noisy frames read their own."""
+    """Intervals of frames whose source `lag` frames earlier is in their block: noisy ones read their own."""
     f = layout.frames_per_block
     for start in range(0, layout.frames, f):
         end = min(start + f, layout.frames)
@@ -152,14 +152,13 @@ def _own_spans(layout: FrameLayout, lag: int) -> Iterator[tuple[int, int]]:
 def _streams(video: torch.Tensor, layout: FrameLayout) -> tuple[torch.Tensor, torch.Tensor]:
     """Views (clean (B, 1, T, Y, X, C), noisy (B, K, T, Y, X, C)) of a (B, C, F, Y, X) tensor."""
     streams = video.permute(0, 2, 3, 4, 1).unflatten(1, (layout.streams, layout.frames))
-    first = 0 if layout.noisy_first else 1
     clean = layout.clean_start // layout.frames
-    return streams[:, clean : clean + 1], streams[:, first : first + layout.noisy_copies]
+    return streams[:, clean : clean + 1], _noisy(streams, layout)
 
 
-def _noisy_rows(rows: torch.Tensor, layout: FrameLayout) -> torch.Tensor:
-    first = 0 if layout.noisy_first else 1
-    return rows[:, first : first + layout.noisy_copies]
+def _noisy(streams: torch.Tensor, layout: FrameLayout) -> torch.Tensor:
+    first = layout.noisy_start // layout.frames
+    return streams[:, first : first + layout.noisy_copies]
 
 
 def _stack_sources(
@@ -179,7 +178,7 @@ def _stack_sources(
             rows[:, :, :early] = history[:, :, tap : tap + early].permute(0, 2, 3, 4, 1).unsqueeze(1)
         if R > 1:
             for start, end in _own_spans(layout, lag):
-                _noisy_rows(rows, layout)[:, :, start:end] = noisy[:, :, start - lag : end - lag]
+                _noisy(rows, layout)[:, :, start:end] = noisy[:, :, start - lag : end - lag]
     return sources.flatten(5).flatten(0, 2).permute(0, 3, 1, 2)
 
 
@@ -199,7 +198,7 @@ def _add_source_gradients(
         rows, early = per_tap[..., tap, :], min(lag, T)
         if R > 1:
             for start, end in _own_spans(layout, lag):
-                own = _noisy_rows(rows, layout)[:, :, start:end]
+                own = _noisy(rows, layout)[:, :, start:end]
                 if noisy is not None:
                     noisy[:, :, start - lag : end - lag] += own
                 own.zero_()

@@ -76,9 +76,7 @@ def _backward(
         return tuple(grad.zero_() for grad in _empty_backward(x, weight, mask))
     layout = FrameLayout(frames, 1, frames_per_block, noisy_copies, noisy_first)
     past = past if past.numel() > 0 else None
-    grads = _backend(impl).backward(
-        grad_out, x, weight, past_scale, last_scale, history, past, pad_value, layout, mask
-    )
+    grads = _backend(impl).backward(grad_out, x, weight, past_scale, last_scale, history, past, pad_value, layout, mask)
     return tuple(x.new_empty(0) if grad is None else grad for grad in grads)
 
 
@@ -160,8 +158,7 @@ causal_conv3d_past_fwd = _library.define(
     lambda history, weight, impl: _empty_past(history, weight),
 )
 causal_conv3d_past_bwd = _library.define(
-    "causal_conv3d_past_bwd(Tensor grad_out, Tensor history, Tensor weight, bool[] mask, str impl)"
-    " -> (Tensor, Tensor)",
+    "causal_conv3d_past_bwd(Tensor grad_out, Tensor history, Tensor weight, bool[] mask, str impl) -> (Tensor, Tensor)",
     _past_backward,
     lambda grad_out, history, weight, mask, impl: _empty_past_backward(history, weight, mask),
 )
