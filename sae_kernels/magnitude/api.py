@@ -48,9 +48,7 @@ def mp_sum(a: torch.Tensor, b: torch.Tensor, t: float | torch.Tensor, *, impl: s
             raise ValueError(f"t: must be on the device of a ({a.device}), got {_checks.describe(t)}")
         extra = a.ndim - t.ndim
         if extra < 0 or any(n != 1 and n != m for n, m in zip(t.shape, a.shape[extra:], strict=True)):
-            raise ValueError(
-                f"t: must broadcast to the shape of a {tuple(a.shape)}, got {_checks.describe(t)}"
-            )
+            raise ValueError(f"t: must broadcast to the shape of a {tuple(a.shape)}, got {_checks.describe(t)}")
     else:
         t = _check_number("t", t)
     chosen = _choose("mp_sum", impl, a)
@@ -59,13 +57,12 @@ def mp_sum(a: torch.Tensor, b: torch.Tensor, t: float | torch.Tensor, *, impl: s
     return ops.mp_sum_tensor(a, b, t, chosen) if isinstance(t, torch.Tensor) else ops.mp_sum(a, b, t, chosen)
 
 
-def mp_cat(
-    a: torch.Tensor, b: torch.Tensor, dim: int = 1, t: float = 0.5, *, impl: str = "auto"
-) -> torch.Tensor:
+def mp_cat(a: torch.Tensor, b: torch.Tensor, dim: int = 1, t: float = 0.5, *, impl: str = "auto") -> torch.Tensor:
     """Magnitude-preserving concatenation (EDM2, eq. 103): t is the share of b in the result's magnitude.
 
-    `torch.cat([c * (1 - t) / sqrt(Na) * a, c * t / sqrt(Nb) * b], dim)` with `c = sqrt((Na + Nb) / ((1 - t)**2 + t**2))`
-    and Na, Nb the sizes along `dim`. Different dtypes are promoted; channels-last inputs give channels-last output.
+    `torch.cat([c * (1 - t) / sqrt(Na) * a, c * t / sqrt(Nb) * b], dim)` with Na, Nb the sizes along `dim` and
+    `c = sqrt((Na + Nb) / ((1 - t)**2 + t**2))`. Different dtypes are promoted; channels-last inputs give channels-last
+    output.
 
     Raises:
         TypeError: not a tensor, or not a supported dtype.
@@ -73,12 +70,8 @@ def mp_cat(
     """
     a, b = _check_pair(a, b)
     dim, t = _check_dim(dim, a), _check_number("t", t)
-    if a.ndim != b.ndim or any(
-        n != m for d, (n, m) in enumerate(zip(a.shape, b.shape, strict=True)) if d != dim
-    ):
-        raise ValueError(
-            f"b: must have the shape of a {tuple(a.shape)} but for dim {dim}, got {_checks.describe(b)}"
-        )
+    if a.ndim != b.ndim or any(n != m for d, (n, m) in enumerate(zip(a.shape, b.shape, strict=True)) if d != dim):
+        raise ValueError(f"b: must have the shape of a {tuple(a.shape)} but for dim {dim}, got {_checks.describe(b)}")
     n_a, n_b = a.shape[dim], b.shape[dim]
     for name, size in (("a", n_a), ("b", n_b)):
         if size < 1:
@@ -106,9 +99,7 @@ def pixel_norm(x: torch.Tensor, dim: int = 1, eps: float = 1e-4, *, impl: str = 
     if x.shape[dim] < 1:
         raise ValueError(f"x: size along dim {dim} must be >= 1, got {_checks.describe(x)}")
     chosen = _choose("pixel_norm", impl, x)
-    return (
-        reference.pixel_norm(x, dim, eps) if chosen == "reference" else ops.pixel_norm(x, dim, eps, chosen)[0]
-    )
+    return reference.pixel_norm(x, dim, eps) if chosen == "reference" else ops.pixel_norm(x, dim, eps, chosen)[0]
 
 
 def normalize_weight(w: torch.Tensor, gain: float | torch.Tensor = 1, *, impl: str = "auto") -> torch.Tensor:
@@ -126,15 +117,11 @@ def normalize_weight(w: torch.Tensor, gain: float | torch.Tensor = 1, *, impl: s
     """
     _check_tensor("w", w)
     if w.ndim < 2 or any(n < 1 for n in w.shape[1:]):
-        raise ValueError(
-            f"w: must have shape (Cout, ...) with a fan-in of at least 1, got {_checks.describe(w)}"
-        )
+        raise ValueError(f"w: must have shape (Cout, ...) with a fan-in of at least 1, got {_checks.describe(w)}")
     if isinstance(gain, torch.Tensor):
         _check_tensor("gain", gain)
         if gain.numel() != 1 or gain.device != w.device:
-            raise ValueError(
-                f"gain: must be one element on the device of w ({w.device}), got {_checks.describe(gain)}"
-            )
+            raise ValueError(f"gain: must be one element on the device of w ({w.device}), got {_checks.describe(gain)}")
         gain = gain.reshape(())
     else:
         gain = _check_number("gain", gain)

@@ -101,9 +101,7 @@ def normalize_weight(
     w: torch.Tensor, gain: torch.Tensor | None, factor: float, out: torch.Tensor, rms: torch.Tensor
 ) -> None:
     fan_in = math.prod(w.shape[1:])
-    torch.linalg.vector_norm(w, dim=list(range(1, w.ndim)), keepdim=True, dtype=rms.dtype, out=rms).mul_(
-        fan_in**-0.5
-    )
+    torch.linalg.vector_norm(w, dim=list(range(1, w.ndim)), keepdim=True, dtype=rms.dtype, out=rms).mul_(fan_in**-0.5)
     work = _work(out)
     torch.mul(_up(w), _scale(gain, factor, fan_in, rms) / (rms + 1e-4), out=work)
     _store(work, out)
@@ -118,7 +116,10 @@ def normalize_weight_backward(
     grad_w: torch.Tensor | None,
     grad_gain: torch.Tensor | None,
 ) -> None:
-    """With c = gain / sqrt(n) and d = rms + eps: grad_w = c/d (grad - w <grad, w> / (d n rms)), grad_gain = sum <grad, w> / (d sqrt(n))."""
+    """With c = gain / sqrt(n), d = rms + eps and <,> over an output channel of n elements:
+
+    grad_w = c / d (grad - w <grad, w> / (d n rms)), grad_gain = sum <grad, w> / (d sqrt(n)).
+    """
     fan_in, dims = math.prod(w.shape[1:]), list(range(1, w.ndim))
     grad, w32, d = _up(grad_out), _up(w), rms + 1e-4
     product = grad * w32

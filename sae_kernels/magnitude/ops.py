@@ -181,8 +181,7 @@ def _cat(a, b, dim, weight_a, weight_b, impl):
 def _empty_cat_backward(grad_out, size_a, dim, weight_a, weight_b, impl):
     parts = grad_out.narrow(dim, 0, size_a), grad_out.narrow(dim, size_a, grad_out.shape[dim] - size_a)
     return tuple(
-        torch.empty(p.shape, dtype=p.dtype, device=p.device, memory_format=_memory_format(grad_out))
-        for p in parts
+        torch.empty(p.shape, dtype=p.dtype, device=p.device, memory_format=_memory_format(grad_out)) for p in parts
     )
 
 

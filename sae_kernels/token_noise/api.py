@@ -36,8 +36,8 @@ def token_noise(
             of the layout), or one of the rank of x broadcastable to (B, F, ...) (per token, channel or pixel).
         layout: its frames, noisy_copies and noisy_first are used; `tokens_per_frame` is not.
         seed: key of the generator, any signed 64-bit integer.
-        offset: counter of the draw, such as the training step, any signed 64-bit integer. Draws with different
-            (seed, offset) never share random words.
+        offset: counter of the draw, such as the training step, any signed 64-bit integer. Draws of one
+            seed with different offsets never share a counter.
         dtype: of the output, that of x by default.
         return_noise: also return eps, of the output's shape and dtype, without gradient.
         impl: "auto", "reference" or "composed". A named one is used or refused, never replaced.
@@ -123,17 +123,13 @@ def _check_word(name: str, value: int) -> None:
 def _scale(name: str, value: torch.Tensor | float, x: torch.Tensor, shape: tuple[int, ...]) -> torch.Tensor:
     """The scale as a tensor of the rank of x."""
     if isinstance(value, (int, float)) and not isinstance(value, bool):
-        return x.new_full(
-            (1,) * x.ndim, value, dtype=torch.float64 if x.dtype == torch.float64 else torch.float32
-        )
+        return x.new_full((1,) * x.ndim, value, dtype=torch.float64 if x.dtype == torch.float64 else torch.float32)
     if not isinstance(value, torch.Tensor):
         raise TypeError(f"{name}: must be a number or a tensor, got {_checks.describe(value)}")
     _checks.check_float(name, value)
     if value.device != x.device:
         raise ValueError(f"{name}: must be on the device of x ({x.device}), got {_checks.describe(value)}")
-    fits = value.ndim in (0, 2, x.ndim) and all(
-        n == 1 or n == m for n, m in zip(value.shape, shape, strict=False)
-    )
+    fits = value.ndim in (0, 2, x.ndim) and all(n == 1 or n == m for n, m in zip(value.shape, shape, strict=False))
     if not fits:
         raise ValueError(
             f"{name}: must broadcast to (B, F) = {shape[:2]} or, with all its dimensions, to (B, F, ...) = {shape}, "

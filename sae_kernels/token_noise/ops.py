@@ -33,18 +33,14 @@ def _empty_forward(x, signal_scale, noise_scale, streams, dtype, return_noise, s
 
 
 def _forward(x, signal_scale, noise_scale, streams, dtype, return_noise, seed, offset, impl):
-    out, noise = _empty_forward(
-        x, signal_scale, noise_scale, streams, dtype, return_noise, seed, offset, impl
-    )
+    out, noise = _empty_forward(x, signal_scale, noise_scale, streams, dtype, return_noise, seed, offset, impl)
     if out.numel() > 0:
         wanted = noise if return_noise else None
         _backend(impl).forward(x, signal_scale, noise_scale, out, wanted, streams, seed, offset)
     return out, noise
 
 
-def _empty_backward(
-    grad_out, x, signal_scale, noise_scale, needs_x, needs_signal, needs_noise, seed, offset, impl
-):
+def _empty_backward(grad_out, x, signal_scale, noise_scale, needs_x, needs_signal, needs_noise, seed, offset, impl):
     wanted = ((x, needs_x), (signal_scale, needs_signal), (noise_scale, needs_noise))
     return tuple(t.new_empty(t.shape if needed else (0,)) for t, needed in wanted)
 

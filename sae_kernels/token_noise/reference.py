@@ -32,7 +32,7 @@ def philox(counter: Sequence[torch.Tensor], key: tuple[int, int]) -> tuple[torch
 def token_noise_eps(
     shape: Sequence[int], seed: int, offset: int, device: torch.device | str | None, dtype: torch.dtype
 ) -> torch.Tensor:
-    """Standard normals: element e of the contiguous result is number e % 4 of counter (e // 4, offset) under key seed."""
+    """Standard normals: element e of the contiguous result is number e % 4 of counter (e // 4, offset), key seed."""
     elements = math.prod(shape)
     group = torch.arange(-(-elements // 4), dtype=torch.int64, device=device)
     offset_lo, offset_hi = torch.full_like(group, offset & WORD), torch.full_like(group, offset >> 32 & WORD)
