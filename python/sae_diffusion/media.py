@@ -103,17 +103,16 @@ def write_mp4(path: str | os.PathLike[str], frames: Any, fps: float = 25, scale:
     video = enlarge(to_rgb(frames), scale)
     video = np.pad(video, ((0, 0), (0, video.shape[1] % 2), (0, video.shape[2] % 2), (0, 0)), mode="edge")
     codec = _encoder()
-    with atomic_path(path) as temporary:
-        with av.open(str(temporary), "w", format="mp4") as container:
-            stream = container.add_stream(codec, rate=Fraction(fps).limit_denominator(1000))
-            stream.height, stream.width, stream.pix_fmt = video.shape[1], video.shape[2], "yuv420p"
-            if codec == "libx264":
-                stream.options = {"crf": "18"}
-            else:
-                stream.bit_rate = max(1_000_000, int(video[0].size * fps))
-            for frame in video:
-                container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
-            container.mux(stream.encode())
+    with atomic_path(path) as temporary, av.open(str(temporary), "w", format="mp4") as container:
+        stream = container.add_stream(codec, rate=Fraction(fps).limit_denominator(1000))
+        stream.height, stream.width, stream.pix_fmt = video.shape[1], video.shape[2], "yuv420p"
+        if codec == "libx264":
+            stream.options = {"crf": "18"}
+        else:
+            stream.bit_rate = max(1_000_000, int(video[0].size * fps))
+        for frame in video:
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
+        container.mux(stream.encode())
 
 
 def _text_size(text: str) -> tuple[int, int]:

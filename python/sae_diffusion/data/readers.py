@@ -119,7 +119,7 @@ def _read_csv(path: Path) -> np.ndarray:
 
 
 def read_side_file(video: Path, frames: int) -> np.ndarray | None:
-    """The actions of `clip.mp4` from `clip.actions.npy`, `.csv` (header optional) or `.json` (list, or {"actions": list})."""
+    """Actions of `clip.mp4`: `clip.actions.npy`, `.csv` (header or not) or `.json` (a list, or {"actions": list})."""
     found = [p for s in ACTION_SUFFIXES if (p := video.with_name(f"{video.stem}.actions{s}")).exists()]
     if not found:
         return None
@@ -299,6 +299,7 @@ class NpzReader:
             raise DataError(file, f"frames must be uint8 or floats, are {dtype}")
         if len(shape) not in (4, 5) or 0 in shape:
             raise DataError(file, f"frames must be (T, Y, X, C) or (N, T, Y, X, C), are {shape}")
+        y, x, c = shape[-3:]
         clips = [None] if len(shape) == 4 else range(shape[0])
         if actions is not None and len(shape) == 5 and (actions.ndim < 2 or len(actions) != shape[0]):
             raise DataError(file, f"actions must be ({shape[0]}, T-1[, A]) like frames {shape}, are {actions.shape}")
@@ -310,7 +311,7 @@ class NpzReader:
                 if actions is not None:
                     rows = check_actions(actions if n is None else actions[n], shape[-4], source)
                 kind = "uint8" if dtype == np.uint8 else "float32"
-                yield Episode(source, f"{name}/{n or 0}", stamp, file, n, shape[-4], tuple(shape[-3:]), kind, rows)
+                yield Episode(source, f"{name}/{n or 0}", stamp, file, n, shape[-4], (y, x, c), kind, rows)
             except DataError as error:
                 yield error
 
@@ -361,7 +362,7 @@ def _open_member(path: Path, name: str) -> np.ndarray:
 class ClipDataset(torch.utils.data.Dataset):
     """Clips of fixed length; `ds[i]` -> Clip depends on i and the files only. Made by `open_dataset`.
 
-    frame_shape (Y, X, C); is_latent; num_actions (discrete, 0 = none); action_dim (continuous, 0 = none); fps (or None);
+    frame_shape (Y, X, C); is_latent; num_actions (discrete, 0 = none); action_dim (continuous, 0 = none); fps or None;
     episodes; skipped: list of (source, reason). Can be pickled, and used after a fork.
     """
 
@@ -469,7 +470,7 @@ def open_dataset(
     split: str = "all",
     heldout_fraction: float = 0.1,
 ) -> ClipDataset:
-    """Open a folder of `collect`, a folder (or one file) of videos, or a folder (or one file) of npz; found out by itself.
+    """Open a folder of `collect`, a folder (or one file) of videos, or a folder (or one file) of npz, whichever it is.
 
     A clip is `clip_length` frames, every `frame_stride`-th; clips start every `clip_stride` frames (default: where the
     one before ends, no overlap). With a stride the action into a frame is the one taken at the clip's frame before it.
@@ -478,8 +479,8 @@ def open_dataset(
     file and reason, or with on_error="skip" is listed in `.skipped`. Skipping verifies all of the content at once;
     raising verifies recorded shards as they are read, the others at once as well.
     """
-    for name, value in dict(clip_length=clip_length, frame_stride=frame_stride, clip_stride=clip_stride or 1).items():
-        if value < 1:
+    for name, value in (("clip_length", clip_length), ("frame_stride", frame_stride), ("clip_stride", clip_stride)):
+        if value is not None and value < 1:
             raise ValueError(f"{name}: must be at least 1, got {value}")
     if on_error not in ("raise", "skip"):
         raise ValueError(f"on_error: must be 'raise' or 'skip', got {on_error!r}")
@@ -537,7 +538,7 @@ def open_dataset(
         long_enough,
         skipped,
         clip_length,
-        size=tuple(size) if size else None,
+        size=(size[0], size[1]) if size else None,
         frame_stride=frame_stride,
         clip_stride=clip_stride or span,
         num_actions=num_actions,

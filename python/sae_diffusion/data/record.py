@@ -6,7 +6,7 @@ import json
 import os
 from collections.abc import Callable, Generator, Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from multiprocessing import get_context
 from pathlib import Path
@@ -144,11 +144,12 @@ def _record(root: Path, description: dict[str, Any], policy: Policy, episode: in
                 if action is not None:
                     action = int(action) - space["start"] if space["kind"] == "discrete" else np.ravel(action)
                 writer.add(resize_frames(frame[None], tuple(description["size"]))[0], action)
-            if space["kind"] == "discrete":
-                actions = np.array(writer.actions, np.int64)
-            else:
-                actions = np.array(writer.actions, np.float32).reshape(-1, space["dim"])
-            writer.finish(actions, {"seed": seeds[0], "action_seed": seeds[1], "end": end})
+            discrete = space["kind"] == "discrete"
+            rows = np.array(writer.actions, np.int64 if discrete else np.float32)
+            writer.finish(
+                rows if discrete else rows.reshape(-1, space["dim"]),
+                {"seed": seeds[0], "action_seed": seeds[1], "end": end},
+            )
         return writer.count
     finally:
         env.close()
@@ -217,13 +218,13 @@ def collect(
     uninterrupted call, with any num_workers. `progress(done, episodes, frames)` after each episode.
     Raises ValueError for settings (naming the first that differs from the folder's), ImportError for a missing package.
     """
-    for name, value in dict(
-        episodes=episodes,
-        frame_skip=frame_skip,
-        hold=hold,
-        num_workers=num_workers,
-        episodes_per_shard=episodes_per_shard,
-    ).items():
+    for name, value in (
+        ("episodes", episodes),
+        ("frame_skip", frame_skip),
+        ("hold", hold),
+        ("num_workers", num_workers),
+        ("episodes_per_shard", episodes_per_shard),
+    ):
         _positive(name, value)
     _positive("seed", seed, 0)
     _positive("skip_first", skip_first, 0)
@@ -239,7 +240,8 @@ def collect(
     if isinstance(policy, str):
         if policy != "hold-random":
             raise ValueError(f"policy: must be 'hold-random' or a function, got {policy!r}")
-        play, policy_name = hold_random, policy
+        play: Policy = hold_random
+        policy_name = policy
     else:
         play, policy_name = policy, f"{policy.__module__}.{policy.__qualname__}"
 
@@ -255,7 +257,6 @@ def collect(
             "version": VERSION,
             "env_id": env_id,
             "env_kwargs": env_kwargs or {},
-            "fps": rate / frame_skip,
             "seed": seed,
             "size": [int(size[0]), int(size[1])],
             "action_space": _action_space(env, env_id),
@@ -263,6 +264,7 @@ def collect(
             "frame_skip": frame_skip,
             "skip_first": skip_first,
             "max_frames": max_frames,
+            "fps": rate / frame_skip,
             "autoreset": "disabled",  # every episode has an environment of its own, no reset transition is recorded
             "gymnasium": gymnasium.__version__,
             "episodes_per_shard": episodes_per_shard,
@@ -306,10 +308,8 @@ def _fill(
         _pack(root, episode // per_shard, per_shard, episodes, lengths)
         if progress is not None:
             progress(sum(number < episodes for number in lengths), episodes, sum(lengths.values()))
-    try:
+    with suppress(OSError):  # it may hold episodes beyond those asked for now
         (root / "staging").rmdir()
-    except OSError:  # holds episodes beyond those asked for now
-        pass
     return Collected(root, len(lengths), sum(lengths.values()), len(lengths) - before)
 
 

@@ -52,7 +52,7 @@ class FrameStats:
         return like.new_tensor(self.mean, dtype=dtype), like.new_tensor(self.std, dtype=dtype)
 
     def normalize(self, frames: np.ndarray | torch.Tensor) -> torch.Tensor:
-        """(..., T, Y, X, C) uint8 (floats for latents) -> float32 (..., T, C, Y, X), a view that is channels-last in memory."""
+        """(..., T, Y, X, C) uint8 (latents: floats) -> float32 (..., T, C, Y, X), channels-last in memory."""
         x = torch.as_tensor(frames)
         if self.latent != x.is_floating_point() or (not self.latent and x.dtype != torch.uint8):
             raise TypeError(f"frames: must be {'floats (latents)' if self.latent else 'uint8'}, got {x.dtype}")
