@@ -150,7 +150,7 @@ def _check_pair(a: torch.Tensor, b: torch.Tensor) -> tuple[torch.Tensor, torch.T
 def _check_number(name: str, value: float) -> float:
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise TypeError(f"{name}: must be a number, got {_checks.describe(value)}")
-    if not math.isfinite(value):
+    if not -math.inf < value < math.inf:  # torch.compile cannot trace math.isfinite
         raise ValueError(f"{name}: must be finite, got {value}")
     return float(value)
 

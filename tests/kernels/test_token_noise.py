@@ -480,6 +480,10 @@ def test_seeded_fault_is_caught(fault, monkeypatch):
     monkeypatch.setitem(sys.modules, module.__name__, module)
     exec(compile(source, "faulty", "exec"), module.__dict__)
     monkeypatch.setattr(ops, "composed", module)
-    with pytest.raises(AssertionError):
+
+    def compare_both():
         for per in ("frame", "clip"):
             compare(*make(2, 3, 2, (7,), per=per), seed=2**40 + 5, offset=3 * 2**33 + 1)
+
+    with pytest.raises(AssertionError):
+        compare_both()

@@ -1,0 +1,409 @@
+"""Magnitude-preserving functions: the references against EDM2's equations, composed against the references."""
+
+from __future__ import annotations
+
+import inspect
+import math
+import sys
+import types
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from sae_kernels import mp_cat, mp_silu, mp_sum, normalize_weight, pixel_norm
+from sae_kernels.magnitude import composed, ops
+from sae_kernels.testing import assert_within_budget, noncontiguous
+
+LOW = [torch.float32, torch.bfloat16, torch.float16]
+CL3D = torch.channels_last_3d
+
+# name: (function of the tensors, their shapes)
+VIDEO = (2, 6, 3, 4, 5)
+CASES = {
+    "mp_silu": (mp_silu, [VIDEO]),
+    "mp_sum": (lambda a, b, **o: mp_sum(a, b, 0.3, **o), [VIDEO, VIDEO]),
+    "mp_sum t=0": (lambda a, b, **o: mp_sum(a, b, 0, **o), [VIDEO, VIDEO]),
+    "mp_sum t=1": (lambda a, b, **o: mp_sum(a, b, 1, **o), [VIDEO, VIDEO]),
+    "mp_sum per frame": (mp_sum, [VIDEO, VIDEO, (2, 1, 3, 1, 1)]),
+    "mp_sum per channel": (mp_sum, [VIDEO, VIDEO, (6, 1, 1, 1)]),
+    "mp_sum scalar tensor": (mp_sum, [VIDEO, VIDEO, ()]),
+    "mp_sum per element": (mp_sum, [VIDEO, VIDEO, VIDEO]),
+    "mp_cat": (lambda a, b, **o: mp_cat(a, b, **o), [VIDEO, (2, 9, 3, 4, 5)]),
+    "mp_cat t": (lambda a, b, **o: mp_cat(a, b, -1, 0.2, **o), [VIDEO, (2, 6, 3, 4, 1)]),
+    "mp_cat images": (lambda a, b, **o: mp_cat(a, b, 1, 0.7, **o), [(2, 3, 4, 5), (2, 8, 4, 5)]),
+    "pixel_norm": (pixel_norm, [VIDEO]),
+    "pixel_norm last": (lambda x, **o: pixel_norm(x, -1, 1e-3, **o), [(3, 4, 16)]),
+    "normalize_weight": (normalize_weight, [(8, 4, 3, 3)]),
+    "normalize_weight number": (lambda w, **o: normalize_weight(w, 0.7, **o), [(8, 4, 2, 3, 3)]),
+    "normalize_weight gain": (normalize_weight, [(8, 12), ()]),
+    "normalize_weight gain of shape 1": (normalize_weight, [(8, 4, 3, 3), (1,)]),
+}
+VIDEO_CASES = [name for name, (_, shapes) in CASES.items() if shapes[0] == VIDEO]
+
+
+def make(name, dtype=torch.float32, seed=0):
+    """(inputs, upstream gradient)"""
+    function, shapes = CASES[name]
+    generator = torch.Generator().manual_seed(seed)
+    inputs = [torch.randn(shape, generator=generator).to(dtype) for shape in shapes]
+    out = function(*inputs, impl="reference")
+    return inputs, torch.randn(out.shape, generator=generator).to(dtype)
+
+
+def run(function, inputs, grad, dtype, **options):
+    inputs = [x.detach().to(dtype).requires_grad_() for x in inputs]
+    out = function(*inputs, **options)
+    return [out, *torch.autograd.grad(out, inputs, grad.to(dtype))]
+
+
+def compare(function, inputs, grad, name):
+    dtype = inputs[0].dtype
+    actual = run(function, inputs, grad, dtype, impl="composed")
+    gold = run(function, inputs, grad, torch.float64, impl="reference")
+    eager = run(function, inputs, grad, dtype, impl="reference")
+    for index, results in enumerate(zip(actual, gold, eager, strict=True)):
+        assert results[0].dtype == dtype
+        assert_within_budget(*results, f"{name}: {f'gradient {index}' if index else 'out'}")
+
+
+@pytest.mark.parametrize("dtype", LOW, ids=str)
+@pytest.mark.parametrize("name", CASES)
+def test_composed_is_the_reference(name, dtype):
+    inputs, grad = make(name, dtype)
+    compare(CASES[name][0], inputs, grad, name)
+
+
+@given(
+    name=st.sampled_from(["mp_silu", "mp_sum", "mp_sum per frame", "mp_cat", "pixel_norm", "normalize_weight"]),
+    # A norm of few elements takes nearly the whole gradient away: what is left is rounding, of any implementation.
+    shape=st.tuples(*[st.integers(low, 9) for low in (1, 4, 1, 1, 4)]),
+    scale=st.sampled_from([1e-2, 1.0, 30.0]),
+    dtype=st.sampled_from(LOW),
+    channels_last=st.booleans(),
+    seed=st.integers(0, 2**31),
+)
+@settings(max_examples=60, deadline=None, derandomize=True)
+def test_any_shape(name, shape, scale, dtype, channels_last, seed):
+    generator = torch.Generator().manual_seed(seed)
+    tensors = 1 + name.startswith("mp_sum") + (name == "mp_cat")
+    inputs = [(torch.randn(shape, generator=generator) * scale).to(dtype) for _ in range(tensors)]
+    grad_shape = (shape[0], 2 * shape[1], *shape[2:]) if name == "mp_cat" else shape
+    inputs.append(torch.randn(grad_shape, generator=generator).to(dtype))
+    if channels_last:
+        inputs = [x.contiguous(memory_format=CL3D) for x in inputs]
+    *inputs, grad = inputs
+    if name == "mp_sum per frame":
+        inputs.append(torch.rand((shape[0], 1, shape[2], 1, 1), generator=generator).to(dtype))
+    compare(CASES[name][0], inputs, grad, name)
+
+
+@pytest.mark.parametrize("impl", ["reference", "composed"])
+@pytest.mark.parametrize("name", CASES)
+def test_gradients_are_those_of_finite_differences(name, impl):
+    inputs, _ = make(name)
+    inputs = [x[..., :2].double().requires_grad_() if x.ndim else x.double().requires_grad_() for x in inputs]
+    function = CASES[name][0]
+    assert torch.autograd.gradcheck(lambda *a: function(*a, impl=impl), inputs, fast_mode=True)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_fp64(name):
+    inputs, grad = make(name, torch.float64)
+    function = CASES[name][0]
+    got, want = (run(function, inputs, grad, torch.float64, impl=impl) for impl in ("composed", "reference"))
+    for g, w in zip(got, want, strict=True):
+        torch.testing.assert_close(g, w, rtol=1e-12, atol=1e-12)
+
+
+def test_equations_by_hand():
+    x = torch.tensor([[0.7, -1.2, 2.0]], dtype=torch.float64)
+    y = torch.tensor([[0.1, 0.4, -3.0]], dtype=torch.float64)
+    for impl in ("reference", "composed"):
+        for i in range(3):
+            a, b = x[0, i].item(), y[0, i].item()
+            assert mp_silu(x, impl=impl)[0, i].item() == pytest.approx(a / (1 + math.exp(-a)) / 0.596, rel=1e-14)
+            for t in (0.3, torch.tensor(0.3, dtype=torch.float64)):
+                want = (0.7 * a + 0.3 * b) / math.sqrt(0.7**2 + 0.3**2)
+                assert mp_sum(x, y, t, impl=impl)[0, i].item() == pytest.approx(want, rel=1e-14)
+            rms = math.sqrt((0.7**2 + 1.2**2 + 2.0**2) / 3)
+            assert pixel_norm(x, impl=impl)[0, i].item() == pytest.approx(a / (1e-4 + rms), rel=1e-14)
+            want = a / (1e-4 + rms) * 1.5 / math.sqrt(3)
+            assert normalize_weight(x, 1.5, impl=impl)[0, i].item() == pytest.approx(want, rel=1e-14)
+        got = mp_cat(x, y[:, :1], 1, 0.2, impl=impl)
+        c = math.sqrt(4 / (0.8**2 + 0.2**2))
+        want = [*(c * 0.8 / math.sqrt(3) * x[0]).tolist(), c * 0.2 * 0.1]
+        assert got[0].tolist() == pytest.approx(want, rel=1e-14)
+
+
+def rms(x, dim=None):
+    return x.double().square().mean(dim=dim).sqrt()
+
+
+@pytest.mark.parametrize("impl", ["reference", "composed"])
+def test_unit_magnitude_in_unit_magnitude_out(impl):
+    n = 400_000
+    a, b = torch.randn(4, n // 4), torch.randn(4, n // 4)
+    error = 5 / math.sqrt(2 * n) * 2  # five standard errors of an RMS, doubled for the heavier tail of silu
+    assert abs(rms(mp_silu(a, impl=impl)) - 1) < error + 2e-4  # 0.596 has three digits
+    for t in (0.0, 0.3, 0.5, 1.0, torch.tensor([[0.1], [0.4], [0.5], [0.9]])):
+        assert abs(rms(mp_sum(a, b, t, impl=impl)) - 1) < error
+    for t in (0.2, 0.5):
+        joined = mp_cat(a, b[:, :1000], 1, t, impl=impl)
+        assert abs(rms(joined) - 1) < 0.02
+        # t is the share of b in the whole, however few its channels: energies (1 - t)^2 : t^2.
+        part = rms(joined[:, -1000:]) ** 2 * 1000 / (rms(joined) ** 2 * joined.shape[1])
+        assert part.item() == pytest.approx(t**2 / ((1 - t) ** 2 + t**2), rel=0.1)
+    x = 7 * torch.randn(3, 64, 5, 5)
+    torch.testing.assert_close(rms(pixel_norm(x, impl=impl), 1), torch.ones(3, 5, 5).double(), rtol=0, atol=1e-4)
+    w = normalize_weight(0.3 * torch.randn(16, 8, 3, 3), impl=impl)
+    torch.testing.assert_close(rms(w, (1, 2, 3)), torch.full((16,), 72**-0.5).double(), rtol=1e-3, atol=0)
+    # Hence unit-variance input gives unit-variance output.
+    assert abs(rms(torch.nn.functional.conv2d(torch.randn(8, 8, 34, 34), w)) - 1) < 0.05
+
+
+def test_scale_invariance():
+    x, w = torch.randn(2, 32, 4).double(), torch.randn(4, 20).double()
+    torch.testing.assert_close(pixel_norm(x), pixel_norm(1000 * x), rtol=1e-3, atol=0)
+    torch.testing.assert_close(normalize_weight(w, 2.0), 2 * normalize_weight(50 * w), rtol=1e-3, atol=0)
+    # A gradient of a normalised tensor is orthogonal to it (eps aside).
+    x.requires_grad_()
+    (grad,) = torch.autograd.grad((pixel_norm(x) * torch.randn_like(x)).sum(), x)
+    assert ((grad * x).sum(1).abs() < 1e-3 * grad.norm(dim=1) * x.norm(dim=1)).all()
+
+
+@pytest.mark.parametrize("impl", ["reference", "composed"])
+def test_zero_vectors(impl):
+    x = torch.zeros(2, 4, 3, requires_grad=True)
+    out = pixel_norm(x, impl=impl)
+    assert torch.equal(out, torch.zeros_like(x))
+    out.sum().backward()
+    torch.testing.assert_close(x.grad, torch.full_like(x, 1e4))
+    w = torch.zeros(3, 4, requires_grad=True)
+    normalize_weight(w, impl=impl).sum().backward()
+    torch.testing.assert_close(w.grad, torch.full_like(w, 0.5e4))
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_strided_inputs_with_poisoned_neighbours(name):
+    function, inputs, grad = CASES[name][0], *make(name)
+    want = run(function, inputs, grad, torch.float32, impl="composed")
+    for dim in range(inputs[0].ndim):
+        strided = [noncontiguous(x, dim) if x.ndim > dim else x for x in inputs]
+        leaves = [x.requires_grad_() for x in strided]
+        out = function(*leaves, impl="composed")
+        got = [out, *torch.autograd.grad(out, leaves, noncontiguous(grad, dim))]
+        for g, w in zip(got, want, strict=True):
+            torch.testing.assert_close(g, w, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("name", VIDEO_CASES)
+def test_channels_last_is_preserved(name, dtype):
+    function, inputs, grad = CASES[name][0], *make(name, dtype)
+    want = run(function, inputs, grad, dtype, impl="composed")
+    inputs = [x.contiguous(memory_format=CL3D) if x.ndim == 5 else x for x in inputs]
+    leaves = [x.requires_grad_() for x in inputs]
+    out = function(*leaves, impl="composed")
+    got = [out, *torch.autograd.grad(out, leaves, grad.contiguous(memory_format=CL3D))]
+    for g, w in zip(got[:3], want, strict=False):
+        assert g.is_contiguous(memory_format=CL3D) and not g.is_contiguous()
+        torch.testing.assert_close(g, w)
+
+
+def test_types_are_promoted():
+    a, b = torch.randn(2, 3, 4).bfloat16().requires_grad_(), torch.randn(2, 3, 4, requires_grad=True)
+    for out in (mp_sum(a, b, 0.5), mp_cat(a, b), mp_sum(b, a, torch.tensor(0.5))):
+        assert out.dtype == torch.float32
+        grads = torch.autograd.grad(out.sum(), (a, b))
+        assert [g.dtype for g in grads] == [torch.bfloat16, torch.float32]
+    t = torch.rand(2, 1, 1, requires_grad=True)
+    out = mp_sum(a, a, t)
+    assert out.dtype == torch.bfloat16
+    assert torch.autograd.grad(out.sum(), t)[0].dtype == torch.float32
+
+
+@pytest.mark.parametrize("name", ["mp_silu", "mp_sum", "mp_sum per frame", "mp_cat"])
+def test_bad_values_stay_in_their_elements(name):
+    function, inputs, _ = CASES[name][0], *make(name)
+    want = function(*inputs)
+    bad = inputs[0].clone()
+    bad[0, 1, 2, 3, 4], bad[1, 0, 0, 0, 0] = float("nan"), float("inf")
+    got = function(bad, *inputs[1:])
+    assert got[0, 1, 2, 3, 4].isnan() and not got[1, 0, 0, 0, 0].isfinite()
+    touched = torch.zeros_like(got, dtype=torch.bool)
+    touched[0, 1, 2, 3, 4] = touched[1, 0, 0, 0, 0] = True
+    assert torch.equal(got[~touched], want[~touched])
+
+
+@pytest.mark.parametrize("impl", ["reference", "composed"])
+def test_bad_values_stay_in_their_pixels(impl):
+    x = torch.randn(2, 5, 3, 4)
+    want = pixel_norm(x, impl=impl)
+    x[0, 2, 1, 1] = float("nan")
+    got = pixel_norm(x, impl=impl)
+    assert got[0, :, 1, 1].isnan().all()
+    got[0, :, 1, 1] = want[0, :, 1, 1]
+    assert torch.equal(got, want)
+
+
+@pytest.mark.parametrize("name", [n for n in VIDEO_CASES if "channel" not in n])
+def test_empty_batch(name):
+    function, inputs, _ = CASES[name][0], *make(name)
+    inputs = [(x[:0] if x.ndim == 5 else x).clone().requires_grad_() for x in inputs]
+    out = function(*inputs)
+    assert out.shape[0] == 0
+    for x, grad in zip(inputs, torch.autograd.grad(out.sum(), inputs), strict=True):
+        assert grad.shape == x.shape and torch.equal(grad, torch.zeros_like(x))
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_deterministic_and_deaf_to_autocast(name):
+    inputs, grad = make(name)
+    first, second = (run(CASES[name][0], inputs, grad, torch.float32) for _ in range(2))
+    with torch.autocast("cpu", torch.bfloat16):
+        third = run(CASES[name][0], inputs, grad, torch.float32)
+    for a, b, c in zip(first, second, third, strict=True):
+        assert torch.equal(a, b) and torch.equal(a, c)
+
+
+def test_only_wanted_gradients_are_made():
+    a, b, t = torch.randn(2, 3), torch.randn(2, 3), torch.rand(2, 1)
+    for needed in (a, b, t):
+        needed.requires_grad_()
+        mp_sum(a, b, t).sum().backward()
+        assert needed.grad is not None
+        needed.requires_grad_(False)
+    b.requires_grad_().grad = None
+    mp_sum(a, b, 0.5).sum().backward()
+    assert a.grad is not None and torch.equal(b.grad, torch.full_like(b, 0.5**0.5))
+
+
+def opcheck_cases():
+    generator = torch.Generator().manual_seed(0)
+
+    def tensor(*shape, grad=True):
+        return torch.randn(shape, generator=generator).requires_grad_(grad)
+
+    a, b, wide = tensor(*VIDEO), tensor(*VIDEO), tensor(2, 2, 3, 4, 5)
+    last = tensor(*VIDEO).detach().contiguous(memory_format=CL3D).requires_grad_()
+    c = "composed"
+    return {
+        "mp_silu": (ops.mp_silu, (last, c)),
+        "mp_silu_bwd": (ops.mp_silu_bwd, (a.detach(), last.detach(), c)),
+        "mp_sum": (ops.mp_sum, (a, b, 0.3, c)),
+        "mp_sum_bwd": (ops.mp_sum_bwd, (a.detach(), 0.3, True, False, c)),
+        "mp_sum_tensor": (ops.mp_sum_tensor, (last, b, tensor(2, 1, 3, 1, 1), c)),
+        "mp_sum_tensor_bwd": (
+            ops.mp_sum_tensor_bwd,
+            (a.detach(), a.detach(), b.detach(), tensor(3, 1, 1, grad=False), True, True, True, c),
+        ),
+        "mp_cat": (ops.mp_cat, (last, wide, 1, 0.8, 1.2, c)),
+        "mp_cat_bwd": (ops.mp_cat_bwd, (last.detach(), 4, 1, 0.8, 1.2, c)),
+        "pixel_norm": (ops.pixel_norm, (last, 1, 1e-4, c)),
+        "pixel_norm_bwd": (
+            ops.pixel_norm_bwd,
+            (a.detach(), last.detach(), tensor(2, 1, 3, 4, 5, grad=False).abs(), 1, 1e-4, c),
+        ),
+        "normalize_weight": (ops.normalize_weight, (a, tensor(), 1.0, c)),
+        "normalize_weight number": (ops.normalize_weight, (a, None, 0.4, c)),
+        "normalize_weight_bwd": (
+            ops.normalize_weight_bwd,
+            (a.detach(), b.detach(), tensor(grad=False), 1.0, tensor(2, 1, 1, 1, 1, grad=False), True, True, c),
+        ),
+    }
+
+
+@pytest.mark.parametrize("name", opcheck_cases())
+def test_opcheck(name):
+    torch.library.opcheck(*opcheck_cases()[name])
+
+
+def test_compile_fullgraph_without_recompiling():
+    def step(x, skip, t, w, gain):
+        x = mp_silu(pixel_norm(x))
+        x = mp_sum(x, mp_sum(x, skip, t), 0.3)
+        x = mp_cat(x, skip)
+        return (x.mean(dim=(0, 2, 3, 4)) @ normalize_weight(w, gain).mean(0)).square() + x.square().mean()
+
+    compiled = torch.compile(step, backend="aot_eager", fullgraph=True, dynamic=True)
+    for index, (B, C, F, Y, X) in enumerate(((2, 4, 3, 5, 6), (3, 8, 7, 9, 10), (5, 6, 4, 12, 11))):
+        x, skip = (torch.randn(B, C, F, Y, X).contiguous(memory_format=CL3D) for _ in range(2))
+        inputs = [x, skip, torch.rand(B, 1, F, 1, 1), torch.randn(7, 2 * C), torch.tensor(0.8)]
+        inputs = [i.requires_grad_() for i in inputs]
+        want = torch.autograd.grad(step(*inputs), inputs)
+        with torch.compiler.set_stance("fail_on_recompile" if index else "default"):
+            got = torch.autograd.grad(compiled(*inputs), inputs)
+        for g, w in zip(got, want, strict=True):
+            torch.testing.assert_close(g, w)
+            assert g.stride() == w.stride()
+
+
+ONE = torch.ones(2, 3, 4)
+BAD = [
+    (lambda: mp_silu(3), TypeError, "x: must be a tensor, got int 3"),
+    (lambda: mp_silu(ONE.int()), TypeError, "x: dtype must be float32.* got int32"),
+    (lambda: mp_silu(ONE, impl="cuda"), ValueError, "impl: mp_silu cannot run 'cuda' on cpu: "),
+    (lambda: mp_silu(ONE, impl="magic"), ValueError, "impl: must be one of .*, got 'magic'"),
+    (lambda: mp_sum(ONE, ONE[:1], 0.5), ValueError, r"b: must have the shape of a \(2, 3, 4\), got .*\(1, 3, 4\)"),
+    (lambda: mp_sum(ONE, None, 0.5), TypeError, "b: must be a tensor, got NoneType"),
+    (lambda: mp_sum(ONE, ONE.to("meta"), 0.5), ValueError, "b: must be on the device of a"),
+    (lambda: mp_sum(ONE, ONE, "x"), TypeError, "t: must be a number, got str 'x'"),
+    (lambda: mp_sum(ONE, ONE, float("nan")), ValueError, "t: must be finite, got nan"),
+    (lambda: mp_sum(ONE, ONE, torch.ones(2, 3)), ValueError, r"t: must broadcast to the shape of a .* \(2, 3\)"),
+    (lambda: mp_sum(ONE[:1], ONE[:1], ONE), ValueError, r"t: must broadcast to the shape of a \(1, 3, 4\)"),
+    (lambda: mp_sum(ONE, ONE, torch.ones(1, dtype=torch.int64)), TypeError, "t: dtype must be float32"),
+    (lambda: mp_cat(ONE, ONE[:1]), ValueError, r"b: must have the shape of a \(2, 3, 4\) but for dim 1, got"),
+    (lambda: mp_cat(ONE, ONE[:, :0]), ValueError, "b: size along dim 1 must be >= 1, got 0"),
+    (lambda: mp_cat(ONE, ONE, 3), ValueError, r"dim: must be an integer in \[-3, 3\), got 3"),
+    (lambda: pixel_norm(ONE, -4), ValueError, r"dim: must be an integer in \[-3, 3\), got -4"),
+    (lambda: pixel_norm(ONE, 1, 0.0), ValueError, "eps: must be > 0, got 0.0"),
+    (lambda: pixel_norm(ONE[:, :0]), ValueError, "x: size along dim 1 must be >= 1"),
+    (lambda: normalize_weight(ONE[0, 0]), ValueError, r"w: must have shape \(Cout, ...\) with a fan-in of at least 1"),
+    (lambda: normalize_weight(ONE, torch.ones(2)), ValueError, r"gain: must be one element .* \(2,\)"),
+    (lambda: normalize_weight(ONE, None), TypeError, "gain: must be a number, got NoneType"),
+]
+
+
+@pytest.mark.parametrize(("call", "error", "message"), BAD, ids=[message for *_, message in BAD])
+def test_bad_input_names_argument_rule_and_value(call, error, message):
+    with pytest.raises(error, match=message):
+        call()
+
+
+FAULTS = {
+    "silu gain": ("SILU_GAIN = 1 / 0.596", "SILU_GAIN = 1 / 0.6"),
+    "silu gain twice": ("grad_input=grad_x).mul_(SILU_GAIN)", "grad_input=grad_x)"),
+    "sum not normalised": ("torch.lerp(a, b, t, out=out).mul_(1 / math.hypot(1 - t, t))", "torch.lerp(a, b, t, out=out)"),
+    "sum swapped": ("torch.mul(_up(a), (1 - t) / norm, out=work).addcmul_(_up(b), t / norm)", "torch.mul(_up(b), (1 - t) / norm, out=work).addcmul_(_up(a), t / norm)"),
+    "slope of the sum ignores the norm": ("slope.sum_to_size(t.shape) / norm**3", "slope.sum_to_size(t.shape) / norm"),
+    "slope of t = 1 - t": ("addcmul_(_up(a), t, value=-1)", "addcmul_(_up(a), t)"),
+    "norm, not RMS": ("mul_(x.shape[dim] ** -0.5)", "mul_(1)"),
+    "eps forgotten in backward": ("addcmul_(grad, 1 / (rms + eps))", "addcmul_(grad, 1 / rms)"),
+    "norm treated as a constant": ("torch.mul(out, slope, out=work)", "torch.mul(out, 0 * slope, out=work)"),
+    "fan-in forgotten": ("scale = factor * fan_in**-0.5", "scale = factor"),
+    "gain of the last channel only": ("dot.sum() *", "dot[-1].sum() *"),
+    "weight gradient not projected": ("torch.mul(w32, slope, out=work)", "torch.mul(w32, 0 * slope, out=work)"),
+    "gain left out of backward": ("over_d = _scale(gain, factor, fan_in, rms) / d", "over_d = _scale(None, factor, fan_in, rms) / d"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_seeded_fault_is_caught(fault, monkeypatch):
+    """Each fault, put into the source of the composed route, makes the comparison fail."""
+    old, new = FAULTS[fault]
+    source = inspect.getsource(composed)
+    assert source.count(old) == 1, "the seeded fault no longer matches the source"
+    module = types.ModuleType("sae_kernels.magnitude.faulty")
+    module.__package__ = "sae_kernels.magnitude"
+    monkeypatch.setitem(sys.modules, module.__name__, module)
+    exec(compile(source.replace(old, new), "faulty", "exec"), module.__dict__)
+    monkeypatch.setattr(ops, "composed", module)
+
+    def compare_all():
+        for name, (function, _) in CASES.items():
+            compare(function, *make(name), name)
+
+    with pytest.raises(AssertionError):
+        compare_all()
