@@ -1,0 +1,304 @@
+"""Checkpoints: one directory each, put in place by a rename, every file hashed; safetensors and JSON only, no pickle.
+
+run_dir/step-0000123/model.safetensors        parameters and buffers
+                     ema-0.05.safetensors ... averages of the parameters
+                     optimizer.safetensors    <parameter>.<state>, such as blocks.0.weight.exp_avg
+                     loss.safetensors         loss normaliser and running means
+                     state.json               counters, configurations, statistics, versions, sha256 of every file
+run_dir/ema/                                  snapshots for post-hoc reconstruction
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import platform
+import re
+import shutil
+import warnings
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save_file
+
+STATE = "state.json"
+_NAME = re.compile(r"step-(\d{7,})")
+_DTYPES = {
+    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
+    "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
+}  # fmt: skip
+
+
+def fsync_path(path: str | os.PathLike[str]) -> None:
+    """Force a file or directory to the disk."""
+    fd = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+def _sha256(path: Path) -> str:
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while chunk := file.read(1 << 20):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+def _digest(state: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(state, sort_keys=True).encode()).hexdigest()
+
+
+def versions() -> dict[str, str]:
+    import numpy
+    import safetensors
+
+    import sae_kernels
+
+    return {
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "numpy": numpy.__version__,
+        "safetensors": safetensors.__version__,
+        "sae_kernels": sae_kernels.__version__,
+    }
+
+
+def save_checkpoint(
+    run_dir: str | os.PathLike[str],
+    step: int,
+    files: Mapping[str, Mapping[str, torch.Tensor]],
+    state: Mapping[str, Any],
+    *,
+    keep: int = 3,
+    metadata: Mapping[str, dict[str, str]] | None = None,
+) -> Path:
+    """Write run_dir/step-<step> so that it is either wholly there or not at all.
+
+    Args:
+        files: stem -> tensors, written as <stem>.safetensors.
+        state: JSON values, written to state.json with `step`, versions and hashes.
+        keep: how many of the latest checkpoints to keep; 0 = all.
+        metadata: stem -> strings for that file's header.
+    """
+    run_dir = Path(run_dir)
+    run_dir.mkdir(parents=True, exist_ok=True)
+    final = run_dir / f"step-{step:07d}"
+    if final.exists():
+        reason = verify_checkpoint(final)
+        if reason is None:
+            return final
+        final.rename(_free_name(run_dir / f"corrupt-{final.name}"))
+    temporary = run_dir / f"tmp-{final.name}"
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir()
+    hashes = {}
+    for stem, tensors in files.items():
+        path = temporary / f"{stem}.safetensors"
+        on_cpu = {name: t.detach().cpu().contiguous() for name, t in tensors.items()}
+        save_file(on_cpu, path, (metadata or {}).get(stem))
+        fsync_path(path)
+        hashes[path.name] = _sha256(path)
+    content = json.loads(json.dumps({**state, "step": step, "versions": versions(), "sha256": hashes}))
+    with open(temporary / STATE, "w", encoding="utf-8") as file:
+        json.dump({**content, "digest": _digest(content)}, file, indent=1)
+    fsync_path(temporary / STATE)
+    fsync_path(temporary)
+    os.rename(temporary, final)
+    fsync_path(run_dir)
+    if keep > 0:
+        # later steps can only be damaged ones that a resume has skipped: they must not push out what was just written
+        paths = list_checkpoints(run_dir)
+        for old in paths[: paths.index(final) + 1][:-keep]:
+            shutil.rmtree(old)
+    for stale in run_dir.glob("tmp-step-*"):
+        shutil.rmtree(stale)
+    return final
+
+
+def _free_name(path: Path) -> Path:
+    count = 1
+    while path.exists():
+        path = path.with_name(f"{path.name.split('~')[0]}~{count}")
+        count += 1
+    return path
+
+
+def list_checkpoints(run_dir: str | os.PathLike[str]) -> list[Path]:
+    """Checkpoint directories by step, oldest first; complete by construction, not verified."""
+    found = [(int(m[1]), p) for p in Path(run_dir).glob("step-*") if (m := _NAME.fullmatch(p.name)) and p.is_dir()]
+    return [path for _, path in sorted(found)]
+
+
+def read_state(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """state.json of a checkpoint.
+
+    Raises:
+        ValueError: it is missing, unreadable or does not match its own digest.
+    """
+    path = Path(path) / STATE
+    try:
+        state = json.loads(path.read_text(encoding="utf-8"))
+        digest = state.pop("digest")
+    except (OSError, ValueError, KeyError, AttributeError) as error:
+        raise ValueError(f"{path}: cannot be read ({error!r})") from error
+    if digest != _digest(state):
+        raise ValueError(f"{path}: content does not match its digest")
+    return state
+
+
+def verify_checkpoint(path: str | os.PathLike[str]) -> str | None:
+    """None if every file is there with the right hash, else what is wrong."""
+    path = Path(path)
+    try:
+        state = read_state(path)
+    except ValueError as error:
+        return str(error)
+    for name, expected in state["sha256"].items():
+        file = path / name
+        if not file.is_file():
+            return f"{file}: missing"
+        if _sha256(file) != expected:
+            return f"{file}: sha256 differs from the one in {STATE}"
+    return None
+
+
+def latest_checkpoint(run_dir: str | os.PathLike[str]) -> Path | None:
+    """The latest checkpoint that verifies, or None; each later one that does not is named in a RuntimeWarning."""
+    for path in reversed(list_checkpoints(run_dir)):
+        reason = verify_checkpoint(path)
+        if reason is None:
+            return path
+        warnings.warn(f"checkpoint {path.name} is damaged and is skipped: {reason}", RuntimeWarning, stacklevel=2)
+    return None
+
+
+def check_header(
+    path: str | os.PathLike[str], expected: Mapping[str, torch.Tensor], *, check_dtype: bool = True
+) -> None:
+    """Compare a safetensors header with the tensors it is to fill, reading no data and allocating nothing.
+
+    Raises:
+        ValueError: naming the first tensor that is missing, left over, or of another shape or dtype.
+    """
+    try:
+        with safe_open(path, "pt") as file:
+            names = set(file.keys())
+            for name in sorted(expected.keys() - names):
+                raise ValueError(f"{path}: tensor {name} is missing")
+            for name in sorted(names - expected.keys()):
+                raise ValueError(f"{path}: tensor {name} is unknown to the model")
+            for name, want in expected.items():
+                view = file.get_slice(name)
+                shape, dtype = tuple(view.get_shape()), _DTYPES.get(view.get_dtype(), view.get_dtype())
+                if shape != tuple(want.shape):
+                    raise ValueError(f"{path}: tensor {name} must have shape {tuple(want.shape)}, got {shape}")
+                if check_dtype and dtype != want.dtype:
+                    raise ValueError(f"{path}: tensor {name} must be {want.dtype}, got {dtype}")
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"{path}: cannot be read ({error})") from error
+
+
+@torch.no_grad()
+def load_into(path: str | os.PathLike[str], targets: Mapping[str, torch.Tensor]) -> None:
+    """Copy a safetensors file into existing tensors, after `check_header`."""
+    check_header(path, targets)
+    with safe_open(path, "pt") as file:
+        for name, target in targets.items():
+            target.copy_(file.get_tensor(name))
+
+
+def flatten_optimizer(model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
+    """Optimizer state as <parameter>.<key> -> tensor."""
+    return {
+        f"{name}.{key}": value
+        for name, p in model.named_parameters()
+        for key, value in optimizer.state.get(p, {}).items()
+        if isinstance(value, torch.Tensor)
+    }
+
+
+def restore_optimizer(path: str | os.PathLike[str], model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    """Put back what `flatten_optimizer` gave. A parameter that never had a gradient has no state, before and after.
+
+    Raises:
+        ValueError: naming a tensor that belongs to no parameter or has another shape.
+    """
+    parameters = dict(model.named_parameters())
+    expected = {}
+    with safe_open(path, "pt") as file:
+        names = list(file.keys())
+    for name in names:
+        owner = parameters.get(name.rpartition(".")[0])
+        if owner is None:
+            raise ValueError(f"{path}: tensor {name} belongs to no parameter of the model")
+        expected[name] = torch.empty((), device="meta") if name.endswith(".step") else owner
+    check_header(path, expected, check_dtype=False)
+    tensors = load_file(path)
+    order = [p for group in optimizer.param_groups for p in group["params"]]
+    index = {id(p): i for i, p in enumerate(order)}
+    state: dict[int, dict[str, torch.Tensor]] = {}
+    for name, tensor in tensors.items():
+        owner, _, key = name.rpartition(".")
+        state.setdefault(index[id(parameters[owner])], {})[key] = tensor
+    optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
+
+
+def load_denoiser(
+    path: str | os.PathLike[str], ema: float | None = None, *, device: torch.device | str = "cpu"
+) -> tuple[Any, Any, dict[str, Any]]:
+    """A trained network, ready for sampling.
+
+    Args:
+        path: a checkpoint directory, or a run directory, whose latest checkpoint that verifies is taken.
+        ema: relative width of the average to load; None = the weights as trained. A width that was not tracked is
+            reconstructed from the run's snapshots.
+
+    Returns:
+        (Denoiser in eval mode, FrameStats, state.json as a dict).
+
+    Raises:
+        FileNotFoundError: no checkpoint there.
+        ValueError: a damaged checkpoint, or a tensor that differs from the model its configuration describes.
+    """
+    from ..data import FrameStats
+    from ..model import Denoiser, ModelConfig
+
+    path = Path(path)
+    if not (path / STATE).is_file():
+        latest = latest_checkpoint(path)
+        if latest is None:
+            raise FileNotFoundError(f"{path}: neither a checkpoint nor a run directory with one")
+        path = latest
+    elif (reason := verify_checkpoint(path)) is not None:
+        raise ValueError(reason)
+    state = read_state(path)
+    config = ModelConfig(**{k: tuple(v) if isinstance(v, list) else v for k, v in state["model_config"].items()})
+    with torch.device("meta"):
+        check_header(path / "model.safetensors", Denoiser(config).state_dict())
+    model = Denoiser(config)
+    load_into(path / "model.safetensors", model.state_dict())
+    if ema is not None:
+        with torch.no_grad():
+            average = load_average(path, ema)
+            for name, p in model.named_parameters():
+                p.copy_(average[name])
+    stats = FrameStats.from_json(state["frame_stats"])
+    return model.to(device).eval(), stats, state
+
+
+def load_average(path: str | os.PathLike[str], std: float) -> dict[str, torch.Tensor]:
+    """The parameters' average of relative width `std` at a checkpoint, as tracked or reconstructed after the fact."""
+    from .ema import Snapshot, list_snapshots, reconstruct
+
+    path = Path(path)
+    own = [Snapshot.read(p) for p in sorted(path.glob("ema-*.safetensors"))]
+    if not own:
+        raise ValueError(f"{path}: holds no averages")
+    now = own[0].clips_seen
+    return reconstruct([*list_snapshots(path.parent / "ema"), *own], std, now)

@@ -1,0 +1,116 @@
+"""Everything a training run is told, apart from the model."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from ..diffusion.noise import NoiseConfig
+
+# what may not change between a run and its resumption: the weights, the data order or the averages would be others
+FIXED_ON_RESUME = ("clip_length", "seed", "ema_stds", "normalizer_size")
+# what may change without a word: nothing of it enters the arithmetic
+FREE_ON_RESUME = (
+    "data", "run_dir", "steps", "max_seconds", "num_workers", "compile", "device", "checkpoint_every",
+    "keep_checkpoints", "snapshot_every", "log_every", "sample_every", "tensorboard",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """A training run; the same values and the same command resume it.
+
+    Args:
+        data: path of the training data.
+        run_dir: where checkpoints, metrics.jsonl, TensorBoard curves and EMA snapshots go.
+        clip_length: T, frames in a clip.
+        batch_size: clips in a step, over all processes.
+        micro_batch: clips in one forward; None = batch_size. batch_size / micro_batch must be a multiple of the number
+            of processes. Randomness belongs to the micro-batch, so results do not depend on the number of processes.
+        noisy_copies: K, noisy copies that share a clip's clean copy.
+        steps: optimizer steps in total.
+        max_seconds: stop, and save, after so much wall time of this invocation; None = no limit.
+        seed: of the data order and of all noise.
+        noise: distribution of the noise levels.
+        lr, lr_ref_steps, lr_ramp_steps: see `power_law_lr`; in optimizer steps.
+        betas, eps, weight_decay: of AdamW.
+        grad_clip: largest gradient norm; 0 = no clipping.
+        precision: of the forward and backward pass (autocast); weights, loss and optimizer stay fp32.
+        spatial_every: every n-th step trains the spatial-only forward; 0 = never.
+        action_dropout: probability that a clip is shown without its actions.
+        ema_stds: relative widths of the tracked averages.
+        normalizer_size, normalizer_every: pairs kept by the loss normaliser and steps between its fits.
+        checkpoint_every, snapshot_every, log_every, sample_every: in steps; 0 = never. The end is always saved.
+        keep_checkpoints: how many of the latest to keep; 0 = all.
+        num_workers: data loading processes of each rank; results do not depend on it.
+        compile: run the network through torch.compile.
+        device: "auto" takes CUDA where there is one.
+        tensorboard: write TensorBoard curves; metrics.jsonl is always written.
+
+    Raises:
+        ValueError: a field breaks its rule; the message names field, rule and value.
+    """
+
+    data: str = ""
+    run_dir: str = "runs/train"
+    clip_length: int = 16
+    batch_size: int = 8
+    micro_batch: int | None = None
+    noisy_copies: int = 1
+    steps: int = 40_000
+    max_seconds: float | None = None
+    seed: int = 0
+    noise: NoiseConfig = field(default_factory=NoiseConfig)
+    lr: float = 1e-2
+    lr_ref_steps: int = 800
+    lr_ramp_steps: int = 800
+    betas: tuple[float, float] = (0.9, 0.99)
+    eps: float = 1e-8
+    weight_decay: float = 0.0
+    grad_clip: float = 0.0
+    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
+    spatial_every: int = 0
+    action_dropout: float = 0.0
+    ema_stds: tuple[float, ...] = (0.05, 0.10)
+    normalizer_size: int = 10_000
+    normalizer_every: int = 50
+    checkpoint_every: int = 1000
+    keep_checkpoints: int = 3
+    snapshot_every: int = 1000
+    log_every: int = 50
+    sample_every: int = 0
+    num_workers: int = 2
+    compile: bool = False
+    device: str = "auto"
+    tensorboard: bool = True
+
+    def __post_init__(self) -> None:
+        for name in ("clip_length", "batch_size", "noisy_copies", "normalizer_size", "normalizer_every"):
+            self._at_least(name, 1)
+        for name in (
+            "steps", "seed", "lr_ref_steps", "lr_ramp_steps", "grad_clip", "weight_decay", "spatial_every",
+            "checkpoint_every", "keep_checkpoints", "snapshot_every", "log_every", "sample_every", "num_workers",
+        ):  # fmt: skip
+            self._at_least(name, 0)
+        if self.precision not in ("fp32", "bf16", "fp16"):
+            raise ValueError(f"precision: must be fp32, bf16 or fp16, got {self.precision!r}")
+        if not 0 <= self.action_dropout <= 1:
+            raise ValueError(f"action_dropout: must be in [0, 1], got {self.action_dropout}")
+        if not self.lr > 0:
+            raise ValueError(f"lr: must be positive, got {self.lr}")
+        if self.batch_size % self.micro_size:
+            raise ValueError(f"micro_batch: must divide batch_size = {self.batch_size}, got {self.micro_size}")
+
+    def _at_least(self, name: str, least: int) -> None:
+        if not getattr(self, name) >= least:
+            raise ValueError(f"{name}: must be at least {least}, got {getattr(self, name)}")
+
+    @property
+    def micro_size(self) -> int:
+        """Clips in one forward."""
+        return self.batch_size if self.micro_batch is None else max(self.micro_batch, 1)
+
+    @property
+    def micro_batches(self) -> int:
+        """Forward passes in a step, over all processes."""
+        return self.batch_size // self.micro_size

@@ -1,0 +1,201 @@
+"""Power-function averages of the weights, and averages of any length afterwards from saved snapshots.
+
+Karras et al. 2024, "Analyzing and Improving the Training Dynamics of Diffusion Models", section 3. Time t is counted in
+clips seen. Its unit does not matter, because the profile p(tau) = (gamma + 1) tau^gamma / t^(gamma + 1) is scale-free.
+Weights are constant between two updates, so the stored average is exactly the integral of p over that staircase.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import nn
+
+from .checkpoint import check_header, fsync_path
+
+MAX_STD = 12**-0.5  # gamma = 0, a plain average over all of training
+
+
+def gamma_from_std(std: float) -> float:
+    """The exponent of the profile of relative width `std` = sqrt(gamma + 1) / ((gamma + 2) sqrt(gamma + 3)).
+
+    Raises:
+        ValueError: std outside (0, 0.2887], the widths of profiles with gamma >= 0.
+    """
+    if not 0 < std <= MAX_STD + 1e-12:
+        raise ValueError(f"std: must be in (0, {MAX_STD:.4f}], got {std}")
+    # squared and multiplied out: gamma^3 + 7 gamma^2 + (16 - s) gamma + (12 - s) = 0 with s = std^-2
+    s = std**-2
+    return max(float(np.roots([1.0, 7.0, 16.0 - s, 12.0 - s]).real.max()), 0.0)
+
+
+def std_from_gamma(gamma: float) -> float:
+    return (gamma + 1) ** 0.5 / ((gamma + 2) * (gamma + 3) ** 0.5)
+
+
+def decay(std: float, clips_before: int, clips_seen: int) -> float:
+    """beta = (clips_before / clips_seen)^(gamma + 1), the paper's (1 - 1/t)^(gamma + 1) for one clip per update; 0 at first."""
+    if not 0 <= clips_before < clips_seen:
+        raise ValueError(f"clips_seen: must exceed the {clips_before} clips of the previous update, got {clips_seen}")
+    return (clips_before / clips_seen) ** (gamma_from_std(std) + 1)
+
+
+class PowerEMA:
+    """Averages of a model's parameters, one for each relative width in `stds`."""
+
+    def __init__(self, model: nn.Module, stds: Sequence[float] = (0.05, 0.10)) -> None:
+        self.gammas = {float(std): gamma_from_std(std) for std in stds}
+        if len(self.gammas) != len(stds):
+            raise ValueError(f"stds: must be distinct, got {tuple(stds)}")
+        self.clips_seen = 0
+        self.averages = {std: {name: p.detach().clone() for name, p in model.named_parameters()} for std in self.gammas}
+
+    @property
+    def stds(self) -> tuple[float, ...]:
+        return tuple(self.gammas)
+
+    @torch.no_grad()
+    def update(self, model: nn.Module, clips_seen: int) -> None:
+        """Take in the weights reached after `clips_seen` clips in total."""
+        weights = {name: p.detach() for name, p in model.named_parameters()}
+        for std, average in self.averages.items():
+            beta = decay(std, self.clips_seen, clips_seen)
+            names = list(average)
+            torch._foreach_lerp_([average[n] for n in names], [weights[n] for n in names], 1.0 - beta)
+        self.clips_seen = clips_seen
+
+    @torch.no_grad()
+    def copy_to(self, model: nn.Module, std: float) -> None:
+        """Overwrite the model's parameters with the average of this width."""
+        average = self.averages[std]
+        for name, p in model.named_parameters():
+            p.copy_(average[name])
+
+    def save_snapshot(self, directory: str | os.PathLike[str]) -> list[Path]:
+        """One safetensors file per width, named by clips and width, each put in place by a rename."""
+        directory = Path(directory)
+        directory.mkdir(parents=True, exist_ok=True)
+        paths = []
+        for std, average in self.averages.items():
+            path = directory / f"{self.clips_seen:012d}-{std:.6g}.safetensors"
+            temporary = directory / f".{path.name}.tmp"
+            save_average(temporary, average, std, self.clips_seen)
+            os.replace(temporary, path)
+            paths.append(path)
+        fsync_path(directory)
+        return paths
+
+
+def average_metadata(std: float, clips_seen: int) -> dict[str, str]:
+    """Header of a saved average. One key only: safetensors writes several in random order."""
+    return {"average": json.dumps({"std": float(std), "clips_seen": clips_seen})}
+
+
+def save_average(path: Path, average: dict[str, torch.Tensor], std: float, clips_seen: int) -> None:
+    save_file(
+        {name: t.detach().cpu().contiguous() for name, t in average.items()},
+        path,
+        metadata=average_metadata(std, clips_seen),
+    )
+    fsync_path(path)
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """A saved average: where, when (clips seen) and how wide."""
+
+    path: Path
+    clips_seen: int
+    std: float
+
+    @classmethod
+    def read(cls, path: str | os.PathLike[str]) -> Snapshot:
+        with safe_open(path, "pt") as file:
+            metadata = file.metadata() or {}
+        if "average" not in metadata:
+            raise ValueError(f"{path}: is not an average of weights: its header does not say how wide and when")
+        content = json.loads(metadata["average"])
+        return cls(Path(path), int(content["clips_seen"]), float(content["std"]))
+
+
+def list_snapshots(directory: str | os.PathLike[str]) -> list[Snapshot]:
+    """Every snapshot of a directory, oldest first; an absent directory has none."""
+    found = [Snapshot.read(path) for path in Path(directory).glob("[!.]*.safetensors")]
+    return sorted(found, key=lambda s: (s.clips_seen, s.std))
+
+
+def _inner(time_a: np.ndarray, gamma_a: np.ndarray, time_b: np.ndarray, gamma_b: np.ndarray) -> np.ndarray:
+    """Inner products of profiles, sqrt(time)-scaled to be dimensionless: integral of p_a p_b over [0, min(t_a, t_b)].
+
+    With t_a <= t_b it is (ga+1)(gb+1)/(ga+gb+1) (t_a/t_b)^gb / t_b; times sqrt(t_a t_b) here.
+    """
+    a_first = time_a <= time_b
+    ratio = np.where(a_first, time_a / time_b, time_b / time_a)
+    later_gamma = np.where(a_first, gamma_b, gamma_a)
+    return (gamma_a + 1) * (gamma_b + 1) / (gamma_a + gamma_b + 1) * ratio ** (later_gamma + 0.5)
+
+
+def posthoc_coefficients(
+    clips_seen: Sequence[int], stds: Sequence[float], target_clips: int, target_std: float
+) -> np.ndarray:
+    """Coefficients of the saved averages whose combined profile comes closest to the wanted one in least squares.
+
+    Source: Karras et al. 2024, section 3.2 and appendix C. Solved in fp64.
+    """
+    times = np.asarray(clips_seen, dtype=np.float64)
+    gammas = np.array([gamma_from_std(std) for std in stds])
+    # columns scaled to unit norm, or neighbouring snapshots spoil the solve
+    norms = np.sqrt(_inner(times, gammas, times, gammas))
+    gram = _inner(times[:, None], gammas[:, None], times[None, :], gammas[None, :]) / np.outer(norms, norms)
+    wanted = _inner(times, gammas, np.float64(target_clips), np.float64(gamma_from_std(target_std))) / norms
+    solution = np.linalg.lstsq(gram, wanted, rcond=1e-14)[0]
+    return solution / norms * np.sqrt(times / target_clips)
+
+
+@torch.no_grad()
+def reconstruct(snapshots: Sequence[Snapshot], std: float, clips_seen: int | None = None) -> dict[str, torch.Tensor]:
+    """The average of relative width `std` at `clips_seen` (default: the latest snapshot), from saved ones.
+
+    A saved average that is asked for comes back as it is. Otherwise tensors are combined in fp64 one at a time, so
+    memory holds one model. Returns parameter name -> tensor of the snapshots' dtype, on the CPU.
+
+    Raises:
+        ValueError: no snapshot at or before `clips_seen`, or one whose tensors differ from the others'.
+    """
+    if not snapshots:
+        raise ValueError("snapshots: none to reconstruct from")
+    target = max(s.clips_seen for s in snapshots) if clips_seen is None else clips_seen
+    usable = {(s.clips_seen, s.std): s for s in snapshots if 0 < s.clips_seen <= target}
+    if not usable:
+        first = min(s.clips_seen for s in snapshots)
+        raise ValueError(f"clips_seen: no snapshot at or before {target}; the first is at {first}")
+    exact = usable.get((target, float(std)))
+    chosen = [exact] if exact is not None else list(usable.values())
+    weights = (
+        [1.0]
+        if exact is not None
+        else posthoc_coefficients([s.clips_seen for s in chosen], [s.std for s in chosen], target, std).tolist()
+    )
+    with safe_open(chosen[0].path, "pt") as file:
+        names = list(file.keys())
+        like = {name: torch.empty(file.get_slice(name).get_shape(), device="meta") for name in names}
+    for s in chosen[1:]:
+        check_header(s.path, like, check_dtype=False)
+    result = {}
+    files = [safe_open(s.path, "pt") for s in chosen]
+    for name in like:
+        total = None
+        for file, weight in zip(files, weights, strict=True):
+            tensor = file.get_tensor(name)
+            term = tensor.double() * weight
+            total = term if total is None else total.add_(term)
+        result[name] = total.to(tensor.dtype)
+    return result

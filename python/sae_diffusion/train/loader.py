@@ -1,0 +1,72 @@
+"""Clips in an order that depends on the seed and the number of clips seen, and on nothing else."""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Iterator
+from functools import lru_cache
+
+import torch
+from torch.utils.data import DataLoader, Dataset, Sampler
+
+from ..data import collate
+from ..diffusion.noise import derive_seed
+
+DATA_ORDER = 0
+
+
+@lru_cache(maxsize=2)
+def _permutation(epoch: int, length: int, seed: int) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(derive_seed(seed, DATA_ORDER, epoch))
+    return torch.randperm(length, generator=generator)
+
+
+def clip_index(position: int, length: int, seed: int) -> int:
+    """Which clip is the `position`-th that training sees: epoch by epoch, each a fresh permutation of the data set."""
+    epoch, place = divmod(position, length)
+    return int(_permutation(epoch, length, seed)[place])
+
+
+class MicroBatchSampler(Sampler[list[int]]):
+    """Endless index lists of this rank's micro-batches: of each step's, rank r of W takes r, r + W, r + 2W, ..."""
+
+    def __init__(
+        self,
+        length: int,
+        seed: int,
+        *,
+        clips_seen: int,
+        batch_size: int,
+        micro_size: int,
+        rank: int = 0,
+        world_size: int = 1,
+    ) -> None:
+        self.length, self.seed, self.clips_seen = length, seed, clips_seen
+        self.batch_size, self.micro_size = batch_size, micro_size
+        self.rank, self.world_size = rank, world_size
+
+    def __iter__(self) -> Iterator[list[int]]:
+        start = self.clips_seen
+        while True:
+            for micro in range(self.rank, self.batch_size // self.micro_size, self.world_size):
+                first = start + micro * self.micro_size
+                yield [clip_index(first + i, self.length, self.seed) for i in range(self.micro_size)]
+            start += self.batch_size
+
+
+def _ignore_interrupt(worker: int) -> None:
+    # Ctrl-C reaches the whole process group; the trainer decides when its workers end
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+
+def make_loader(dataset: Dataset, sampler: MicroBatchSampler, *, num_workers: int, pin_memory: bool) -> DataLoader:
+    return DataLoader(
+        dataset,
+        batch_sampler=sampler,
+        num_workers=num_workers,
+        collate_fn=collate,
+        pin_memory=pin_memory,
+        worker_init_fn=_ignore_interrupt,
+        generator=torch.Generator().manual_seed(0),
+    )

@@ -1,0 +1,26 @@
+"""Learning-rate schedule."""
+
+from __future__ import annotations
+
+import math
+
+
+def power_law_lr(step: int, ref: float, *, ref_steps: int, ramp_steps: int = 0) -> float:
+    """ref / sqrt(max(i / ref_steps, 1)) * min(i / ramp_steps, 1): a linear ramp, a plateau, then 1/sqrt(i).
+
+    Args:
+        step: i, the number of this optimizer step, counted from 1.
+        ref: learning rate of the plateau.
+        ref_steps: where the decay begins; 0 = never.
+        ramp_steps: length of the linear ramp; 0 = none.
+
+    Source: Karras et al. 2024 (EDM2), eq. 67.
+    """
+    if step < 1:
+        raise ValueError(f"step: optimizer steps count from 1, got {step}")
+    lr = ref
+    if ref_steps > 0:
+        lr /= math.sqrt(max(step / ref_steps, 1.0))
+    if ramp_steps > 0:
+        lr *= min(step / ramp_steps, 1.0)
+    return lr

@@ -1,0 +1,106 @@
+"""What a run writes while it trains: metrics.jsonl, TensorBoard curves, a progress bar or plain lines."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+from .checkpoint import fsync_path
+
+FILE = "metrics.jsonl"
+
+
+def truncate_metrics(path: Path, step: int) -> None:
+    """Drop the lines after `step`, and a line cut short by a crash."""
+    if not path.exists():
+        return
+    kept = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            record = json.loads(line)
+        except ValueError:
+            continue
+        if record["step"] <= step:
+            kept.append(line + "\n")
+    temporary = path.with_name(f".{path.name}.tmp")
+    temporary.write_text("".join(kept), encoding="utf-8")
+    fsync_path(temporary)
+    os.replace(temporary, path)
+
+
+class Reporter:
+    """Rank 0's pen. `start_step` is the step training goes on from; later records of an earlier process are dropped."""
+
+    def __init__(self, run_dir: Path, *, start_step: int, total_steps: int, tensorboard: bool) -> None:
+        run_dir.mkdir(parents=True, exist_ok=True)
+        self.total_steps = total_steps
+        path = run_dir / FILE
+        truncate_metrics(path, start_step)
+        self._file = open(path, "a", encoding="utf-8")
+        self._writer = None
+        if tensorboard:
+            from torch.utils.tensorboard import SummaryWriter
+
+            self._writer = SummaryWriter(str(run_dir / "tensorboard"), purge_step=start_step + 1)
+        self._progress: Any = None
+        if sys.stderr.isatty():
+            from rich.console import Console
+            from rich.progress import (
+                BarColumn,
+                MofNCompleteColumn,
+                Progress,
+                TextColumn,
+                TimeElapsedColumn,
+                TimeRemainingColumn,
+            )
+
+            self._progress = Progress(
+                TextColumn("train"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[note]}"),
+                TimeElapsedColumn(), TextColumn("elapsed,"), TimeRemainingColumn(), TextColumn("left"), console=Console(stderr=True),
+            )  # fmt: skip
+            self._task = self._progress.add_task("train", total=total_steps, completed=start_step, note="")
+            self._progress.start()
+
+    def advance(self, step: int) -> None:
+        if self._progress is not None:
+            self._progress.update(self._task, completed=step)
+
+    def log(self, record: dict[str, Any], seconds_left: float) -> None:
+        """One line of metrics.jsonl; every number in it but step and clips is also a curve."""
+        self._file.write(json.dumps(record) + "\n")
+        self._file.flush()
+        if self._writer is not None:
+            for name, value in record.items():
+                if name not in ("step", "clips", "seconds") and value is not None:
+                    self._writer.add_scalar(name, value, record["step"])
+        note = f"loss {record['loss']:.4f}  {record['clips_per_second']:.1f} clips/s"
+        if self._progress is not None:
+            self._progress.update(self._task, note=note)
+        else:
+            minutes, seconds = divmod(int(seconds_left), 60)
+            print(
+                f"step {record['step']}/{self.total_steps}  {note}  {minutes}:{seconds:02d} left",
+                file=sys.stderr,
+                flush=True,
+            )
+
+    def add_image(self, name: str, image: Any, step: int) -> None:
+        """An image (Y, X, C) uint8 beside the curves."""
+        if self._writer is not None:
+            self._writer.add_image(name, image, step, dataformats="HWC")
+
+    def flush(self) -> None:
+        """To the disk, so that metrics never lag behind a checkpoint."""
+        self._file.flush()
+        os.fsync(self._file.fileno())
+
+    def close(self) -> None:
+        self.flush()
+        self._file.close()
+        if self._writer is not None:
+            self._writer.close()
+        if self._progress is not None:
+            self._progress.stop()

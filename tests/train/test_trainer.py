@@ -1,0 +1,473 @@
+from __future__ import annotations
+
+import itertools
+import json
+import math
+import os
+import signal
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from train_stubs import (
+    SIGINT,
+    SIGKILL,
+    SIGTERM,
+    STATS,
+    KilledAt,
+    Stub,
+    StubClips,
+    StubConfig,
+    config,
+    environment,
+    trainer,
+)
+
+from sae_diffusion.train import TrainConfig, Trainer, latest_checkpoint
+from sae_diffusion.train.checkpoint import load_average, read_state
+from sae_diffusion.train.loader import MicroBatchSampler, clip_index
+
+SCRIPT = Path(__file__).with_name("train_stubs.py")
+TIMES = ("seconds", "clips_per_second")
+
+
+def metrics(run_dir) -> list[dict]:
+    """metrics.jsonl without the wall-clock fields."""
+    lines = (Path(run_dir) / "metrics.jsonl").read_text().splitlines()
+    return [{k: v for k, v in json.loads(line).items() if k not in TIMES} for line in lines]
+
+
+def tensors(path) -> dict[str, torch.Tensor]:
+    """Every tensor of a checkpoint: parameters, averages, optimizer, normaliser."""
+    return {f"{f.name}:{name}": t for f in sorted(Path(path).glob("*.safetensors")) for name, t in load_file(f).items()}
+
+
+def assert_same_tensors(a, b) -> None:
+    one, other = tensors(a), tensors(b)
+    assert one.keys() == other.keys() and len(one) > 30
+    for name, value in one.items():
+        assert torch.equal(value, other[name]), name
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory):
+    run_dir = tmp_path_factory.mktemp("whole")
+    return trainer(run_dir).train().checkpoint
+
+
+def test_uninterrupted_run(uninterrupted):
+    state, records = read_state(uninterrupted), metrics(uninterrupted.parent)
+    assert uninterrupted.name == "step-0000006"
+    assert (state["step"], state["clips_seen"], state["micro_batches_seen"]) == (6, 24, 12)
+    assert {p.suffix for p in uninterrupted.iterdir()} == {".safetensors", ".json"}
+    assert {p.stem for p in uninterrupted.iterdir()} == {"model", "optimizer", "loss", "ema-0.05", "ema-0.1", "state"}
+    assert [r["step"] for r in records] == [1, 2, 3, 4, 5, 6]
+    assert [r["clips"] for r in records] == [4, 8, 12, 16, 20, 24]
+    lrs = [1e-2 * min(i / 2, 1) / math.sqrt(max(i / 3, 1)) for i in range(1, 7)]
+    assert [r["lr"] for r in records] == pytest.approx(lrs, rel=1e-12)
+    assert all(math.isfinite(r["loss"]) and r["grad_norm"] > 0 for r in records)
+    # before the first fit (after step 2) the divisor is 1, then it is not
+    assert records[0]["loss"] == records[0]["weighted_loss"] and records[3]["loss"] != records[3]["weighted_loss"]
+
+
+def test_resume_in_another_process_after_kill_9_is_bit_exact(uninterrupted, tmp_path):
+    """Killed in step 5, after the checkpoint of step 3 and the metrics of steps 4: the second run repeats and goes on."""
+    run = {"run_dir": str(tmp_path), "checkpoint_every": 3, "kill": [19, SIGKILL]}
+    done = subprocess.run(
+        [sys.executable, SCRIPT, json.dumps([run])], env=environment(), capture_output=True, text=True
+    )
+    assert done.returncode == -SIGKILL, done.stderr
+    assert latest_checkpoint(tmp_path).name == "step-0000003"
+    assert [r["step"] for r in metrics(tmp_path)] == [1, 2, 3, 4]
+    with open(tmp_path / "metrics.jsonl", "a") as file:
+        file.write('{"step": 5, "lo')  # a line cut short
+    result = trainer(tmp_path, checkpoint_every=3).train()
+    assert (result.step, result.reason) == (6, "done")
+    assert_same_tensors(result.checkpoint, uninterrupted)
+    assert metrics(tmp_path) == metrics(uninterrupted.parent)
+
+
+@pytest.mark.parametrize(("spatial_every", "precision", "log_every"), [(2, "fp32", 2), (0, "bf16", 4), (3, "fp16", 1)])
+def test_resume_is_bit_exact_in_every_mode(tmp_path, spatial_every, precision, log_every):
+    """Stopping by `steps` at 3, off the beat of logging, spatial steps and fits."""
+    options = {"spatial_every": spatial_every, "precision": precision, "log_every": log_every, "snapshot_every": 2}
+    whole = trainer(tmp_path / "a", **options).train()
+    trainer(tmp_path / "b", **options, dataset=KilledAt(10, SIGTERM)).train()
+    assert latest_checkpoint(tmp_path / "b").name == "step-0000003"
+    parts = trainer(tmp_path / "b", **options).train()
+    assert_same_tensors(whole.checkpoint, parts.checkpoint)
+    assert metrics(tmp_path / "a") == metrics(tmp_path / "b")
+    assert read_state(whole.checkpoint)["scaler"] == read_state(parts.checkpoint)["scaler"]
+    assert bool(read_state(whole.checkpoint)["scaler"]) == (precision == "fp16")
+    names = sorted(p.name for p in (tmp_path / "b" / "ema").iterdir())
+    assert names == [f"{8 * n:012d}-{std}.safetensors" for n in (1, 2, 3) for std in (0.05, 0.1)]
+    for name in names:
+        assert (tmp_path / "a" / "ema" / name).read_bytes() == (tmp_path / "b" / "ema" / name).read_bytes()
+
+
+@pytest.mark.parametrize("number", [SIGTERM, SIGINT])
+def test_signals_save_and_end_cleanly(tmp_path, number):
+    before = signal.getsignal(number)
+    result = trainer(tmp_path, dataset=KilledAt(6, number)).train()
+    assert (result.step, result.reason) == (2, signal.Signals(number).name)
+    assert result.checkpoint == latest_checkpoint(tmp_path)
+    assert signal.getsignal(number) == before
+
+
+def test_a_second_interrupt_ends_at_once(tmp_path):
+    class Impatient(StubClips):
+        def __getitem__(self, index):
+            os.kill(os.getpid(), SIGINT)
+            return super().__getitem__(index)
+
+    with pytest.raises(KeyboardInterrupt):
+        trainer(tmp_path, dataset=Impatient()).train()
+
+
+def test_max_seconds_stops_and_saves_and_leaves_the_schedule_alone(uninterrupted, tmp_path):
+    result = trainer(tmp_path, max_seconds=0.0).train()
+    assert (result.step, result.reason) == (1, "time")
+    while result.reason == "time":
+        result = trainer(tmp_path, max_seconds=0.0).train()
+    assert result.step == 6
+    assert_same_tensors(result.checkpoint, uninterrupted)
+
+
+def test_kill_9_while_the_trainer_saves_loses_nothing(uninterrupted, tmp_path):
+    trainer(tmp_path, steps=2).train()
+    child = os.fork()
+    if child == 0:
+        from sae_diffusion.train import checkpoint
+
+        real = checkpoint.save_file
+
+        def die_after_half(tensors, path, metadata=None):
+            if path.name.startswith("ema"):
+                os.kill(os.getpid(), SIGKILL)
+            real(tensors, path, metadata)
+
+        checkpoint.save_file = die_after_half
+        try:
+            trainer(tmp_path, steps=4).train()
+        finally:
+            os._exit(1)
+    assert os.WTERMSIG(os.waitpid(child, 0)[1]) == SIGKILL
+    assert (tmp_path / "tmp-step-0000004").is_dir()
+    t = trainer(tmp_path)
+    assert t.step == 2
+    assert_same_tensors(t.train().checkpoint, uninterrupted)
+    assert not list(tmp_path.glob("tmp-*"))
+
+
+def test_a_damaged_checkpoint_falls_back_to_the_one_before(uninterrupted, tmp_path):
+    trainer(tmp_path, checkpoint_every=2, steps=4).train()
+    file = tmp_path / "step-0000004" / "optimizer.safetensors"
+    data = bytearray(file.read_bytes())
+    data[len(data) // 2] ^= 255
+    file.write_bytes(bytes(data))
+    with pytest.warns(RuntimeWarning, match=r"step-0000004 is damaged .*optimizer\.safetensors: sha256 differs"):
+        t = trainer(tmp_path, checkpoint_every=2)
+    assert t.step == 2
+    assert_same_tensors(t.train().checkpoint, uninterrupted)
+    assert metrics(tmp_path) == metrics(uninterrupted.parent)
+
+
+def test_resume_refuses_another_run_and_names_the_field(tmp_path, capsys):
+    trainer(tmp_path, steps=1).train()
+    with pytest.raises(ValueError, match=r"^model_config\.width: .*step-0000001 was trained with 8, this run has 16"):
+        trainer(tmp_path, model_config=StubConfig(width=16))
+    with pytest.raises(ValueError, match=r"^data\.fingerprint: .*'stripes-13', this run has 'stripes-14'"):
+        trainer(tmp_path, dataset=StubClips(14))
+    with pytest.raises(ValueError, match=r"^seed: .* with 7, this run has 8"):
+        trainer(tmp_path, seed=8)
+    with pytest.raises(ValueError, match=r"^ema_stds: "):
+        trainer(tmp_path, ema_stds=(0.05,))
+    with pytest.raises(ValueError, match=r"^spatial_every > 0: "):
+        trainer(tmp_path, spatial_every=2)
+    capsys.readouterr()
+    assert trainer(tmp_path, steps=9, log_every=3, lr=0.5).step == 1
+    assert "changed since the checkpoint: lr 0.01 -> 0.5\n" in capsys.readouterr().out
+
+
+# ---- several micro-batches, several processes
+
+
+def gradients_of_one_step(run_dir, **options) -> tuple[Trainer, list[torch.Tensor]]:
+    """The trainer and the gradients its optimizer is given in the first step, zero where there is none."""
+    t = trainer(run_dir, steps=1, grad_clip=0.0, model_config=StubConfig(dropout=0.0), **options)
+    caught: list[torch.Tensor] = []
+    t.optimizer.register_step_pre_hook(
+        lambda *_: caught.extend(
+            torch.zeros_like(p) if p.grad is None else p.grad.clone() for p in t.model.parameters()
+        )
+    )
+    t.train()
+    return t, caught
+
+
+def test_gradient_is_that_of_the_mean_over_the_global_batch(tmp_path, monkeypatch):
+    """Against one backward pass through the mean of all frames' losses of the four micro-batches."""
+    from sae_diffusion.train import trainer as module
+
+    calls = []
+
+    def keep(denoiser, *arguments, **options):
+        calls.append((arguments, options))
+        return real(denoiser, *arguments, **options)
+
+    real = module.denoising_loss
+    monkeypatch.setattr(module, "denoising_loss", keep)
+    _, caught = gradients_of_one_step(tmp_path, micro_batch=1)
+    assert len(calls) == 4
+    assert len({options["seed"] for _, options in calls}) == 4
+    torch.manual_seed(0)
+    model = Stub(StubConfig(dropout=0.0))
+    model.normalize_weights_()
+    mean = torch.cat([real(model, *arguments, **options) for arguments, options in calls]).mean()
+    mean.backward()
+    assert mean.item() == pytest.approx(metrics(tmp_path)[0]["loss"], rel=1e-6)
+    for got, p in zip(caught, model.parameters(), strict=True):
+        torch.testing.assert_close(got, p.grad, rtol=1e-5, atol=1e-6 * p.grad.abs().max().item())
+
+
+def test_accumulation_equals_one_large_batch(tmp_path, monkeypatch):
+    """With noise that is a function of the clip alone, 4 micro-batches of 1 clip, 2 of 2 and 1 of 4 give one gradient."""
+    from sae_diffusion.train import trainer as module
+
+    def loss_by_clip(denoiser, x0, actions, sigmas, **options):
+        sigma = 0.1 + x0.abs().mean(dim=(2, 3, 4)).repeat(1, 3)
+        x = x0.repeat(1, 3, 1, 1, 1) * (1 + sigma[..., None, None, None])
+        d = denoiser(x, sigma, torch.zeros_like(actions), noisy_copies=2)[:, 3:]
+        return (d - x0.repeat(1, 2, 1, 1, 1)).square().mean(dim=(2, 3, 4))
+
+    monkeypatch.setattr(module, "denoising_loss", loss_by_clip)
+    whole, *split = (gradients_of_one_step(tmp_path / str(m), micro_batch=m)[1] for m in (4, 2, 1))
+    for gradients in split:
+        for a, b in zip(whole, gradients, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6 * a.abs().max().item())
+
+
+def free_port() -> str:
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return str(s.getsockname()[1])
+
+
+def run_two(runs: list[dict]) -> list[dict]:
+    port = free_port()
+    processes = [
+        subprocess.Popen(
+            [sys.executable, SCRIPT, json.dumps(runs)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+            env=environment(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=port),
+        )
+        for rank in range(2)
+    ]  # fmt: skip
+    outputs = [p.communicate(timeout=120) for p in processes]
+    assert all(p.returncode == 0 for p in processes), outputs
+    return [json.loads(line) for line in outputs[0][0].splitlines() if line.startswith("{")]
+
+
+@pytest.fixture(scope="module")
+def two_processes(tmp_path_factory):
+    """Several runs of two gloo processes, one after the other in the same pair of interpreters."""
+    d = tmp_path_factory.mktemp("ddp")
+    runs = [
+        {"run_dir": str(d / "two")},
+        {"run_dir": str(d / "four"), "micro_batch": 1},
+        {"run_dir": str(d / "spatial"), "spatial_every": 2, "precision": "bf16"},
+        {"run_dir": str(d / "parts"), "kill": [6, SIGTERM]},
+        {"run_dir": str(d / "parts"), "checkpoint_every": 5},
+    ]
+    return d, run_two(runs)
+
+
+def test_two_processes_equal_one(two_processes, uninterrupted, tmp_path):
+    """Two micro-batches on two processes: (g0 + g1) / 2 is rounded like g0 / 2 + g1 / 2, so every bit is the same."""
+    directory, _ = two_processes
+    assert metrics(directory / "two") == metrics(uninterrupted.parent)
+    assert_same_tensors(directory / "two" / "step-0000006", uninterrupted)
+    whole = trainer(tmp_path / "spatial", spatial_every=2, precision="bf16").train()
+    assert metrics(directory / "spatial") == metrics(tmp_path / "spatial")
+    assert_same_tensors(directory / "spatial" / "step-0000006", whole.checkpoint)
+
+
+def test_two_processes_with_four_micro_batches_equal_one_to_rounding(two_processes, tmp_path):
+    """(g0 + g2) + (g1 + g3) against ((g0 + g1) + g2) + g3: the first loss has no history and is the same to the bit."""
+    directory, _ = two_processes
+    trainer(tmp_path, micro_batch=1).train()
+    one, two = metrics(tmp_path), metrics(directory / "four")
+    assert one[0]["loss"] == two[0]["loss"]
+    for a, b in zip(one, two, strict=True):
+        # six Adam steps let the fp32 rounding of the gradient (2^-24) grow; measured below 1e-6
+        assert a["loss"] == pytest.approx(b["loss"], rel=1e-5)
+        assert a["grad_norm"] == pytest.approx(b["grad_norm"], rel=1e-4)
+
+
+def test_two_processes_stop_together_and_resume(two_processes, uninterrupted):
+    """The clip that sends the signal is read on both ranks: both stop after the same step and go on from there."""
+    directory, results = two_processes
+    assert results[3]["reason"] == "SIGTERM" and results[3]["step"] == 3
+    assert results[4] == {"step": 6, "reason": "done", "checkpoint": str(directory / "parts" / "step-0000006")}
+    assert_same_tensors(directory / "parts" / "step-0000006", uninterrupted)
+    assert metrics(directory / "parts") == metrics(uninterrupted.parent)
+
+
+def test_batch_must_split_over_processes_and_micro_batches(tmp_path, monkeypatch):
+    with pytest.raises(ValueError, match=r"^micro_batch: must divide batch_size = 4, got 3"):
+        config(tmp_path, micro_batch=3)
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 4)
+    monkeypatch.setattr(torch.distributed, "get_rank", lambda: 0)
+    with pytest.raises(ValueError, match=r"^micro_batch: .* = 2 must be a multiple of the number of processes = 4"):
+        trainer(tmp_path)
+
+
+# ---- data order
+
+
+def test_data_order_is_one_permutation_after_another():
+    order = [clip_index(p, 13, 3) for p in range(39)]
+    epochs = [order[i : i + 13] for i in (0, 13, 26)]
+    assert all(sorted(epoch) == list(range(13)) for epoch in epochs)
+    assert epochs[0] != epochs[1] != epochs[2]
+    assert order[:13] != [clip_index(p, 13, 4) for p in range(13)]
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3, 6])
+def test_ranks_share_the_order_of_one_process(world_size):
+    def draw(clips_seen, rank, world, steps):
+        sampler = MicroBatchSampler(
+            13, 5, clips_seen=clips_seen, batch_size=12, micro_size=2, rank=rank, world_size=world
+        )
+        per_step = 6 // world
+        drawn = list(itertools.islice(sampler, steps * per_step))
+        return [drawn[i * per_step : (i + 1) * per_step] for i in range(steps)]
+
+    alone = draw(0, 0, 1, 4)
+    shares = [draw(0, rank, world_size, 4) for rank in range(world_size)]
+    for step in range(4):
+        assert [shares[m % world_size][step][m // world_size] for m in range(6)] == alone[step]
+    assert draw(24, 0, 1, 2) == alone[2:]
+
+
+def test_workers_change_nothing(uninterrupted, tmp_path):
+    result = trainer(tmp_path, num_workers=2).train()
+    assert_same_tensors(result.checkpoint, uninterrupted)
+
+
+# ---- the rest
+
+
+def test_training_lowers_the_loss_and_averages_follow(tmp_path):
+    result = trainer(tmp_path, steps=60, log_every=20, lr_ref_steps=0, noisy_copies=4, snapshot_every=15).train()
+    records = metrics(tmp_path)
+    assert [r["step"] for r in records] == [20, 40, 60]
+    assert records[-1]["weighted_loss"] < 0.8 * records[0]["weighted_loss"]
+    weights = load_file(result.checkpoint / "model.safetensors")
+    average = load_average(result.checkpoint, 0.05)
+    assert torch.equal(average["out.weight"], load_file(result.checkpoint / "ema-0.05.safetensors")["out.weight"])
+    assert not torch.equal(average["out.weight"], weights["out.weight"])
+    between = load_average(result.checkpoint, 0.07)["out.weight"]
+    wider = load_average(result.checkpoint, 0.1)["out.weight"]
+    assert 0 < (between - average["out.weight"]).norm() < (wider - average["out.weight"]).norm()
+
+
+def test_every_knob_reaches_the_arithmetic(uninterrupted, tmp_path):
+    reference = metrics(uninterrupted.parent)[-1]["loss"]
+    changes = [
+        {"seed": 8}, {"noisy_copies": 1}, {"lr": 2e-2}, {"lr_ramp_steps": 0}, {"lr_ref_steps": 0}, {"grad_clip": 1e-3},
+        {"action_dropout": 1.0}, {"normalizer_every": 3}, {"weight_decay": 1.0}, {"betas": (0.5, 0.5)},
+        {"precision": "bf16"}, {"micro_batch": 4}, {"spatial_every": 1},
+    ]  # fmt: skip
+    losses = [reference]
+    for i, change in enumerate(changes):
+        trainer(tmp_path / str(i), **change).train()
+        losses.append(metrics(tmp_path / str(i))[-1]["loss"])
+    assert len(set(losses)) == len(losses)
+
+
+def test_actions_are_dropped_by_clip_and_never_invented(tmp_path):
+    t = trainer(tmp_path)
+    actions = torch.tensor([[-1, 0, 2], [-1, 1, 1]])
+    assert torch.equal(t._actions(actions, torch.tensor([False, True])), torch.tensor([[-1, 0, 2], [-1, -1, -1]]))
+    floats = t._actions(torch.ones(2, 3, 4), torch.tensor([True, False]))
+    assert floats[0].isnan().all() and (floats[1] == 1).all()
+    assert t._actions(None, torch.tensor([False])) is None
+    t.dataset.num_actions = 0
+    assert t._actions(actions, torch.tensor([False, False])) is None
+
+
+def test_fp16_skips_a_step_that_overflows_and_goes_on(tmp_path):
+    t = trainer(tmp_path, precision="fp16", steps=4)
+    t.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**120)
+    t.train()
+    records = metrics(tmp_path)
+    assert any(r["grad_norm"] is None for r in records)
+    assert all(torch.isfinite(v).all() for v in tensors(latest_checkpoint(tmp_path)).values())
+    assert t.scaler.get_scale() < 2.0**120
+
+
+def test_a_loss_that_is_not_finite_stops_training_and_spoils_no_checkpoint(tmp_path):
+    t = trainer(tmp_path, steps=6, checkpoint_every=1, log_every=0)
+    real = t._train_step
+
+    def spoil(batches):
+        if t.step == 3:
+            t.model.out.weight.data.fill_(math.nan)
+        real(batches)
+
+    t._train_step = spoil
+    with pytest.raises(FloatingPointError, match="not finite any more at step 4"):
+        t.train()
+    assert latest_checkpoint(tmp_path).name == "step-0000003"
+
+
+def test_callback_sees_eval_mode_and_leaves_training_as_it_was(uninterrupted, tmp_path):
+    seen = []
+
+    def on_sample(t, step):
+        assert not t.model.training and not torch.is_grad_enabled()
+        before = {n: p.clone() for n, p in t.model.named_parameters()}
+        with t.ema_weights(0.1) as model:
+            assert torch.equal(model.out.weight, t.ema.averages[0.1]["out.weight"])
+        assert all(torch.equal(p, before[n]) for n, p in t.model.named_parameters())
+        torch.randn(step)
+        seen.append(step)
+
+    result = trainer(tmp_path, sample_every=2, on_sample=on_sample).train()
+    assert seen == [2, 4, 6]
+    assert_same_tensors(result.checkpoint, uninterrupted)
+
+
+def test_plain_lines_without_a_terminal_and_tensorboard_curves(tmp_path, capsys):
+    trainer(tmp_path, log_every=3, tensorboard=True).train()
+    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("step ")]
+    assert (
+        len(lines) == 2
+        and lines[0].startswith("step 3/6  loss ")
+        and "clips/s" in lines[0]
+        and lines[0].endswith(" left")
+    )
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+    assert {"loss", "weighted_loss", "lr", "grad_norm", "clips_per_second"} <= set(events.Tags()["scalars"])
+    assert [e.step for e in events.Scalars("loss")] == [3, 6]
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [("batch_size", 0), ("steps", -1), ("precision", "fp8"), ("lr", 0.0), ("action_dropout", 1.5), ("noisy_copies", 0)],
+)
+def test_config_names_the_field(field, value):
+    with pytest.raises(ValueError, match=f"^{field}: .*got "):
+        TrainConfig(**{field: value})
+
+
+def test_an_empty_data_set_is_refused(tmp_path):
+    with pytest.raises(ValueError, match=r"^dataset: must have at least one clip"):
+        Trainer(config(tmp_path), Stub(), StubClips(0), STATS)
