@@ -65,51 +65,39 @@ def backward(
     B, kt = x.shape[0], weight.shape[2]
     x = x.contiguous(memory_format=torch.channels_last_3d)
     grad = grad.contiguous(memory_format=torch.channels_last_3d)
-    grad_x = grad_last_scale = grad_past_scale = grad_history = None
-    grad_weight = torch.empty_like(weight) if need_weight else None
+    grad_x = grad_past_scale = grad_last_scale = grad_history = None
+    grad_weight = torch.zeros_like(weight) if need_weight else None
 
     last = weight[:, :, -1]
-    if last_scale is None:
-        grad_x, grad_last = _conv_backward(_images(grad), _images(x), last, need_x, need_weight)
-        grad_x = None if grad_x is None else _video(grad_x, B)
-    else:
-        scale = _per_frame(last_scale)
-        grad_last = None
-        if need_x or need_last_scale:
-            # y = s (W conv x) gives dx = s u and ds = <x, u>, with u the data gradient of the unscaled dy.
-            unscaled, _ = _conv_backward(_images(grad), _images(x), last, True, False)
-            grad_x = _video(unscaled, B)
-            if need_last_scale:
-                grad_last_scale = (x * grad_x).sum((1, 3, 4))
-            grad_x = grad_x.mul_(scale) if need_x else None
-        if need_weight:
-            _, grad_last = _conv_backward(_images(grad * scale), _images(x), last, False, True)
-    if need_weight:
-        grad_weight[:, :, -1] = grad_last
+    if need_x or need_last_scale:
+        # y = s (W conv x) gives dx = s u and ds = <x, u>, with u the data gradient of the unscaled dy.
+        grad_x = _video(_data_gradient(_images(grad), last), B)
+        if need_last_scale:
+            grad_last_scale = (x * grad_x).sum((1, 3, 4))
+        if last_scale is not None:
+            grad_x.mul_(_per_frame(last_scale))
+    if grad_weight is not None:
+        scaled = grad if last_scale is None else grad * _per_frame(last_scale)
+        grad_weight[:, :, -1] = _kernel_gradient(_images(scaled), _images(x), last)
+    if history is not None and need_history:
+        grad_history = torch.zeros_like(history, memory_format=torch.channels_last_3d)
 
     if kt == 1:
+        grad_past_scale = x.new_zeros(B, x.shape[2]) if need_past_scale else None
+    else:
+        groups = _groups(grad, layout)
         if need_past_scale:
-            grad_past_scale = torch.zeros_like(past_scale, memory_format=torch.contiguous_format)
-        if need_history:
-            grad_history = torch.zeros_like(history, memory_format=torch.channels_last_3d)
-        return grad_x, grad_weight, grad_past_scale, grad_last_scale, grad_history
-
-    groups = _groups(grad, layout)
-    if need_past_scale:
-        past = _past(x, weight, history, pad_value, layout) if past is None else past
-        grad_past_scale = (groups * past.unsqueeze(2)).sum((1, 4, 5)).flatten(1)
-    need_sources = need_x or need_history
-    if need_sources or need_weight:
-        sources = _stack_sources(x, history, pad_value, kt, layout)
-        total, kernel = _images(_sum_groups(groups, past_scale, layout)), _past_kernel(weight)
-        grad_sources, grad_past = _conv_backward(total, sources, kernel, need_sources, need_weight)
-        if need_weight:
-            grad_weight[:, :, :-1] = grad_past.unflatten(1, (kt - 1, -1)).transpose(1, 2)
-        if need_history:
-            grad_history = torch.zeros_like(history, memory_format=torch.channels_last_3d)
-        if need_sources:
-            _add_source_gradients(grad_sources, grad_x, grad_history, kt, layout)
-    return grad_x, grad_weight, grad_past_scale, grad_last_scale, grad_history
+            past = _past(x, weight, history, pad_value, layout) if past is None else past
+            grad_past_scale = (groups * past.unsqueeze(2)).sum((1, 4, 5)).flatten(1)
+        if need_weight or need_x or need_history:
+            total, kernel = _images(_sum_groups(groups, past_scale, layout)), _past_kernel(weight)
+            if grad_weight is not None:
+                sources = _stack_sources(x, history, pad_value, kt, layout)
+                _add_past_kernel(grad_weight, _kernel_gradient(total, sources, kernel))
+            if need_x or need_history:
+                grad_sources = _data_gradient(total, kernel)
+                _add_source_gradients(grad_sources, grad_x if need_x else None, grad_history, kt, layout)
+    return grad_x if need_x else None, grad_weight, grad_past_scale, grad_last_scale, grad_history
 
 
 def past_term(history: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
@@ -121,17 +109,14 @@ def past_term_backward(
     grad: torch.Tensor, history: torch.Tensor, weight: torch.Tensor, mask: list[bool]
 ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
     """Gradients of (history, weight), None where `mask` does not ask."""
-    taps = history.shape[2]
     grad = grad.contiguous(memory_format=torch.channels_last)
-    grad_sources, grad_past = _conv_backward(grad, _stack_history(history), _past_kernel(weight), *mask)
-    grad_history = grad_weight = None
+    kernel, grad_history, grad_weight = _past_kernel(weight), None, None
     if mask[0]:
-        grad_history = grad_sources.unflatten(1, (taps, -1)).transpose(1, 2)
+        grad_history = _data_gradient(grad, kernel).unflatten(1, (history.shape[2], -1)).transpose(1, 2)
         grad_history = grad_history.contiguous(memory_format=torch.channels_last_3d)
     if mask[1]:
-        grad_weight = torch.empty_like(weight)
-        grad_weight[:, :, :-1] = grad_past.unflatten(1, (taps, -1)).transpose(1, 2)
-        grad_weight[:, :, -1] = 0
+        grad_weight = torch.zeros_like(weight)
+        _add_past_kernel(grad_weight, _kernel_gradient(grad, _stack_history(history), kernel))
     return grad_history, grad_weight
 
 
@@ -215,7 +200,12 @@ def _stack_history(history: torch.Tensor) -> torch.Tensor:
 
 
 def _past_kernel(weight: torch.Tensor) -> torch.Tensor:
+    """(Cout, (kt - 1) Cin, ky, kx), input channels in the order of `_stack_sources`."""
     return weight[:, :, :-1].transpose(1, 2).flatten(1, 2)
+
+
+def _add_past_kernel(grad_weight: torch.Tensor, grad_kernel: torch.Tensor) -> None:
+    grad_weight[:, :, :-1] += grad_kernel.unflatten(1, (-1, grad_weight.shape[1])).transpose(1, 2)
 
 
 def _past(x, weight, history, pad_value, layout) -> torch.Tensor:
@@ -267,20 +257,22 @@ def _conv(images: torch.Tensor, kernel: torch.Tensor) -> torch.Tensor:
     return out.contiguous(memory_format=torch.channels_last)
 
 
-def _conv_backward(
-    grad: torch.Tensor, images: torch.Tensor, kernel: torch.Tensor, need_images: bool, need_kernel: bool
-) -> tuple[torch.Tensor | None, torch.Tensor | None]:
-    if not (need_images or need_kernel):
-        return None, None
+def _data_gradient(grad: torch.Tensor, kernel: torch.Tensor) -> torch.Tensor:
+    images = grad.new_empty(1).expand(grad.shape[0], kernel.shape[1], *grad.shape[2:])  # only its shape is used
+    grad_images = _conv_backward(grad, images, kernel, [True, False, False])[0]
+    return grad_images.contiguous(memory_format=torch.channels_last)
+
+
+def _kernel_gradient(grad: torch.Tensor, images: torch.Tensor, kernel: torch.Tensor) -> torch.Tensor:
+    return _conv_backward(grad, images, kernel, [False, True, False])[1]
+
+
+def _conv_backward(grad: torch.Tensor, images: torch.Tensor, kernel: torch.Tensor, mask: list[bool]):
     kernel = kernel.contiguous(memory_format=torch.channels_last)
     with _deterministic(images.device):
-        grad_images, grad_kernel, _ = torch.ops.aten.convolution_backward(
-            grad, images, kernel, None, [1, 1], _padding(kernel), [1, 1], False, [0, 0], 1,
-            [need_images, need_kernel, False],
-        )  # fmt: skip
-    if need_images:
-        grad_images = grad_images.contiguous(memory_format=torch.channels_last)
-    return grad_images, grad_kernel
+        return torch.ops.aten.convolution_backward(
+            grad, images, kernel, None, [1, 1], _padding(kernel), [1, 1], False, [0, 0], 1, mask
+        )
 
 
 @contextlib.contextmanager
