@@ -45,7 +45,7 @@ def frame_attention(
         TypeError: not a tensor, or not a supported or matching dtype.
     """
     _check(q, k, v, layout, noisy_queries_only)
-    available, why_not = ops.implementations(q.device)
+    available, why_not = ops.implementations(q.device, q.dtype, q.shape[-1])
     chosen = _checks.choose_implementation("frame_attention", impl, q.device, available, why_not)
     scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
     if chosen == "reference":

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import importlib.util
+import os
+
 import torch
 
 from .. import _library
@@ -15,17 +18,47 @@ _LAYOUT = (
 _OPTIONS = f"{_LAYOUT}, float scale, bool noisy_queries_only, str impl"
 
 
-def implementations(device: torch.device) -> tuple[list[str], dict[str, str]]:
+def implementations(
+    device: torch.device, dtype: torch.dtype = torch.float32, head_dim: int = 64
+) -> tuple[list[str], dict[str, str]]:
     """(those that run on this device, fastest first; those that do not, with the reason)."""
-    return ["composed", "reference"], {
-        "triton": "there is no Triton kernel for this op yet",
-        "cuda": "there is no CUDA C++ kernel for this op; use triton",
-    }
+    available = ["composed", "reference"]
+    why_not = {"cuda": "there is no CUDA C++ kernel for this op; use triton"}
+    reason = _why_not_triton(device)
+    if reason is None and dtype == torch.float64:
+        reason = "it computes in float32; float64 is for composed and reference"
+    elif reason is None and head_dim > 256:
+        reason = "it holds head dims up to 256"
+    if reason is not None:
+        why_not["triton"] = reason
+    elif device.type == "cuda":
+        available.insert(0, "triton")
+    else:
+        # The interpreter serves tests: never the choice of "auto".
+        available.append("triton")
+    return available, why_not
+
+
+@torch.compiler.assume_constant_result
+def _why_not_triton(device: torch.device) -> str | None:
+    if importlib.util.find_spec("triton") is None:
+        return "the package triton is not installed"
+    if device.type == "cuda":
+        major, minor = torch.cuda.get_device_capability(device)
+        if major < 8:
+            return f"it needs compute capability 8.0 or newer, this device has {major}.{minor}"
+    elif os.environ.get("TRITON_INTERPRET", "0") != "1":
+        return "it needs a CUDA device, or TRITON_INTERPRET=1 from the start to be interpreted on the CPU"
+    return None
 
 
 def _backend(impl: str):
     if impl == "composed":
         return composed
+    if impl == "triton":
+        from . import triton
+
+        return triton
     raise ValueError(f"impl: frame_attention has no registered implementation {impl!r}")
 
 

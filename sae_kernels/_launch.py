@@ -1,0 +1,68 @@
+"""A Triton launch as data: the launcher runs it, the compile gate compiles it for a GPU that is not there."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET", "0") == "1"
+
+
+@dataclass(frozen=True)
+class Launch:
+    """One kernel, its grid, its arguments by name (constexprs included) and its compile options."""
+
+    kernel: Any
+    grid: tuple[int, ...]
+    args: dict[str, Any]
+    num_warps: int
+    num_stages: int
+
+    @property
+    def options(self) -> dict[str, Any]:
+        # Triton 3.10 turns the contraction a * b + c -> fma off by default; named here, no release changes the results.
+        return {"num_warps": self.num_warps, "num_stages": self.num_stages, "enable_fp_fusion": True}
+
+    def run(self) -> None:
+        """Launch on the current device and its current stream."""
+        if INTERPRETED:
+            from . import _interpreter
+
+            _interpreter.correct()
+        self.kernel[self.grid](**self.args, **self.options)
+
+
+_TYPE_NAMES = {
+    torch.float32: "fp32",
+    torch.bfloat16: "bf16",
+    torch.float16: "fp16",
+    torch.int32: "i32",
+    torch.int64: "i64",
+    torch.uint8: "u8",
+}
+
+
+def signature(launch: Launch) -> tuple[dict[str, str], dict[str, Any], dict[tuple[int], list]]:
+    """(types, constexprs, attributes) as `triton.compiler.ASTSource` takes them.
+
+    Tensors count as 16-byte aligned, as the caching allocator makes them. An integer must carry a type annotation and
+    be exempt from specialisation, so that its value can neither recompile nor change a kernel.
+    """
+    types, constants, attributes = {}, {}, {}
+    for index, param in enumerate(launch.kernel.params):
+        value = launch.args[param.name]
+        if param.is_constexpr:
+            types[param.name] = "constexpr"
+            constants[param.name] = value
+        elif isinstance(value, torch.Tensor):
+            types[param.name] = "*" + _TYPE_NAMES[value.dtype]
+            attributes[(index,)] = [["tt.divisibility", 16]]
+        elif isinstance(value, float):
+            types[param.name] = "fp32"
+        else:
+            assert param.do_not_specialize and param.annotation_type, f"{launch.kernel.__name__}: {param.name}"
+            types[param.name] = param.annotation_type
+    return types, constants, attributes
