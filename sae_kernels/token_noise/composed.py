@@ -68,7 +68,8 @@ def pieces(shape: Sequence[int], limit: int) -> Iterator[tuple[int, list[int], l
         dim -= 1
     step = max(1, limit // inner)
     for outer in range(math.prod(shape[:dim])):
-        index, rest = [], outer
+        index: list[int] = []
+        rest = outer
         for size in reversed(shape[:dim]):
             index.insert(0, rest % size)
             rest //= size
@@ -115,12 +116,8 @@ def forward(
 ) -> None:
     """Write signal_scale x + noise_scale eps to `out` (B, F, ...), and eps to `noise` if given; both contiguous."""
     compute = torch.float64 if x.dtype == torch.float64 else torch.float32
-    x, signal_scale, noise_scale = (
-        x.unsqueeze(1),
-        by_stream(signal_scale, streams),
-        by_stream(noise_scale, streams),
-    )
-    out = out.unflatten(1, (streams, -1))
+    x, out = x.unsqueeze(1), out.unflatten(1, (streams, -1))
+    signal_scale, noise_scale = by_stream(signal_scale, streams), by_stream(noise_scale, streams)
     noise = None if noise is None else noise.view(out.shape)
     for first, *box in pieces(out.shape, _limit(x.device)):
         value = normals(first, math.prod(box[1]), seed, offset, x.device).view(box[1]).to(compute)
