@@ -6,9 +6,6 @@ import signal
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
-from torch import nn
-
 from sae_diffusion.train import checkpoint
 from sae_diffusion.train.checkpoint import (
     check_header,
@@ -21,6 +18,8 @@ from sae_diffusion.train.checkpoint import (
     save_checkpoint,
     verify_checkpoint,
 )
+from safetensors.torch import load_file, save_file
+from torch import nn
 
 
 def files(value: float) -> dict[str, dict[str, torch.Tensor]]:

@@ -5,9 +5,6 @@ import math
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file
-from torch import nn
-
 from sae_diffusion.train.ema import (
     PowerEMA,
     Snapshot,
@@ -19,6 +16,8 @@ from sae_diffusion.train.ema import (
     std_from_gamma,
 )
 from sae_diffusion.train.lr import power_law_lr
+from safetensors.torch import load_file
+from torch import nn
 
 
 def test_lr_schedule_values():

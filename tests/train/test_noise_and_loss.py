@@ -6,9 +6,9 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-
 from sae_diffusion.diffusion.loss import LossNormalizer, _basis, denoising_loss, loss_weight
 from sae_diffusion.diffusion.noise import NoiseConfig, derive_seed, sample_sigmas
+
 from sae_kernels import FrameLayout, token_noise
 
 

@@ -12,6 +12,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from sae_diffusion.train import TrainConfig, Trainer, latest_checkpoint
+from sae_diffusion.train.checkpoint import load_average, read_state
+from sae_diffusion.train.loader import MicroBatchSampler, clip_index
 from safetensors.torch import load_file
 from train_stubs import (
     SIGINT,
@@ -26,10 +29,6 @@ from train_stubs import (
     environment,
     trainer,
 )
-
-from sae_diffusion.train import TrainConfig, Trainer, latest_checkpoint
-from sae_diffusion.train.checkpoint import load_average, read_state
-from sae_diffusion.train.loader import MicroBatchSampler, clip_index
 
 SCRIPT = Path(__file__).with_name("train_stubs.py")
 TIMES = ("seconds", "clips_per_second")
@@ -471,3 +470,19 @@ def test_config_names_the_field(field, value):
 def test_an_empty_data_set_is_refused(tmp_path):
     with pytest.raises(ValueError, match=r"^dataset: must have at least one clip"):
         Trainer(config(tmp_path), Stub(), StubClips(0), STATS)
+
+
+def test_compiled_training_is_the_same_training(uninterrupted, tmp_path, monkeypatch):
+    """With a back end that changes nothing: what is compiled is what is trained, saved and resumed."""
+    compiled = []
+
+    def compile(module):
+        compiled.append(module)
+        return real(module, backend="eager")
+
+    real = torch.compile
+    monkeypatch.setattr(torch, "compile", compile)
+    trainer(tmp_path, compile=True, steps=2).train()
+    result = trainer(tmp_path, compile=True).train()
+    assert len(compiled) == 2
+    assert_same_tensors(result.checkpoint, uninterrupted)

@@ -6,15 +6,14 @@ import json
 import os
 import signal
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 import torch
-from torch import nn
-
 from sae_diffusion.data import Clip, FrameStats
 from sae_diffusion.train import TrainConfig, Trainer
+from torch import nn
 
 STATS = FrameStats((0.0, 0.1), (0.6, 0.5))
 
@@ -90,12 +89,12 @@ class StubClips(torch.utils.data.Dataset):
 
 
 def config(run_dir, **changes) -> TrainConfig:
-    defaults = dict(
+    base = TrainConfig(
         run_dir=str(run_dir), clip_length=3, batch_size=4, micro_batch=2, noisy_copies=2, steps=6, lr_ramp_steps=2,
         lr_ref_steps=3, log_every=1, checkpoint_every=0, snapshot_every=0, normalizer_every=2, normalizer_size=100,
         action_dropout=0.3, grad_clip=1.0, num_workers=0, tensorboard=False, device="cpu", seed=7,
     )  # fmt: skip
-    return TrainConfig(**{**defaults, **changes})
+    return replace(base, **changes)
 
 
 def trainer(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 import torch
 
@@ -35,7 +36,7 @@ def denoising_loss(
     """Weighted squared error of the denoised noisy copies, per frame.
 
     Args:
-        denoiser: called as denoiser(x, sigma, actions, noisy_copies=K), or on noisy frames alone with spatial_only=True.
+        denoiser: called as denoiser(x, sigma, actions, noisy_copies=K), or with spatial_only=True on noisy frames.
         x0: (B, T, C, Y, X) normalised clips.
         actions: (B, T) int64, (B, T, A) float or None: the action that caused each frame.
         sigmas: (B, (1 + K) T), clean stream first, as `sample_sigmas` gives them.
@@ -53,12 +54,12 @@ def denoising_loss(
         raise ValueError(f"noisy_copies: must be at least 1 to have something to denoise, got {noisy_copies}")
     if x0.ndim != 5:
         raise ValueError(f"x0: must have shape (B, T, C, Y, X), got {tuple(x0.shape)}")
-    batch, frames = x0.shape[:2]
+    batch, frames = x0.shape[0], x0.shape[1]
     wanted = (batch, (1 + noisy_copies) * frames)
     if sigmas.shape != wanted:
         raise ValueError(f"sigmas: must have shape (B, (1 + K) T) = {wanted}, got {tuple(sigmas.shape)}")
     layout = FrameLayout(frames=frames, tokens_per_frame=x0.shape[-2] * x0.shape[-1], noisy_copies=noisy_copies)
-    x = token_noise(x0.contiguous(), torch.ones_like(sigmas), sigmas, layout, seed=seed, offset=offset)
+    x: Any = token_noise(x0.contiguous(), torch.ones_like(sigmas), sigmas, layout, seed=seed, offset=offset)
     noisy_sigmas = sigmas[:, frames:]
     if spatial_only:
         repeated = None if actions is None else torch.cat([actions] * noisy_copies, dim=1)
@@ -100,14 +101,14 @@ class LossNormalizer:
         self.size, self.fit_every, self.ridge = size, fit_every, ridge
         self.sigmas = torch.ones(size, device=device)
         self.losses = torch.ones(size, device=device)
-        self.coefficients = torch.zeros(7, dtype=torch.float64)
+        self._set_coefficients(torch.zeros(7, dtype=torch.float64))
         self.pairs_seen = 0
         self.records = 0
 
     def expected_loss(self, sigma: torch.Tensor) -> torch.Tensor:
         """10^fit(sigma), fp32, without gradient."""
         with torch.no_grad():
-            fit = _basis(sigma) @ self.coefficients.to(sigma.device)
+            fit = _basis(sigma) @ self._on_device.to(sigma.device)
             return (10.0 ** fit.clamp(-MAX_LOG10_FIT, MAX_LOG10_FIT)).float()
 
     def __call__(self, sigma: torch.Tensor, loss: torch.Tensor) -> torch.Tensor:
@@ -141,7 +142,12 @@ class LossNormalizer:
         basis = _basis(sigma[finite])
         target = loss[finite].double().clamp(min=10.0**-8).log10()
         gram = basis.T @ basis / len(target) + self.ridge * torch.eye(7, dtype=torch.float64)
-        self.coefficients = torch.linalg.solve(gram, basis.T @ target / len(target))
+        self._set_coefficients(torch.linalg.solve(gram, basis.T @ target / len(target)))
+
+    def _set_coefficients(self, coefficients: torch.Tensor) -> None:
+        self.coefficients = coefficients
+        # copied once for each fit: a copy for each loss would make an accelerator wait
+        self._on_device = coefficients.to(self.losses.device)
 
     def state_dict(self) -> dict[str, torch.Tensor]:
         """Plain tensors; restoring them continues bit for bit."""
@@ -157,5 +163,5 @@ class LossNormalizer:
             raise ValueError(f"sigmas: must have shape ({self.size},), got {tuple(state['sigmas'].shape)}")
         self.sigmas.copy_(state["sigmas"])
         self.losses.copy_(state["losses"])
-        self.coefficients = state["coefficients"].to(torch.float64).clone()
+        self._set_coefficients(state["coefficients"].to(torch.float64).clone())
         self.pairs_seen, self.records = (int(n) for n in state["counters"])

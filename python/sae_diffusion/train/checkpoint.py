@@ -230,14 +230,14 @@ def restore_optimizer(path: str | os.PathLike[str], model: torch.nn.Module, opti
         ValueError: naming a tensor that belongs to no parameter or has another shape.
     """
     parameters = dict(model.named_parameters())
-    expected = {}
+    expected: dict[str, torch.Tensor] = {}
     with safe_open(path, "pt") as file:
         names = list(file.keys())
     for name in names:
-        owner = parameters.get(name.rpartition(".")[0])
-        if owner is None:
+        parameter = parameters.get(name.rpartition(".")[0])
+        if parameter is None:
             raise ValueError(f"{path}: tensor {name} belongs to no parameter of the model")
-        expected[name] = torch.empty((), device="meta") if name.endswith(".step") else owner
+        expected[name] = torch.empty((), device="meta") if name.endswith(".step") else parameter
     check_header(path, expected, check_dtype=False)
     tensors = load_file(path)
     order = [p for group in optimizer.param_groups for p in group["params"]]
@@ -278,7 +278,7 @@ def load_denoiser(
     elif (reason := verify_checkpoint(path)) is not None:
         raise ValueError(reason)
     state = read_state(path)
-    config = ModelConfig(**{k: tuple(v) if isinstance(v, list) else v for k, v in state["model_config"].items()})
+    config = ModelConfig(**state["model_config"])
     with torch.device("meta"):
         check_header(path / "model.safetensors", Denoiser(config).state_dict())
     model = Denoiser(config)

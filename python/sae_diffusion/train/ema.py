@@ -42,7 +42,7 @@ def std_from_gamma(gamma: float) -> float:
 
 
 def decay(std: float, clips_before: int, clips_seen: int) -> float:
-    """beta = (clips_before / clips_seen)^(gamma + 1), the paper's (1 - 1/t)^(gamma + 1) for one clip per update; 0 at first."""
+    """beta = (clips_before / clips_seen)^(gamma + 1): (1 - 1/t)^(gamma + 1) for one clip per update, 0 at the first."""
     if not 0 <= clips_before < clips_seen:
         raise ValueError(f"clips_seen: must exceed the {clips_before} clips of the previous update, got {clips_seen}")
     return (clips_before / clips_seen) ** (gamma_from_std(std) + 1)
@@ -191,11 +191,10 @@ def reconstruct(snapshots: Sequence[Snapshot], std: float, clips_seen: int | Non
         check_header(s.path, like, check_dtype=False)
     result = {}
     files = [safe_open(s.path, "pt") for s in chosen]
-    for name in like:
-        total = None
+    for name, shape in like.items():
+        total = torch.zeros(shape.shape, dtype=torch.float64)
         for file, weight in zip(files, weights, strict=True):
             tensor = file.get_tensor(name)
-            term = tensor.double() * weight
-            total = term if total is None else total.add_(term)
+            total.add_(tensor.double(), alpha=weight)
         result[name] = total.to(tensor.dtype)
     return result

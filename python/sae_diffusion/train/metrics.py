@@ -39,7 +39,7 @@ class Reporter:
         self.total_steps = total_steps
         path = run_dir / FILE
         truncate_metrics(path, start_step)
-        self._file = open(path, "a", encoding="utf-8")
+        self._file = open(path, "a", encoding="utf-8")  # noqa: SIM115 - closed by close()
         self._writer = None
         if tensorboard:
             from torch.utils.tensorboard import SummaryWriter
@@ -48,18 +48,11 @@ class Reporter:
         self._progress: Any = None
         if sys.stderr.isatty():
             from rich.console import Console
-            from rich.progress import (
-                BarColumn,
-                MofNCompleteColumn,
-                Progress,
-                TextColumn,
-                TimeElapsedColumn,
-                TimeRemainingColumn,
-            )
+            from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeElapsedColumn, TimeRemainingColumn
 
             self._progress = Progress(
-                TextColumn("train"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[note]}"),
-                TimeElapsedColumn(), TextColumn("elapsed,"), TimeRemainingColumn(), TextColumn("left"), console=Console(stderr=True),
+                "train", BarColumn(), MofNCompleteColumn(), "{task.fields[note]}", TimeElapsedColumn(), "elapsed,",
+                TimeRemainingColumn(), "left", console=Console(stderr=True),
             )  # fmt: skip
             self._task = self._progress.add_task("train", total=total_steps, completed=start_step, note="")
             self._progress.start()

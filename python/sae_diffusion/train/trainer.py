@@ -51,7 +51,7 @@ class TrainResult:
 
 def _json_fields(value: Any) -> Any:
     """A dataclass as JSON would give it back: tuples become lists."""
-    if dataclasses.is_dataclass(value):
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
         value = dataclasses.asdict(value)
     if isinstance(value, dict):
         return {k: _json_fields(v) for k, v in value.items()}
@@ -62,7 +62,7 @@ class Trainer:
     """Trains a denoiser on clips.
 
     Each step sees `batch_size` clips, split into micro-batches whose number does not depend on how many processes share
-    them. Data order is a function of (seed, clips seen), randomness of (seed, global micro-batch index), so a resumed run
+    them. Data order is a function of (seed, clips seen), randomness of (seed, global micro-batch index): a resumed run
     repeats an uninterrupted one exactly, and W processes compute what one computes, up to the order of gradient sums.
     Under torchrun (WORLD_SIZE > 1) it uses DistributedDataParallel; all ranks must see the same run directory.
 
@@ -102,13 +102,13 @@ class Trainer:
         self._control = dist.new_group(backend="gloo") if self.world_size > 1 else None
         self.device = _device(config.device)
         self.run_dir = Path(config.run_dir)
-        self.model = model.to(self.device)
+        self.model: Any = model.to(self.device)
         self.model_config = _json_fields(model.config)
         self.sigma_data = float(self.model_config.get("sigma_data", 1.0))
         self.frames_per_block = int(self.model_config.get("frames_per_block", 1))
         self.optimizer = torch.optim.AdamW(
             self.model.parameters(), lr=config.lr, betas=config.betas, eps=config.eps, weight_decay=config.weight_decay,
-            fused=self.device.type == "cuda",  # takes the loss scaler's inf flag on the device, so fp16 does not wait either
+            fused=self.device.type == "cuda",  # takes the loss scaler's inf flag on the device: fp16 does not wait
         )  # fmt: skip
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=config.precision == "fp16")
         self.normalizers = {
@@ -123,16 +123,16 @@ class Trainer:
         self._stop: str | None = None
         self.reporter: Reporter | None = None
 
-        module: nn.Module = self.model
+        self._ddp: DistributedDataParallel | None = None
         if self.world_size > 1:
-            module = DistributedDataParallel(
+            self._ddp = DistributedDataParallel(
                 self.model, broadcast_buffers=False, gradient_as_bucket_view=True,
                 find_unused_parameters=config.spatial_every > 0,  # a spatial-only step leaves the temporal mixing out
             )  # fmt: skip
+        module: Any = self.model if self._ddp is None else self._ddp
+        self.module: Callable[..., torch.Tensor] = torch.compile(module) if config.compile else module
         self.ema = PowerEMA(self.model, config.ema_stds)
         self._resume()
-        self._ddp = module if self.world_size > 1 else None
-        self.module: Callable[..., torch.Tensor] = torch.compile(module) if config.compile else module
 
     # ---- one step
 
@@ -145,10 +145,8 @@ class Trainer:
             config.noise, batch, length, config.noisy_copies, generator, frames_per_block=self.frames_per_block
         )
         dropped = torch.rand(batch, generator=generator) < config.action_dropout
-        if self.device.type == "cuda":
-            sigmas = sigmas.pin_memory()
-        sigmas = sigmas.to(self.device, non_blocking=True)
-        x0 = self.stats.normalize(frames.to(self.device, non_blocking=True))
+        sigmas = self._to_device(sigmas)
+        x0 = self.stats.normalize(self._to_device(frames))
         actions = self._actions(actions, dropped)
         torch.manual_seed(derive_seed(config.seed, DROPOUT, index))
         dtype = AUTOCAST[config.precision]
@@ -170,7 +168,11 @@ class Trainer:
             actions = actions.masked_fill(dropped[:, None, None], math.nan)
         else:
             actions = actions.masked_fill(dropped[:, None], -1)
-        return actions.to(self.device, non_blocking=True)
+        return self._to_device(actions)
+
+    def _to_device(self, x: torch.Tensor) -> torch.Tensor:
+        """From pinned memory, so that the copy makes nobody wait."""
+        return x.pin_memory().to(self.device, non_blocking=True) if self.device.type == "cuda" else x
 
     def _train_step(self, batches: Iterator[Any]) -> None:
         config = self.config
@@ -204,7 +206,7 @@ class Trainer:
         self.normalizers[kind].record(sigma, loss)
 
     def _gather(self, pairs: torch.Tensor) -> torch.Tensor:
-        """(2, micro-batches of this rank, n) -> (2, n of all), in the global order of the micro-batches on every rank."""
+        """(2, micro-batches of this rank, n) -> (2, n of all), in the order of the micro-batches, on every rank."""
         if self.world_size > 1:
             parts = [torch.empty_like(pairs) for _ in range(self.world_size)]
             dist.all_gather(parts, pairs.contiguous())
@@ -242,7 +244,7 @@ class Trainer:
         self.model.train()
         with self._signals():
             try:
-                batches = iter(loader) if self.step < config.steps else iter(())
+                batches: Any = iter(loader) if self.step < config.steps else None
                 while self.step < config.steps:
                     self._train_step(batches)
                     elapsed = time.monotonic() - start
@@ -434,10 +436,10 @@ class Trainer:
 
     def _check_same_run(self, path: Path, state: dict[str, Any]) -> None:
         saved, current = state["train_config"], _json_fields(self.config)
-        fields = [("model_config." + k, state["model_config"].get(k), v) for k, v in self.model_config.items()]
-        fields += [
-            ("model_config." + k, v, None) for k, v in state["model_config"].items() if k not in self.model_config
-        ]
+        old, new = state["model_config"], self.model_config
+        # a field that the checkpoint does not know is one that was added since: its default is what was trained
+        defaults = {f.name: _json_fields(f.default) for f in dataclasses.fields(self.model.config)}
+        fields = [(f"model_config.{k}", old.get(k, defaults.get(k)), new.get(k)) for k in {**new, **old}]
         fields += [("data.fingerprint", state["data"]["fingerprint"], self.dataset.fingerprint())]
         fields += [(k, saved.get(k), current[k]) for k in FIXED_ON_RESUME]
         # without spatial steps there is one normaliser, with them there are two
