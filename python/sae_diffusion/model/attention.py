@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import cast
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -65,13 +67,13 @@ class VideoAttention(FrameAttention):
         P = qkv.shape[2]
         q, k, v = self._heads_first(qkv, frames)
         if frames.mode == "sequence":
-            return frame_attention(q, k, v, frames.layout(P), impl=self.impl).transpose(1, 2)
+            return self._whole(q, k, v, frames, P).transpose(1, 2)
         cache = frames.cache
         entry = cache.attention(self.key, k, P)
         if frames.mode == "denoise":
             out = F.scaled_dot_product_attention(q, *entry.with_own(cache.blocks, k, v))
         elif cache.blocks == 0:
-            out = frame_attention(q, k, v, frames.layout(P), impl=self.impl)
+            out = self._whole(q, k, v, frames, P)
             entry.append(0, k, v)
         else:
             chunks = []
@@ -82,6 +84,9 @@ class VideoAttention(FrameAttention):
                 entry.append(cache.blocks + i, k_i, v_i)
             out = torch.cat(chunks, dim=2)
         return out.transpose(1, 2)
+
+    def _whole(self, q: Tensor, k: Tensor, v: Tensor, frames: FramePass, tokens_per_frame: int) -> Tensor:
+        return cast(Tensor, frame_attention(q, k, v, frames.layout(tokens_per_frame), impl=self.impl))
 
     def _heads_first(self, qkv: Tensor, frames: FramePass) -> tuple[Tensor, Tensor, Tensor]:
         """Rotated q, rotated k, and v, each (B, H, F P, D)."""

@@ -84,22 +84,27 @@ class CausalConv(NormalizedModule):
         """x (B, I, F, Y, X) -> (B, O, F, Y, X)."""
         if frames.mode == "spatial":
             return self._present(x, "spatial", 1.0 if self.gate is not None else math.sqrt(self.kernel_frames))
-        last_scale = past_scale = None
-        if self.gate is not None:
-            last_scale, past_scale = (s.to(x.dtype) for s in self.gate(frames.c_noise, frames.positions))
+        last_scale, past_scale = self._scales(x, frames)
         if frames.mode == "sequence":
             return self._causal(x, frames, last_scale, past_scale, None)
         entry = frames.cache.conv(self.key, x)
         if frames.mode == "denoise" and frames.config.frames_per_block == 1:
             past = entry.past(lambda history: past_term(history, self._all_taps(), impl=self.impl))[:, :, None]
             y = self._present(x, "last", 1.0)
-            if last_scale is None:
+            if last_scale is None or past_scale is None:
                 return y + past
             return last_scale[:, None, :, None, None] * y + past_scale[:, None, :, None, None] * past
         y = self._causal(x, frames, last_scale, past_scale, entry.history)
         if frames.mode == "prefill":
             entry.append(x)
         return y
+
+    def _scales(self, x: Tensor, frames: FramePass) -> tuple[Tensor | None, Tensor | None]:
+        """(last_scale, past_scale), each (B, F) or None for 1."""
+        if self.gate is None:
+            return None, None
+        last_scale, past_scale = self.gate(frames.c_noise, frames.positions)
+        return last_scale.to(x.dtype), past_scale.to(x.dtype)
 
     def _present(self, x: Tensor, name: str, gain: float) -> Tensor:
         weight = self.effective(name, lambda: self._last_taps(gain))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import cast
+
 import torch
 from torch import Tensor
 
@@ -41,7 +43,7 @@ class FramePass:
         self.frames = frames
         self.c_noise = c_noise
         self.noisy_copies = noisy_copies
-        self.cache = cache
+        self.cache = cast(Cache, cache)
         start = 0 if cache is None else cache.frames
         # A frame's clean and noisy copies are the same moment, so they share its position.
         self.positions = (start + torch.arange(frames, device=c_noise.device)).repeat(1 + noisy_copies)

@@ -79,6 +79,9 @@ def pointwise(linear: Linear, x: Tensor) -> Tensor:
 class Fourier(nn.Module):
     """Random Fourier features sqrt(2) cos(x f + phi) of a scalar, f = 2 pi N(0, 1), phi = 2 pi U(0, 1) (eq. 75)."""
 
+    frequencies: Tensor
+    phases: Tensor
+
     def __init__(self, features: int) -> None:
         super().__init__()
         self.register_buffer("frequencies", 2 * math.pi * torch.randn(features))
