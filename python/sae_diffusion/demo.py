@@ -1,0 +1,238 @@
+"""`make demo`: record LunarLander, train the tiny model for some minutes on the CPU, and show what it has learned.
+
+Everything lies in the output folder, which is also a run folder for `sae train` and `sae sample`. Running it again goes
+on where it stopped: what is recorded and trained is kept, and the rest of the time budget is spent.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import os
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import tyro
+
+from .cli import USER_ERRORS, make_trainer, open_clips, progress_bar
+from .data import ClipDataset, collect
+from .presets import PRESETS, Preset
+from .rollout import Rollout, continue_clips
+from .train.checkpoint import latest_checkpoint, load_denoiser, read_state, versions
+from .train.evaluate import one_step_psnr, validate
+
+METRICS = "metrics.json"
+CURVE = "metrics.jsonl"
+
+
+@dataclass(frozen=True)
+class DemoConfig:
+    """The demonstration's settings.
+
+    Args:
+        out: folder for everything.
+        env: gymnasium environment.
+        episodes: recorded, a tenth of them held out.
+        frame_skip: environment steps between two frames; 4 makes 12.5 frames a second, so that motion shows.
+        hold: environment steps that the random policy keeps an action for.
+        seconds: of training in all.
+        context: frames given to each continuation.
+        frames: frames generated in each continuation.
+        films: continuations.
+        eval_clips: held-out clips the measurements are taken on.
+        ema: relative width of the average of weights that is shown and measured.
+        seed: of recording, training and sampling.
+        device: where it trains and samples.
+        workers: recording processes.
+        debug: show where an error came from.
+    """
+
+    out: Path = Path("runs/demo")
+    env: str = "LunarLander-v3"
+    episodes: int = 120
+    frame_skip: int = 4
+    hold: int = 8
+    seconds: float = 300.0
+    context: int = 4
+    frames: int = 14
+    films: int = 4
+    eval_clips: int = 24
+    ema: float = 0.10
+    seed: int = 0
+    device: str = "cpu"
+    workers: int = 2
+    debug: bool = False
+
+
+def run(config: DemoConfig, preset: Preset) -> dict[str, Any]:
+    """The whole demonstration; returns what it wrote to metrics.json."""
+    config.out.mkdir(parents=True, exist_ok=True)
+    preset = dataclasses.replace(
+        preset,
+        train=dataclasses.replace(
+            preset.train, data=str(config.out / "data"), run_dir=str(config.out), seed=config.seed, device=config.device
+        ),
+    )
+    seconds: dict[str, float] = {}
+    with stage("record", seconds):
+        recorded = record(config, preset)
+    print(f"{recorded.episodes} episodes, {recorded.frames} frames of {config.env} in {recorded.path}")
+    with stage("train", seconds):
+        train(config, preset)
+    model, stats, state = load_denoiser(config.out, config.ema, device=config.device)
+    heldout = open_clips(preset.train.data, preset.clips, model.config, preset.train.clip_length, "heldout")
+    with stage("sample", seconds):
+        rollout, fps = continuations(config, preset, model, stats)
+        paths = rollout.write(config.out, fps=fps)
+    with stage("evaluate", seconds):
+        losses = validate(
+            model, heldout, stats, clips=config.eval_clips, context_sigma=preset.sampler.context_sigma, seed=config.seed
+        )
+        psnr = one_step_psnr(model, heldout, stats, preset.sampler, clips=config.eval_clips, seed=config.seed)
+    paths.append(loss_curve(config.out))
+    metrics = {
+        "environment": config.env,
+        "episodes": recorded.episodes,
+        "frames": recorded.frames,
+        "heldout_episodes": len(heldout.episodes),
+        "parameters": model.num_parameters(),
+        "steps": state["step"],
+        "clips_seen": state["clips_seen"],
+        "train_seconds": state["seconds"],
+        "seconds": seconds,
+        "threads": torch.get_num_threads(),
+        "device": config.device,
+        "versions": versions(),
+        "heldout_loss": losses,
+        "one_step_psnr": psnr,
+    }
+    (config.out / METRICS).write_text(json.dumps(metrics, indent=1), encoding="utf-8")
+    show(metrics)
+    for path in (*paths, latest_checkpoint(config.out), config.out / METRICS):
+        print(path)
+    return metrics
+
+
+@contextmanager
+def stage(name: str, seconds: dict[str, float]) -> Iterator[None]:
+    print(f"== {name}", flush=True)
+    start = time.monotonic()
+    yield
+    seconds[name] = round(time.monotonic() - start, 1)
+
+
+def record(config: DemoConfig, preset: Preset) -> Any:
+    with progress_bar("record", config.episodes, "episodes") as update:
+        return collect(
+            config.env, preset.train.data, episodes=config.episodes, seed=config.seed, frame_skip=config.frame_skip,
+            hold=config.hold, size=(preset.model.height, preset.model.width),
+            num_workers=min(config.workers, os.cpu_count() or 1),
+            progress=lambda count, total, frames: update(count),
+        )  # fmt: skip
+
+
+def train(config: DemoConfig, preset: Preset) -> None:
+    """Spend what is left of the time budget, or nothing."""
+    latest = latest_checkpoint(config.out)
+    spent = read_state(latest)["seconds"] if latest else 0.0
+    if latest and (config.seconds - spent < 1 or read_state(latest)["step"] >= preset.train.steps):
+        print(f"trained already: {latest}")
+        return
+    trainer = make_trainer(
+        dataclasses.replace(preset, train=dataclasses.replace(preset.train, max_seconds=config.seconds - spent))
+    )
+    print(
+        f"{trainer.model.num_parameters() / 1e6:.2f} M parameters, {len(trainer.dataset)} clips, "
+        f"{config.seconds - spent:.0f} seconds on {torch.get_num_threads()} threads"
+    )
+    result = trainer.train()
+    if result.reason.startswith("SIG"):
+        raise KeyboardInterrupt
+
+
+def continuations(config: DemoConfig, preset: Preset, model: Any, stats: Any) -> tuple[Rollout, float]:
+    """The last frames of held-out episodes, generated from the first few of them and the recorded actions."""
+    clips = dataclasses.replace(preset.clips, clip_stride=1)
+    dataset = open_clips(preset.train.data, clips, model.config, config.context + config.frames, "heldout")
+    ends = last_clips(dataset)[: config.films]
+    with progress_bar("sample", config.frames, "frames") as update:
+        rollout = continue_clips(
+            model, stats, [dataset[i] for i in ends], config.frames, preset.sampler,
+            context=config.context, seed=config.seed, callback=update,
+        )  # fmt: skip
+    return rollout, dataset.fps or 10.0
+
+
+def last_clips(dataset: ClipDataset) -> list[int]:
+    """The index of each episode's last clip."""
+    ends = {dataset.locate(i)[0].source: i for i in range(len(dataset))}
+    return list(ends.values())
+
+
+def loss_curve(folder: Path) -> Path:
+    """loss.png: the training loss, weighted, over clips seen."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    records = [json.loads(line) for line in (folder / CURVE).read_text(encoding="utf-8").splitlines()]
+    figure, axes = pyplot.subplots(figsize=(7, 4), layout="constrained")
+    axes.plot([r["clips"] for r in records], [r["weighted_loss"] for r in records])
+    axes.set(xlabel="clips seen", ylabel="weighted denoising loss", yscale="log", title="training")
+    axes.grid(which="both", alpha=0.3)
+    figure.savefig(folder / "loss.png", dpi=120)
+    pyplot.close(figure)
+    return folder / "loss.png"
+
+
+def show(metrics: dict[str, Any]) -> None:
+    """The short table."""
+    from rich.console import Console
+    from rich.table import Table
+
+    losses, psnr = metrics["heldout_loss"], metrics["one_step_psnr"]
+    table = Table(title=f"Held-out denoising loss after {metrics['train_seconds']:.0f} s, {metrics['steps']} steps")
+    for heading in ("noise level", "full context", "last frame only", "no context"):
+        table.add_column(heading, justify="right")
+    for row in zip(losses["sigma"], losses["full_context"], losses["last_frame"], losses["no_context"]):
+        table.add_row(f"{row[0]:g}", *(f"{value:.4f}" for value in row[1:]))
+    mean = [geometric_mean(losses[k]) for k in ("full_context", "last_frame", "no_context")]
+    table.add_section()
+    table.add_row("geometric mean", *(f"{value:.4f}" for value in mean))
+    console = Console()
+    console.print(table)
+    console.print(
+        f"One-step prediction, PSNR over {psnr['clips']} held-out clips: generated {psnr['generated']:.2f} dB, "
+        f"copying the last frame {psnr['copy_last_frame']:.2f} dB"
+    )
+
+
+def geometric_mean(values: list[float]) -> float:
+    return math.exp(sum(math.log(max(v, 1e-12)) for v in values) / len(values))
+
+
+def main() -> int:
+    config = tyro.cli(DemoConfig, prog="python -m sae_diffusion.demo", description=__doc__)
+    try:
+        run(config, PRESETS["tiny"])
+    except USER_ERRORS as error:
+        if config.debug:
+            raise
+        print(f"demo: {' '.join(str(error).split()) or type(error).__name__}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("demo: interrupted; the same command goes on from here", file=sys.stderr)
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
