@@ -396,8 +396,9 @@ def test_actions_are_dropped_by_clip_and_never_invented(tmp_path):
     floats = t._actions(torch.ones(2, 3, 4), torch.tensor([True, False]))
     assert floats[0].isnan().all() and (floats[1] == 1).all()
     assert t._actions(None, torch.tensor([False])) is None
-    t.dataset.num_actions = 0
-    assert t._actions(actions, torch.tensor([False, False])) is None
+    plain = trainer(tmp_path / "plain", model_config=StubConfig(num_actions=0))
+    assert plain._actions(actions, torch.tensor([False, False])) is None
+    assert plain.train().step == 6
 
 
 def test_fp16_skips_a_step_that_overflows_and_goes_on(tmp_path):

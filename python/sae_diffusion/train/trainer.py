@@ -106,6 +106,8 @@ class Trainer:
         self.model_config = _json_fields(model.config)
         self.sigma_data = float(self.model_config.get("sigma_data", 1.0))
         self.frames_per_block = int(self.model_config.get("frames_per_block", 1))
+        self._takes_actions = bool(self.model_config.get("num_actions") or self.model_config.get("action_dim"))
+        has_actions = bool(dataset.num_actions or dataset.action_dim)
         self.optimizer = torch.optim.AdamW(
             self.model.parameters(), lr=config.lr, betas=config.betas, eps=config.eps, weight_decay=config.weight_decay,
             fused=self.device.type == "cuda",  # takes the loss scaler's inf flag on the device: fp16 does not wait
@@ -127,7 +129,8 @@ class Trainer:
         if self.world_size > 1:
             self._ddp = DistributedDataParallel(
                 self.model, broadcast_buffers=False, gradient_as_bucket_view=True,
-                find_unused_parameters=config.spatial_every > 0,  # a spatial-only step leaves the temporal mixing out
+                # a spatial-only step leaves the temporal mixing out, clips without actions the action embedding
+                find_unused_parameters=config.spatial_every > 0 or (self._takes_actions and not has_actions),
             )  # fmt: skip
         module: Any = self.model if self._ddp is None else self._ddp
         self.module: Callable[..., torch.Tensor] = torch.compile(module) if config.compile else module
@@ -162,7 +165,7 @@ class Trainer:
 
     def _actions(self, actions: torch.Tensor | None, dropped: torch.Tensor) -> torch.Tensor | None:
         """Actions as the model takes them: unknown ones are -1, or NaN where they are continuous."""
-        if actions is None or not (getattr(self.dataset, "num_actions", 0) or getattr(self.dataset, "action_dim", 0)):
+        if actions is None or not self._takes_actions:
             return None
         if actions.is_floating_point():
             actions = actions.masked_fill(dropped[:, None, None], math.nan)
@@ -190,8 +193,9 @@ class Trainer:
             with contextlib.nullcontext() if last or self._ddp is None else self._ddp.no_sync():
                 pairs.append(torch.stack(self._micro_step(frames, actions, self.micro_batches_seen + micro, spatial)))
         self.scaler.unscale_(self.optimizer)
-        limit = config.grad_clip if config.grad_clip > 0 else math.inf
-        norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), limit)
+        norm = torch.nn.utils.get_total_norm([p.grad for p in self.model.parameters() if p.grad is not None])
+        if config.grad_clip > 0:
+            torch.nn.utils.clip_grads_with_norm_(self.model.parameters(), config.grad_clip, norm)
         self.scaler.step(self.optimizer)
         self.scaler.update()
         self.optimizer.zero_grad(set_to_none=True)
