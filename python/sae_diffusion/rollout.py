@@ -43,10 +43,11 @@ class Rollout:
         rows = [("generated", self.frames)]
         if self.truth is not None:
             rows.insert(0, ("recorded", self.truth))
-        return np.concatenate(
-            [side_by_side([(label, film) for film in films], scale, context=self.context) for label, films in rows],
-            axis=1,
-        )
+        lines = [side_by_side([(label, film) for film in films], scale, context=self.context) for label, films in rows]
+        # A label may be wider than a small film.
+        width = max(line.shape[2] for line in lines)
+        lines = [np.pad(x, ((0, 0), (0, 0), (0, width - x.shape[2]), (0, 0)), mode="edge") for x in lines]
+        return np.concatenate(lines, axis=1)
 
     def write(self, folder: Path | str, *, fps: float = 10.0, scale: int = 4) -> list[Path]:
         """Write rollout.gif, rollout.mp4 and strip.png into `folder`; returns their paths."""
