@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import inspect
 import math
 import os
 import signal
@@ -37,6 +38,9 @@ from .metrics import Reporter
 
 # purposes of derive_seed(seed, purpose, global micro-batch index); the data order is purpose 0
 SIGMAS, NOISE, DROPOUT = 1, 2, 3
+# buffers are constants; torch 2.13 renamed the option
+_HAS_NEW_NAME = "forward_sync_buffers" in inspect.signature(DistributedDataParallel).parameters
+_WITHOUT_BUFFER_SYNC: dict[str, Any] = {"forward_sync_buffers" if _HAS_NEW_NAME else "broadcast_buffers": False}
 AUTOCAST = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -128,7 +132,7 @@ class Trainer:
         self._ddp: DistributedDataParallel | None = None
         if self.world_size > 1:
             self._ddp = DistributedDataParallel(
-                self.model, broadcast_buffers=False, gradient_as_bucket_view=True,
+                self.model, gradient_as_bucket_view=True, **_WITHOUT_BUFFER_SYNC,
                 # a spatial-only step leaves the temporal mixing out, clips without actions the action embedding
                 find_unused_parameters=config.spatial_every > 0 or (self._takes_actions and not has_actions),
             )  # fmt: skip
