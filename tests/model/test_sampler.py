@@ -15,6 +15,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from sae_diffusion.diffusion.sampler import SamplerConfig, generate, iter_frames, sigma_schedule
+from sae_diffusion.model import Denoiser, ModelConfig
 
 from sae_kernels import token_noise_eps
 
@@ -217,6 +218,40 @@ def test_two_calls_that_share_a_cache_equal_one(churn, block):
     # The noise knows nothing of how many frames are asked for, nor of the samples beside it.
     assert torch.equal(generate(model, given, actions[:, :4], 2, config, seed=5), whole[:, :2])
     assert torch.equal(generate(model, given[:1], actions[:1], 6, config, seed=5), whole[:1])
+
+
+def small_network(**options) -> Denoiser:
+    config = {"height": 8, "width": 8, "channels": 2, "model_channels": 8, "channel_mult": (1, 2), "head_dim": 8}
+    config |= {"blocks_per_level": 1, "video_attention": (4,), "num_actions": 3}
+    torch.manual_seed(1)
+    network = Denoiser(ModelConfig(**config, **options)).eval()
+    for name, parameter in network.named_parameters():
+        if "gain" in name:
+            torch.nn.init.constant_(parameter, 0.7)
+    return network
+
+
+@pytest.mark.parametrize("block", [1, 2])
+def test_two_calls_of_the_real_network_equal_one(block):
+    network = small_network(window=2, frames_per_block=block)
+    config = SamplerConfig(steps=3, churn=2.0, guidance=1.5)
+    given, actions = torch.randn(2, 2, 2, 8, 8), torch.randint(3, (2, 8))
+    whole = generate(network, given, actions, 6, config, seed=5)
+    cache = network.new_cache(2)
+    first = generate(network, given, actions[:, :4], 2, config, seed=5, cache=cache)
+    second = generate(network, None, actions[:, 4:], 4, config, seed=5, cache=cache)
+    assert torch.equal(torch.cat([first, second], dim=1), whole)
+    # The past matters: the guided result of other context frames is another one.
+    assert not torch.equal(generate(network, -given, actions, 6, config, seed=5), whole)
+
+
+def test_memory_is_bounded_under_a_window():
+    network = small_network(window=3, sink=1)
+    cache, sizes = network.new_cache(1), []
+    for _ in iter_frames(network, None, None, 24, SamplerConfig(steps=1), cache=cache):
+        sizes.append(cache.nbytes)
+    assert cache.frames == 24
+    assert len(set(sizes)) == 1
 
 
 def test_seeds_frames_and_samples_have_their_own_noise():
