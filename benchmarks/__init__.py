@@ -1,4 +1,4 @@
-"""Throughput benchmarks: ops, train step and sampling against their peers in one run. See `python -m benchmarks --help`."""
+"""Throughput of ops, train step and sampling against their peers in one run. See `python -m benchmarks --help`."""
 
 import os
 import sys

@@ -102,9 +102,7 @@ def build(shape: Mapping[str, Any], device: str) -> Problem:
         return Inputs(tuple(t.requires_grad_() for t in (q, k, v)), grad)
 
     contenders = []
-    available, _ = ops.implementations(torch.device(device))
-    for impl in (name for name in available if name != "reference"):
-        name = "sae_kernels" if impl == available[0] else f"sae_kernels ({impl})"
+    for name, impl in gate.implementations(ops, device):
         launch = gate.directions(lambda q, k, v, impl=impl: frame_attention(q, k, v, layout, impl=impl))
         contenders.append(Contender(name, launch, kind="ours", note=impl))
     missing: list[Missing] = []

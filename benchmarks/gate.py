@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -11,6 +12,13 @@ import torch
 from sae_kernels.testing import assert_within_budget
 
 from .registry import Contender
+
+
+def implementations(ops: ModuleType, device: str) -> list[tuple[str, str]]:
+    """(name, impl) of an op's implementations worth timing: the default first, no specification, no interpreter."""
+    available, _ = ops.implementations(torch.device(device))
+    timed = [i for i in available if i != "reference" and not (i == "triton" and device == "cpu")]
+    return [("sae_kernels" if i == timed[0] else f"sae_kernels ({i})", i) for i in timed]
 
 
 def assert_half_the_digits(actual: torch.Tensor, gold: torch.Tensor, name: str) -> None:

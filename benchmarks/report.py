@@ -169,8 +169,8 @@ def _section(result: Mapping[str, Any]) -> list[str]:
     parts = [
         f"### {machine}",
         f"{env['date'][:10]}, commit {commit}, Python {env['python']}, {versions}. Ceilings measured in the same "
-        f"run: matmul {matmul}; copy {limits['copy_bytes_per_s'] / 1e9:.3g} GB/s. Medians of interleaved calls on random "
-        f"data with a cold cache; `{result['file']}` has quartiles and all details.",
+        f"run: matmul {matmul}; copy {limits['copy_bytes_per_s'] / 1e9:.3g} GB/s. Medians of interleaved calls on "
+        f"random data with a cold cache; `{result['file']}` has quartiles and all details.",
     ]
     load = max(env["load_average"], env.get("load_average_after", 0) - env["threads"])
     if env["device"] == "cpu" and load > 0.5:

@@ -71,7 +71,7 @@ def _gate(problem: Problem, record: dict[str, Any], options: Options) -> tuple[d
                 if contender.kind != "other":
                     problem.check(contender, direction)
                 else:
-                    contender.launch[direction](None)
+                    contender.launch[direction](problem.make_inputs(0))
             except AssertionError as error:
                 if contender.kind == "ours":
                     return {}, f"{contender.name}, {direction}: {error}"
@@ -140,7 +140,7 @@ def run_all(
     show: Callable[[dict[str, Any]], None] = lambda record: None,
     say: Callable[[str], None] = print,
 ) -> dict[str, Any]:
-    """All cases; the file is whole after each of them. A case that fails outright is recorded, and the next one runs."""
+    """All cases; the file is whole after each of them. A case that fails is recorded, and the next one runs."""
     started = time.perf_counter()
     result: dict[str, Any] = {"schema": SCHEMA, "environment": measure.environment(device)}
     result["options"] = vars(options) | {"dry": options.dry}
