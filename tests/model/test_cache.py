@@ -8,6 +8,7 @@ import pytest
 import torch
 from networks import clip, cut, fresh, small
 from sae_diffusion.model import conv as conv_module
+from sae_diffusion.model.cache import AttentionEntry
 
 
 def fill(net, frames: int, batch: int = 1):
@@ -20,10 +21,20 @@ def fill(net, frames: int, batch: int = 1):
 
 @pytest.mark.parametrize("mixing", ["joint", "gated"])
 @pytest.mark.parametrize("window", [None, 2])
-def test_evaluations_neither_copy_nor_change_the_cache(mixing, window):
+def test_evaluations_neither_copy_nor_change_the_cache(mixing, window, monkeypatch):
     net = small(temporal_mixing=mixing, window=window)
     cache, x, sigma, actions = fill(net, 3)
+    read = []
+    with_own = AttentionEntry.with_own
+
+    def recorded(entry, *args):
+        keys, values = with_own(entry, *args)
+        read.append((keys.data_ptr(), values.data_ptr()) == (entry.keys.data_ptr(), entry.values.data_ptr()))
+        return keys, values
+
+    monkeypatch.setattr(AttentionEntry, "with_own", recorded)
     net.denoise(x[:, :1], sigma[:, :1], actions[:, :1], cache)
+    assert read and all(read)  # attention reads the buffers themselves
     pointers = {name: t.data_ptr() for name, t in cache.tensors().items()}
     twin = copy.deepcopy(cache)
     for i in range(4):

@@ -54,6 +54,7 @@ class AttentionEntry:
         self.block_tokens = block_tokens
         self.window = window
         self.sink = sink
+        # There always is room for the working block after the visible slots.
         slots = 4 if window is None else sink + window + 1
         B, H, _, D = k.shape
         self.keys = k.new_empty(B, H, slots * block_tokens, D)
@@ -67,7 +68,6 @@ class AttentionEntry:
         """Write the working block's k and v (B, H, n, D) after the visible slots; return both together, as views."""
         start = self.visible(blocks) * self.block_tokens
         end = start + k.shape[2]
-        self._reserve(self.visible(blocks) + 1)
         self.keys[:, :, start:end] = k
         self.values[:, :, start:end] = v
         return self.keys[:, :, :end], self.values[:, :, :end]
