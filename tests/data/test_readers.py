@@ -356,6 +356,23 @@ def test_broken_videos(tmp_path):
     assert sorted(Path(e.source).name for e in clips.episodes) == ["a.mp4", "fast.mkv"]
 
 
+def test_decoders_leave_no_threads_for_a_fork_to_trip_over(tmp_path):
+    tasks = Path("/proc/self/task")
+    if not tasks.exists():
+        pytest.skip("counts threads in /proc")
+    write_video(tmp_path / "a.mp4")
+    (tmp_path / "a.actions.npy").write_bytes(b"")
+    before = len(list(tasks.iterdir()))
+    with pytest.raises(DataError) as held:
+        open_dataset(tmp_path, 4)
+    (tmp_path / "a.actions.npy").unlink()
+    clips = open_dataset(tmp_path, 4)
+    write_video(tmp_path / "a.mp4", 10)
+    with pytest.raises(DataError, match="are gone") as held_too:
+        clips[len(clips) - 1]
+    assert held.traceback and held_too.traceback and len(list(tasks.iterdir())) == before
+
+
 def side(path, kind, rows):
     if kind == "npy":
         np.save(path.with_suffix(".actions.npy"), rows)

@@ -136,6 +136,9 @@ def test_a_killed_process_loses_and_repeats_nothing(tmp_path):
     path = os.pathsep.join([str(Path(sae_toy_env.__file__).parent), *sys.path])
     done = subprocess.run([sys.executable, "-c", code], env={**os.environ, "PYTHONPATH": path})
     assert done.returncode == -signal.SIGKILL
+    assert sorted(content(tmp_path / "killed")) == [
+        "dataset.json", "shard-00000.npz", "staging/episode-00000002.npz"
+    ]  # fmt: skip
     (tmp_path / "killed" / "staging" / ".episode-00000003.npz.1.tmp").write_bytes(b"half an episode")
     seen = []
     result = toy(tmp_path / "killed", progress=lambda *a: seen.append(a))

@@ -215,7 +215,7 @@ class VideoReader:
             with av.open(str(file)) as container:
                 if not container.streams.video:
                     raise ValueError("no video stream")
-                stream = container.streams.video[0]
+                stream = _one_thread(container.streams.video[0])
                 packets = 0
                 for packet in container.demux(stream):
                     packets += packet.size > 0
@@ -242,27 +242,42 @@ class VideoReader:
         yield Episode(str(file), identity, digest.hexdigest(), file, key, len(times), shape, "uint8", actions)
 
     def frames(self, episode: Episode, indices: range) -> np.ndarray:
-        import av
-
         wanted = [int(t) for t in episode.key[indices.start : indices.stop : indices.step]]
-        for target in (wanted[0], None):  # from the key frame before the clip, else from the start
+        reason = "frames are gone that were there when it was opened"
+        for seek in (wanted[0], None):  # from the key frame before the clip, else from the start
             found: list[np.ndarray] = []
             try:
-                with av.open(str(episode.file)) as container:
-                    stream = container.streams.video[0]
-                    if target is not None:
-                        container.seek(target, stream=stream)
-                    for image in container.decode(stream):
-                        if image.pts == wanted[len(found)]:
-                            found.append(image.to_ndarray(format="rgb24"))
-                            if len(found) == len(wanted):
-                                return np.stack(found)
-                        elif image.pts > wanted[len(found)]:
-                            break
-            except Exception as error:
-                if target is None:
-                    raise DataError(episode.source, f"unreadable video: {error!r}") from error
-        raise DataError(episode.source, "frames are gone that were there when it was opened")
+                found = _decode(episode.file, wanted, seek)
+            except Exception as error:  # only its words: its traceback would keep decoder and frames alive
+                reason = f"unreadable video: {error!r}"
+            if len(found) == len(wanted):
+                return np.stack(found)
+        raise DataError(episode.source, reason)
+
+
+def _decode(file: Path, times: list[int], seek: int | None) -> list[np.ndarray]:
+    """The frames at `times`, up to the first that is not there."""
+    import av
+
+    found: list[np.ndarray] = []
+    with av.open(str(file)) as container:
+        stream = _one_thread(container.streams.video[0])
+        if seek is not None:
+            container.seek(seek, stream=stream)
+        for image in container.decode(stream):
+            if image.pts > times[len(found)]:
+                break
+            if image.pts == times[len(found)]:
+                found.append(image.to_ndarray(format="rgb24"))
+                if len(found) == len(times):
+                    break
+    return found
+
+
+def _one_thread(stream: Any) -> Any:
+    """A decoder with threads that is alive at a fork (an exception may hold it) hangs the child that frees it."""
+    stream.thread_type, stream.codec_context.thread_count = "NONE", 1
+    return stream
 
 
 class NpzReader:

@@ -338,7 +338,7 @@ def _pack(root: Path, shard_number: int, per_shard: int, episodes: int, lengths:
     packed = Shard(target) if target.exists() else None
     held = set(packed.episodes) if packed else set()
     if not held.issuperset(wanted):
-        sources = {n: packed if packed and n in held else Shard(staged_path(root, n)) for n in held.union(wanted)}
+        sources = {n: packed if packed and n in held else Shard(staged_path(root, n)) for n in wanted}
         try:
             pack_shard(target, sources)
         finally:
