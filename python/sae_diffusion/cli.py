@@ -178,7 +178,7 @@ class Sample:
             else:
                 if self.context < 1:
                     raise ValueError(f"context: must be at least 1 with --data, got {self.context}")
-                dataset = self.open(model, self.context if random else self.context + self.frames)
+                dataset = self.heldout(self.data, model, self.context if random else self.context + self.frames)
                 clips = [dataset[i] for i in spread(dataset, self.samples)]
                 rollout = continue_clips(
                     model, stats, clips, self.frames, self.sampler, context=self.context,
@@ -189,13 +189,14 @@ class Sample:
         for path in rollout.write(self.out or run_dir / "samples", fps=self.fps, scale=self.scale):
             print(path)
 
-    def open(self, model: Denoiser, length: int) -> ClipDataset:
+    def heldout(self, data: Path, model: Denoiser, length: int) -> ClipDataset:
+        """Clips cut as in training."""
         clips = ClipConfig()
         for folder in (self.run_dir, self.run_dir.parent):
             if (folder / CLIPS_FILE).exists():
                 clips = ClipConfig(**json.loads((folder / CLIPS_FILE).read_text(encoding="utf-8")))
                 break
-        return open_clips(self.data, dataclasses.replace(clips, on_error="skip"), model.config, length, "heldout")
+        return open_clips(data, dataclasses.replace(clips, on_error="skip"), model.config, length, "heldout")
 
 
 @dataclass(frozen=True, kw_only=True)
