@@ -123,3 +123,69 @@ def load_attention(path: Path) -> dict[tuple, AttentionConfig]:
     entries = json.loads(path.read_text())["frame_attention"]
     fields = ("architecture", "dtype", "width", "small_blocks", "direction")
     return {tuple(e[f] for f in fields): AttentionConfig(**e["config"]) for e in entries}
+
+
+CONV_DIRECTIONS = ("fwd", "dgrad", "wgrad", "streams")
+
+
+@dataclass(frozen=True)
+class ConvConfig:
+    """block_m rows by block_n columns of the result, block_k of the reduced dimension in a step.
+
+    Rows are pixels and columns output channels, but for the weight gradient rows are Cout, columns Cin, and pixels
+    are reduced.
+    """
+
+    block_m: int
+    block_n: int
+    block_k: int
+    num_warps: int
+    num_stages: int
+
+    def __post_init__(self) -> None:
+        for name, value in asdict(self).items():
+            if name != "num_stages" and (value < 1 or value & (value - 1)):
+                raise ValueError(f"{name}: must be a power of two, got {value}")
+
+
+def conv_config(
+    architecture: int, dtype: torch.dtype, reduced: int, produced: int, pixels: int, direction: str
+) -> ConvConfig:
+    """The configuration of one causal_conv3d kernel.
+
+    Args:
+        architecture: compute capability times ten; 0 is the CPU interpreter.
+        dtype: of x.
+        reduced, produced: channels that the GEMM sums over and makes: Cin, Cout forward, Cout, Cin in "dgrad". In
+            "wgrad" Cout, Cin, the rows and columns of the result.
+        pixels: Y * X.
+        direction: "fwd", "dgrad", "wgrad" or "streams", the pass over the output gradient.
+    """
+    if direction not in CONV_DIRECTIONS:
+        raise ValueError(f"direction: must be one of {CONV_DIRECTIONS}, got {direction!r}")
+    if architecture == 0:
+        return ConvConfig(32, 32, 64, 4, 1) if direction == "wgrad" else ConvConfig(64, 32, 32, 4, 1)
+    if direction == "streams":
+        # Loads and stores of whole 16-byte groups; nothing is used twice.
+        return ConvConfig(32, _conv_width(produced), 16, 4, 1)
+    if dtype == torch.float32:
+        # Without tensor cores (unless TF32 is allowed): 64 x 64 results keep 32 accumulators a thread for each of two.
+        return ConvConfig(64, min(64, _conv_width(produced)), 32, 4, 2)
+    stages = 4 if SHARED_MEMORY.get(architecture, 101_376) > 160_000 else 3
+    if direction == "wgrad":
+        block_m, block_n = _conv_width(reduced), _conv_width(produced)
+        return ConvConfig(max(block_m, 64), block_n, 64, 8 if block_m * block_n > 8192 else 4, stages - 1)
+    # Maps of 8 x 8 pixels and less make few tiles: 64 x 64 ones occupy four times the multiprocessors of 128 x 128.
+    small = pixels < 256
+    block_m = 64 if small else 128
+    block_n = min(_conv_width(produced), 64 if small else 128)
+    block_k = 64 if reduced % 64 == 0 else 32 if reduced > 16 else 16
+    # Two accumulators (past and last) of block_m * block_n fp32 numbers lie in registers: 128 of 255 at 8 warps.
+    return ConvConfig(block_m, block_n, block_k, 8 if block_m * block_n > 8192 else 4, stages)
+
+
+def _conv_width(channels: int) -> int:
+    """Columns of a tile: 128, but 64 where that divides the channels and 128 does not (192, 320)."""
+    if channels > 64 and channels % 128 and channels % 64 == 0:
+        return 64
+    return min(128, max(16, 1 << (channels - 1).bit_length()))

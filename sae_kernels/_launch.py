@@ -35,6 +35,27 @@ class Launch:
         self.kernel[self.grid](**self.args, **self.options)
 
 
+def architecture(device: torch.device) -> int:
+    """Compute capability times ten; 0 for the interpreter."""
+    if device.type != "cuda":
+        return 0
+    major, minor = torch.cuda.get_device_capability(device)
+    return 10 * major + minor
+
+
+def run(launches: list[Launch], device: torch.device) -> None:
+    """Run the launches in order on `device`."""
+    if device.type == "cuda":
+        with torch.cuda.device(device):
+            for launch in launches:
+                launch.run()
+        return
+    if not INTERPRETED:
+        raise ValueError(f"impl: 'triton' needs a CUDA tensor or TRITON_INTERPRET=1, got a tensor on {device}")
+    for launch in launches:
+        launch.run()
+
+
 _TYPE_NAMES = {
     torch.float32: "fp32",
     torch.bfloat16: "bf16",

@@ -39,8 +39,9 @@ def causal_conv3d(
         history: (B, Cin, kt - 1, Y, X), the clean frames before frame 0, oldest first.
         pad_value: without `history`, the constant that fills those frames; the spatial padding around them
             stays 0.
-        impl: "auto", "reference" (one frame at a time, any float dtype), "composed" (library convolutions). A
-            named one is used or refused, never replaced.
+        impl: "auto", "reference" (one frame at a time, any float dtype), "composed" (library convolutions),
+            "triton" (not for noisy frames in blocks of several, where "auto" takes composed). A named one is used
+            or refused, never replaced.
 
     Returns:
         (B, Cout, F, Y, X) of the dtype of x; channels_last_3d if the channels of x are innermost in memory,
@@ -51,7 +52,7 @@ def causal_conv3d(
         TypeError: not a tensor, or not a supported or matching dtype.
     """
     _check(x, weight, layout, past_scale, last_scale, history, pad_value)
-    available, why_not = ops.implementations(x.device)
+    available, why_not = ops.implementations(x.device, x.dtype, layout.frames_per_block, layout.noisy_copies)
     chosen = _checks.choose_implementation("causal_conv3d", impl, x.device, available, why_not)
     if chosen == "reference":
         return reference.causal_conv3d(x, weight, layout, past_scale, last_scale, history, float(pad_value))
@@ -94,7 +95,7 @@ def past_term(history: torch.Tensor, weight: torch.Tensor, *, impl: str = "auto"
     _checks.check_float("history", history)
     _check_weight(weight, "history", history)
     _checks.check_size("history", "frames", history.shape[2], "kt - 1 of weight", weight.shape[2] - 1)
-    available, why_not = ops.implementations(history.device)
+    available, why_not = ops.implementations(history.device, history.dtype)
     chosen = _checks.choose_implementation("past_term", impl, history.device, available, why_not)
     if chosen == "reference":
         return reference.past_term(history, weight)

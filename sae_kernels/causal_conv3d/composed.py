@@ -27,8 +27,9 @@ def forward(
     history: torch.Tensor | None,
     pad_value: float,
     layout: FrameLayout,
+    keep_past: bool = True,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """(out (B, Cout, F, Y, X), past (B, Cout, R T, Y, X) or None if kt = 1); R is `_rows`."""
+    """(out (B, Cout, F, Y, X), past (B, Cout, R T, Y, X) or None if kt = 1 or not kept); R is `_rows`."""
     x = x.contiguous(memory_format=torch.channels_last_3d)
     out = _video(_conv(_images(x), weight[:, :, -1]), x.shape[0])
     if last_scale is not None:
@@ -41,7 +42,7 @@ def forward(
         groups.add_(shared)
     else:
         groups.addcmul_(shared, _groups(_per_frame(past_scale), layout))
-    return out, past
+    return out, past if keep_past else None
 
 
 def backward(

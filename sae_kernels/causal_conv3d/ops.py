@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import importlib.util
+import os
+
 import torch
 
 from .. import _library
@@ -12,17 +15,49 @@ _TENSORS = "Tensor x, Tensor weight, Tensor? past_scale, Tensor? last_scale, Ten
 _GEOMETRY = "float pad_value, SymInt frames, SymInt frames_per_block, SymInt noisy_copies, bool noisy_first"
 
 
-def implementations(device: torch.device) -> tuple[list[str], dict[str, str]]:
+_OWN_PAST = "noisy frames of a block of several read their own copy, each stream a past of its own; use composed"
+
+
+def implementations(
+    device: torch.device, dtype: torch.dtype = torch.float32, frames_per_block: int = 1, noisy_copies: int = 1
+) -> tuple[list[str], dict[str, str]]:
     """(those that run on this device, fastest first; those that do not, with the reason)."""
-    return ["composed", "reference"], {
-        "triton": "there is no Triton kernel for this op yet",
-        "cuda": "there is no CUDA C++ kernel for this op; use triton",
-    }
+    available = ["composed", "reference"]
+    why_not = {"cuda": "there is no CUDA C++ kernel for this op; use triton"}
+    reason = _why_not_triton(device)
+    if reason is None and dtype == torch.float64:
+        reason = "it computes in float32; float64 is for composed and reference"
+    elif reason is None and frames_per_block > 1 and noisy_copies > 0:
+        reason = _OWN_PAST
+    if reason is not None:
+        why_not["triton"] = reason
+        return available, why_not
+    why_not["triton with frames_per_block > 1"] = _OWN_PAST
+    # On the CPU it is interpreted, which serves tests: never the choice of "auto".
+    available.insert(0 if device.type == "cuda" else len(available), "triton")
+    return available, why_not
+
+
+@torch.compiler.assume_constant_result
+def _why_not_triton(device: torch.device) -> str | None:
+    if importlib.util.find_spec("triton") is None:
+        return "the package triton is not installed"
+    if device.type == "cuda":
+        major, minor = torch.cuda.get_device_capability(device)
+        if major < 8:
+            return f"it needs compute capability 8.0 or newer, this device has {major}.{minor}"
+    elif os.environ.get("TRITON_INTERPRET", "0") != "1":
+        return "it needs a CUDA device, or TRITON_INTERPRET=1 from the start to be interpreted on the CPU"
+    return None
 
 
 def _backend(impl: str):
     if impl == "composed":
         return composed
+    if impl == "triton":
+        from . import triton
+
+        return triton
     raise ValueError(f"impl: causal_conv3d has no registered implementation {impl!r}")
 
 
@@ -48,7 +83,7 @@ def _forward(
     if x.numel() == 0:
         return _empty_forward(x, weight, frames, frames_per_block, noisy_copies, keep_past)
     layout = FrameLayout(frames, 1, frames_per_block, noisy_copies, noisy_first)
-    out, past = _backend(impl).forward(x, weight, past_scale, last_scale, history, pad_value, layout)
+    out, past = _backend(impl).forward(x, weight, past_scale, last_scale, history, pad_value, layout, keep_past)
     if x.stride(1) != 1:
         out = out.contiguous()
     return out, past if keep_past and past is not None else x.new_empty(0)

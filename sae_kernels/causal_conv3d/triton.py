@@ -1,0 +1,650 @@
+"""The shared-past convolution in Triton: implicit GEMM over channels-last video, nothing padded, stacked or duplicated.
+
+A tap's operand is the video itself, read at shifted pixels. A program owns a tile of pixels (of one or several clean
+frames) and of output channels: it accumulates the past taps once, then every stream's last taps, and combines
+`out = last_scale * last + past_scale * past` in fp32. The data gradient is the same kernel with the taps mirrored: past
+taps act on S = sum over streams of past_scale * grad, formed in one pass, last taps on each stream's own gradient. The
+weight gradient is one GEMM over pixels for each tap, past taps again on S, split over pixels into fp32 parts that are
+summed in a fixed order. No atomics; nothing depends on the batch but the split of the weight gradient.
+
+The frames before frame 0 are `history`, or one row of `pad_value` that is read with stride 0.
+K reduced and N output channels of a GEMM, rows its pixels; strides count units of 16 bytes (or of 1 element).
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from .. import _configs
+from .._launch import Launch, architecture, run
+from ..layout import FrameLayout
+
+# Where a past tap's source frame lies: back in time, in `history` below frame 0; or, mirrored, ahead in time.
+BACK = tl.constexpr(0)
+AHEAD = tl.constexpr(1)
+
+_INTEGERS = [
+    "rows", "frames", "first_frame", "source_frames", "Y", "X", "K", "N", "streams", "clean", "chunk",
+    "stride_wo", "stride_wt", *(f"stride_{tensor}{dim}" for tensor in "pxhzg" for dim in "bfyx"),
+]  # fmt: skip
+
+
+@triton.jit
+def _pixels(m, frames, Y, X):
+    """(batch, frame, y, x) of pixel rows."""
+    image = m // (Y * X)
+    pixel = m % (Y * X)
+    return image // frames, image % frames, pixel // X, pixel % X
+
+
+@triton.jit
+def _rows(batch, frame, y, x, stride_b, stride_f, stride_y, stride_x, UNIT: tl.constexpr):
+    """Element offsets of pixels, int64."""
+    outer = batch.to(tl.int64) * stride_b + frame.to(tl.int64) * stride_f
+    return (outer + y.to(tl.int64) * stride_y + x.to(tl.int64) * stride_x) * UNIT
+
+
+@triton.jit
+def _accumulate(
+    source, history, frame, y, x, row_ok, w_ptr, n, source_frames, Y, X, K, N,
+    stride_f, stride_y, stride_x, stride_hf, stride_hy, stride_hx, stride_wo, stride_wt,
+    PAST: tl.constexpr, KT: tl.constexpr, KY: tl.constexpr, KX: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, UNIT_K: tl.constexpr, UNIT_N: tl.constexpr,
+    DIRECTION: tl.constexpr, WHOLE: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Sum over the past taps, or the last ones, and K channels of source pixel times weight; [BM, BN] fp32."""
+    FIRST_TAP: tl.constexpr = 0 if PAST else (KT - 1) * KY * KX
+    TAPS: tl.constexpr = (KT - 1) * KY * KX if PAST else KY * KX
+    blocks = tl.cdiv(K * UNIT_K, BK)
+    channel = tl.arange(0, BK)
+    acc = tl.zeros([BM, BN], tl.float32)
+    for step in range(TAPS * blocks):
+        index = step // blocks
+        c = (step - index * blocks) * BK + channel
+        tap = FIRST_TAP + index
+        lag = KT - 1 - tap // (KY * KX)
+        dy = tap // KX % KY - KY // 2
+        dx = tap % KX - KX // 2
+        if DIRECTION == AHEAD:
+            lag = -lag
+            dy = -dy
+            dx = -dx
+        ok = row_ok & (y + dy >= 0) & (y + dy < Y) & (x + dx >= 0) & (x + dx < X)
+        rows = source + (dy * stride_y + dx * stride_x - lag * stride_f) * UNIT_K
+        if PAST:
+            if DIRECTION == BACK:
+                rows_h = history + (dy * stride_hy + dx * stride_hx - lag * stride_hf) * UNIT_K
+                rows = tl.where(frame >= lag, rows, rows_h)
+            else:
+                ok = ok & (frame >= lag) & (frame - lag < source_frames)
+        weight = w_ptr + tap * stride_wt * (UNIT_K if DIRECTION == BACK else UNIT_N)
+        # WHOLE: K and N fill their tiles, so that only borders are masked.
+        if WHOLE:
+            a = tl.load(rows[:, None] + c[None, :], mask=ok[:, None], other=0.0)
+        else:
+            a = tl.load(rows[:, None] + c[None, :], mask=ok[:, None] & (c[None, :] < K * UNIT_K), other=0.0)
+        if DIRECTION == BACK:
+            pointers = weight + n.to(tl.int64)[:, None] * (stride_wo * UNIT_K) + c[None, :]
+            if WHOLE:
+                w = tl.load(pointers)
+            else:
+                w = tl.load(pointers, mask=(n[:, None] < N * UNIT_N) & (c[None, :] < K * UNIT_K), other=0.0)
+            acc = tl.dot(a, tl.trans(w), acc, input_precision=PRECISION)
+        else:
+            pointers = weight + c.to(tl.int64)[:, None] * (stride_wo * UNIT_N) + n[None, :]
+            if WHOLE:
+                w = tl.load(pointers)
+            else:
+                w = tl.load(pointers, mask=(c[:, None] < K * UNIT_K) & (n[None, :] < N * UNIT_N), other=0.0)
+            acc = tl.dot(a, w, acc, input_precision=PRECISION)
+    return acc
+
+
+@triton.jit(do_not_specialize=_INTEGERS)
+def causal_conv3d_kernel(
+    p_ptr, h_ptr, x_ptr, w_ptr, z_ptr, past_scale_ptr, last_scale_ptr, out_ptr, past_ptr, dot_ptr,
+    stride_pb: tl.int64, stride_pf: tl.int64, stride_py: tl.int64, stride_px: tl.int64,
+    stride_hb: tl.int64, stride_hf: tl.int64, stride_hy: tl.int64, stride_hx: tl.int64,
+    stride_xb: tl.int64, stride_xf: tl.int64, stride_xy: tl.int64, stride_xx: tl.int64,
+    stride_zb: tl.int64, stride_zf: tl.int64, stride_zy: tl.int64, stride_zx: tl.int64,
+    stride_wo: tl.int64, stride_wt: tl.int64,
+    rows: tl.int32, frames: tl.int32, first_frame: tl.int32, source_frames: tl.int32, Y: tl.int32, X: tl.int32,
+    K: tl.int32, N: tl.int32, streams: tl.int32, clean: tl.int32,
+    KT: tl.constexpr, KY: tl.constexpr, KX: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
+    UNIT_K: tl.constexpr, UNIT_N: tl.constexpr, UNIT_Z: tl.constexpr,
+    DIRECTION: tl.constexpr, PAST: tl.constexpr, LAST: tl.constexpr, STORE_PAST: tl.constexpr,
+    HAS_PAST_SCALE: tl.constexpr, HAS_LAST_SCALE: tl.constexpr, STORE_OUT: tl.constexpr, DOT: tl.constexpr,
+    WHOLE: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """One tile of pixels and output channels of all streams.
+
+    p is what past taps read, x what last taps read. BACK adds past_scale * past to every stream, AHEAD adds it to the
+    clean one. DOT also writes <last, z> of each row, before the scale: the tile's part of last_scale's gradient.
+    """
+    tiles_n = tl.cdiv(N * UNIT_N, BN)
+    tile_n = tl.program_id(0) % tiles_n
+    m = tl.program_id(0) // tiles_n * BM + tl.arange(0, BM)
+    n = tile_n * BN + tl.arange(0, BN)
+    row_ok = m < rows
+    n_ok = n < N * UNIT_N
+    batch, i, y, x = _pixels(m, frames, Y, X)
+    store_ok = row_ok[:, None] & n_ok[None, :]
+
+    past = tl.zeros([BM, BN], tl.float32)
+    if PAST:
+        frame = i + first_frame
+        source = p_ptr + _rows(batch, frame, y, x, stride_pb, stride_pf, stride_py, stride_px, UNIT_K)
+        history = h_ptr + _rows(batch, frame + KT - 1, y, x, stride_hb, stride_hf, stride_hy, stride_hx, UNIT_K)
+        past = _accumulate(
+            source, history, frame, y, x, row_ok, w_ptr, n, source_frames, Y, X, K, N,
+            stride_pf, stride_py, stride_px, stride_hf, stride_hy, stride_hx, stride_wo, stride_wt,
+            True, KT, KY, KX, BM, BN, BK, UNIT_K, UNIT_N, DIRECTION, WHOLE, PRECISION,
+        )  # fmt: skip
+        if STORE_PAST:
+            pointers = past_ptr + m.to(tl.int64)[:, None] * (N * UNIT_N) + n[None, :]
+            tl.store(pointers, past.to(past_ptr.dtype.element_ty), mask=store_ok)
+
+    if LAST:
+        all_rows = rows.to(tl.int64) * streams
+        for stream in range(streams):
+            frame = i + stream * frames
+            source = x_ptr + _rows(batch, frame, y, x, stride_xb, stride_xf, stride_xy, stride_xx, UNIT_K)
+            last = _accumulate(
+                source, source, frame, y, x, row_ok, w_ptr, n, source_frames, Y, X, K, N,
+                stride_xf, stride_xy, stride_xx, stride_xf, stride_xy, stride_xx, stride_wo, stride_wt,
+                False, KT, KY, KX, BM, BN, BK, UNIT_K, UNIT_N, DIRECTION, WHOLE, PRECISION,
+            )  # fmt: skip
+            scale_index = (batch * streams + stream) * frames + i
+            out_row = m.to(tl.int64) + (batch.to(tl.int64) * (streams - 1) + stream) * (frames * Y * X)
+            if DOT:
+                z = z_ptr + _rows(batch, frame, y, x, stride_zb, stride_zf, stride_zy, stride_zx, UNIT_Z)
+                z_tile = tl.load(z[:, None] + n[None, :], mask=store_ok, other=0.0)
+                dot = tl.sum(last * z_tile.to(tl.float32), 1)
+                tl.store(dot_ptr + tile_n * all_rows + out_row, dot, mask=row_ok)
+            if STORE_OUT:
+                if HAS_LAST_SCALE:
+                    last *= tl.load(last_scale_ptr + scale_index, mask=row_ok, other=0.0).to(tl.float32)[:, None]
+                if PAST:
+                    if DIRECTION == AHEAD:
+                        last += tl.where(stream == clean, past, 0.0)
+                    elif HAS_PAST_SCALE:
+                        last += past * tl.load(past_scale_ptr + scale_index, mask=row_ok, other=0.0).to(tl.float32)[:, None]
+                    else:
+                        last += past
+                pointers = out_ptr + out_row[:, None] * (N * UNIT_N) + n[None, :]
+                tl.store(pointers, last.to(out_ptr.dtype.element_ty), mask=store_ok)
+
+
+@triton.jit(do_not_specialize=_INTEGERS)
+def causal_conv3d_streams_kernel(
+    g_ptr, past_ptr, past_scale_ptr, last_scale_ptr, sum_ptr, scaled_ptr, dot_ptr,
+    stride_gb: tl.int64, stride_gf: tl.int64, stride_gy: tl.int64, stride_gx: tl.int64,
+    rows: tl.int32, frames: tl.int32, Y: tl.int32, X: tl.int32, N: tl.int32, streams: tl.int32,
+    BM: tl.constexpr, BN: tl.constexpr, UNIT_K: tl.constexpr, UNIT_N: tl.constexpr,
+    HAS_PAST_SCALE: tl.constexpr, SUM: tl.constexpr, SCALED: tl.constexpr, DOT: tl.constexpr,
+):  # fmt: skip
+    """One pass over the output gradient g: S = sum of past_scale * g, last_scale * g, and <g, past> of each row."""
+    tiles_n = tl.cdiv(N * UNIT_N, BN)
+    tile_n = tl.program_id(0) % tiles_n
+    m = tl.program_id(0) // tiles_n * BM + tl.arange(0, BM)
+    n = tile_n * BN + tl.arange(0, BN)
+    row_ok = m < rows
+    ok = row_ok[:, None] & (n < N * UNIT_N)[None, :]
+    batch, i, y, x = _pixels(m, frames, Y, X)
+    dense = m.to(tl.int64)[:, None] * (N * UNIT_N) + n[None, :]
+    all_rows = rows.to(tl.int64) * streams
+    total = tl.zeros([BM, BN], tl.float32)
+    if DOT:
+        past = tl.load(past_ptr + dense, mask=ok, other=0.0).to(tl.float32)
+    for stream in range(streams):
+        source = g_ptr + _rows(batch, i + stream * frames, y, x, stride_gb, stride_gf, stride_gy, stride_gx, UNIT_K)
+        g = tl.load(source[:, None] + n[None, :], mask=ok, other=0.0).to(tl.float32)
+        scale_index = (batch * streams + stream) * frames + i
+        out_row = m.to(tl.int64) + (batch.to(tl.int64) * (streams - 1) + stream) * (frames * Y * X)
+        if DOT:
+            tl.store(dot_ptr + tile_n * all_rows + out_row, tl.sum(g * past, 1), mask=row_ok)
+        if SCALED:
+            last_scale = tl.load(last_scale_ptr + scale_index, mask=row_ok, other=0.0).to(tl.float32)
+            pointers = scaled_ptr + out_row[:, None] * (N * UNIT_N) + n[None, :]
+            tl.store(pointers, (g * last_scale[:, None]).to(scaled_ptr.dtype.element_ty), mask=ok)
+        if SUM:
+            if HAS_PAST_SCALE:
+                g *= tl.load(past_scale_ptr + scale_index, mask=row_ok, other=0.0).to(tl.float32)[:, None]
+            total += g
+    if SUM:
+        tl.store(sum_ptr + dense, total.to(sum_ptr.dtype.element_ty), mask=ok)
+
+
+@triton.jit(do_not_specialize=_INTEGERS)
+def causal_conv3d_weight_kernel(
+    g_ptr, x_ptr, h_ptr, part_ptr,
+    stride_gb: tl.int64, stride_gf: tl.int64, stride_gy: tl.int64, stride_gx: tl.int64,
+    stride_xb: tl.int64, stride_xf: tl.int64, stride_xy: tl.int64, stride_xx: tl.int64,
+    stride_hb: tl.int64, stride_hf: tl.int64, stride_hy: tl.int64, stride_hx: tl.int64,
+    rows: tl.int32, frames: tl.int32, Y: tl.int32, X: tl.int32, K: tl.int32, N: tl.int32,
+    chunk: tl.int32,
+    KT: tl.constexpr, KY: tl.constexpr, KX: tl.constexpr, PAST: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, UNIT_K: tl.constexpr, UNIT_N: tl.constexpr,
+    WHOLE: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """part[split, co, tap, ci] = sum over a chunk of pixel rows of g[row, co] * source[row shifted by tap, ci].
+
+    K is Cout (the rows of the result), N is Cin. Past taps read x back in time and then history.
+    """
+    FIRST_TAP: tl.constexpr = 0 if PAST else (KT - 1) * KY * KX
+    TAPS: tl.constexpr = (KT - 1) * KY * KX if PAST else KY * KX
+    tiles_m = tl.cdiv(K * UNIT_K, BM)
+    tiles_n = tl.cdiv(N * UNIT_N, BN)
+    program = tl.program_id(0)
+    tile_n = program % tiles_n
+    program //= tiles_n
+    tile_m = program % tiles_m
+    program //= tiles_m
+    tap = FIRST_TAP + program % TAPS
+    split = program // TAPS
+    lag = KT - 1 - tap // (KY * KX)
+    dy = tap // KX % KY - KY // 2
+    dx = tap % KX - KX // 2
+    co = tile_m * BM + tl.arange(0, BM)
+    ci = tile_n * BN + tl.arange(0, BN)
+    shift = (dy * stride_xy + dx * stride_xx - lag * stride_xf) * UNIT_N
+    shift_h = (dy * stride_hy + dx * stride_hx - lag * stride_hf) * UNIT_N
+
+    acc = tl.zeros([BM, BN], tl.float32)
+    start = split * chunk
+    end = tl.minimum(start + chunk, rows)
+    for first in range(start, end, BK):
+        m = first + tl.arange(0, BK)
+        row_ok = m < end
+        batch, i, y, x = _pixels(m, frames, Y, X)
+        ok = row_ok & (y + dy >= 0) & (y + dy < Y) & (x + dx >= 0) & (x + dx < X)
+        g_rows = g_ptr + _rows(batch, i, y, x, stride_gb, stride_gf, stride_gy, stride_gx, UNIT_K)
+        x_rows = x_ptr + (_rows(batch, i, y, x, stride_xb, stride_xf, stride_xy, stride_xx, UNIT_N) + shift)
+        if PAST:
+            h_rows = _rows(batch, i + KT - 1, y, x, stride_hb, stride_hf, stride_hy, stride_hx, UNIT_N) + shift_h
+            x_rows = tl.where(i >= lag, x_rows, h_ptr + h_rows)
+        if WHOLE:
+            g = tl.load(g_rows[:, None] + co[None, :], mask=ok[:, None], other=0.0)
+            a = tl.load(x_rows[:, None] + ci[None, :], mask=ok[:, None], other=0.0)
+        else:
+            g = tl.load(g_rows[:, None] + co[None, :], mask=ok[:, None] & (co[None, :] < K * UNIT_K), other=0.0)
+            a = tl.load(x_rows[:, None] + ci[None, :], mask=ok[:, None] & (ci[None, :] < N * UNIT_N), other=0.0)
+        acc = tl.dot(tl.trans(g), a, acc, input_precision=PRECISION)
+    pointers = part_ptr + ((split.to(tl.int64) * (K * UNIT_K) + co[:, None]) * (KT * KY * KX) + tap) * (N * UNIT_N)
+    tl.store(pointers + ci[None, :], acc, mask=(co[:, None] < K * UNIT_K) & (ci[None, :] < N * UNIT_N))
+
+
+def forward(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    past_scale: torch.Tensor | None,
+    last_scale: torch.Tensor | None,
+    history: torch.Tensor | None,
+    pad_value: float,
+    layout: FrameLayout,
+    keep_past: bool = True,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """(out (B, Cout, F, Y, X), past (B, Cout, T, Y, X) or None), channels_last_3d."""
+    launches, out, past = plan_forward(
+        x, weight, past_scale, last_scale, history, pad_value, layout, architecture(x.device), keep_past=keep_past
+    )
+    run(launches, x.device)
+    return out, past
+
+
+def backward(
+    grad: torch.Tensor,
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    past_scale: torch.Tensor | None,
+    last_scale: torch.Tensor | None,
+    history: torch.Tensor | None,
+    past: torch.Tensor | None,
+    pad_value: float,
+    layout: FrameLayout,
+    mask: list[bool],
+) -> tuple[torch.Tensor | None, ...]:
+    """Gradients of (x, weight, past_scale, last_scale, history), None where `mask` does not ask.
+
+    `past` is what `forward` returned, or None to have it computed again where past_scale's gradient needs it.
+    """
+    x, B = _channels_last(x), x.shape[0]
+    launches, results = plan_backward(
+        grad, x, weight, past_scale, last_scale, history, past, pad_value, layout, mask, architecture(x.device)
+    )
+    run(launches, x.device)
+    grad_x, parts, past_dot, last_dot, grad_history = results
+    grad_past_scale = _sum_dots(past_dot, x) if mask[2] and past_dot is not None else None
+    if mask[2] and past_dot is None:
+        grad_past_scale = x.new_zeros(B, x.shape[2])
+    grad_last_scale = _sum_dots(last_dot, x) if mask[3] else None
+    return grad_x, _sum_parts(parts, weight), grad_past_scale, grad_last_scale, grad_history
+
+
+def past_term(history: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """history (B, Cin, kt - 1, Y, X) -> (B, Cout, Y, X), channels_last."""
+    launches, past = plan_past_term(history, weight, architecture(history.device))
+    run(launches, history.device)
+    return past.squeeze(2)
+
+
+def past_term_backward(
+    grad: torch.Tensor, history: torch.Tensor, weight: torch.Tensor, mask: list[bool]
+) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+    """Gradients of (history, weight), None where `mask` does not ask."""
+    launches, grad_history, parts = plan_past_term_backward(
+        grad.unsqueeze(2), history, weight, mask, architecture(history.device)
+    )
+    run(launches, history.device)
+    return grad_history, _sum_parts(parts, weight)
+
+
+def plan_forward(
+    x, weight, past_scale, last_scale, history, pad_value, layout, architecture, config=None, keep_past=True
+) -> tuple[list[Launch], torch.Tensor, torch.Tensor | None]:
+    """(the launches of `forward`, out, past) for an architecture; tensors may be meta tensors."""
+    x = _channels_last(x)
+    B, _, _, Y, X = x.shape
+    Cout, kt = weight.shape[0], weight.shape[2]
+    T = layout.frames
+    out = _video(x, (B, Cout, layout.total_frames, Y, X))
+    past = _video(x, (B, Cout, T, Y, X)) if keep_past and kt > 1 else None
+    launch = _convolution(
+        "fwd", x.narrow(2, layout.clean_start, T), _history(x, history, pad_value, kt), x, weight,
+        frames=T, out=out, past=past, past_scale=past_scale, last_scale=last_scale,
+        streams=layout.streams, architecture=architecture, config=config,
+    )  # fmt: skip
+    return [launch], out, past
+
+
+def plan_backward(
+    grad, x, weight, past_scale, last_scale, history, past, pad_value, layout, mask, architecture, configs=None
+) -> tuple[list[Launch], tuple[torch.Tensor | None, ...]]:
+    """(launches, (grad_x, fp32 parts of grad_weight, dots of past_scale, of last_scale, grad_history)).
+
+    `configs` maps directions to configurations that replace the chosen ones.
+    """
+    need_x, need_weight, need_past_scale, need_last_scale, need_history = mask
+    configs = configs or {}
+    x, grad = _channels_last(x), _channels_last(grad)
+    B, Cin, F, Y, X = x.shape
+    Cout, kt = weight.shape[0], weight.shape[2]
+    T, streams = layout.frames, layout.streams
+    need_history = need_history and history is not None
+    source = _history(x, history, pad_value, kt)
+    clean = x.narrow(2, layout.clean_start, T)
+    launches = []
+    options = {"frames": T, "architecture": architecture}
+
+    if kt > 1 and need_past_scale and past is None:
+        past = _video(x, (B, Cout, T, Y, X))
+        launches.append(
+            _convolution("fwd", clean, source, None, weight, past=past, config=configs.get("fwd"), **options)
+        )
+    need_sum = kt > 1 and (need_x or need_weight or need_history)
+    total, scaled, past_dot = grad, grad, None
+    if need_sum and (streams > 1 or past_scale is not None):
+        total = _video(x, (B, Cout, T, Y, X))
+    if need_weight and last_scale is not None:
+        scaled = _video(x, grad.shape)
+    if total is not grad or scaled is not grad or (kt > 1 and need_past_scale):
+        launch, past_dot = _streams_pass(
+            grad, past if kt > 1 and need_past_scale else None, past_scale, last_scale,
+            total if total is not grad else None, scaled if scaled is not grad else None,
+            streams=streams, config=configs.get("streams"), **options,
+        )  # fmt: skip
+        launches.append(launch)
+
+    grad_x = _video(x, x.shape) if need_x else None
+    grad_history = _video(x, (B, Cin, kt - 1, Y, X)) if need_history else None
+    last_dot = None
+    if need_x or need_last_scale:
+        launch = _convolution(
+            "dgrad", total if need_x and kt > 1 else None, None, grad, weight,
+            out=grad_x, last_scale=last_scale, streams=streams, clean=layout.clean_start // T,
+            dot_with=x if need_last_scale else None, config=configs.get("dgrad"), **options,
+        )  # fmt: skip
+        last_dot = launch.args["dot_ptr"].unflatten(1, (B, F, Y * X)) if need_last_scale else None
+        launches.append(launch)
+    if grad_history is not None and kt > 1:
+        launches.append(
+            _convolution(
+                "dgrad", total, None, None, weight, past=grad_history, frames=kt - 1, first_frame=1 - kt,
+                architecture=architecture, config=configs.get("dgrad"),
+            )  # fmt: skip
+        )
+    parts = None
+    if need_weight:
+        parts = []
+        if kt > 1:
+            launches.append(_weight_gradient(total, clean, source, weight, parts, True, architecture, configs))
+        launches.append(_weight_gradient(scaled, x, None, weight, parts, False, architecture, configs))
+    return launches, (grad_x, parts, past_dot, last_dot, grad_history)
+
+
+def plan_past_term(history, weight, architecture, config=None) -> tuple[list[Launch], torch.Tensor]:
+    """(launches, past (B, Cout, 1, Y, X))."""
+    history = _channels_last(history)
+    past = _video(history, (history.shape[0], weight.shape[0], 1, *history.shape[3:]))
+    launch = _convolution(
+        "fwd", history, history, None, weight, frames=1, past=past, architecture=architecture, config=config
+    )
+    return [launch], past
+
+
+def plan_past_term_backward(
+    grad, history, weight, mask, architecture, configs=None
+) -> tuple[list[Launch], torch.Tensor | None, list[torch.Tensor] | None]:
+    """(launches, grad_history, fp32 parts of grad_weight); grad is (B, Cout, 1, Y, X)."""
+    configs = configs or {}
+    history, grad = _channels_last(history), _channels_last(grad)
+    launches, grad_history, parts = [], None, None
+    if mask[0]:
+        grad_history = _video(history, history.shape)
+        frames = history.shape[2]
+        launches.append(
+            _convolution(
+                "dgrad", grad, None, None, weight, past=grad_history, frames=frames, first_frame=-frames,
+                architecture=architecture, config=configs.get("dgrad"),
+            )  # fmt: skip
+        )
+    if mask[1]:
+        parts = []
+        launches.append(_weight_gradient(grad, history, history, weight, parts, True, architecture, configs))
+    return launches, grad_history, parts
+
+
+def _convolution(
+    direction, past_source, history, source, weight, *, frames, architecture, out=None, past=None, past_scale=None,
+    last_scale=None, streams=0, clean=0, first_frame=0, dot_with=None, config=None,
+) -> Launch:  # fmt: skip
+    """One launch of the main kernel: past taps if there is a past_source, last taps if there is a source."""
+    like = past_source if source is None else source
+    none = like.new_empty(0)
+    B, K, _, Y, X = like.shape
+    Cout, Cin, kt, ky, kx = weight.shape
+    back = direction == "fwd"
+    N = Cout if back else Cin
+    has_past = past_source is not None and kt > 1
+    videos = {
+        "p": past_source if has_past else like,
+        "h": like if history is None else history,
+        "x": like,
+        "z": like if dot_with is None else dot_with,
+    }
+    unit_k, unit_n = _unit(K, *[videos[name] for name in "phx"]), _unit(N, like.new_empty(0))
+    unit_z = _unit(N, videos["z"])
+    # The packed weight has Cin innermost, which is reduced forward and produced backward.
+    unit_w = unit_k if back else unit_n
+    config = config or _configs.conv_config(architecture, like.dtype, K, N, Y * X, direction)
+    rows = _check_rows(B * frames * Y * X)
+    tiles_n = triton.cdiv(N, config.block_n)
+    args = {
+        "p_ptr": videos["p"] if has_past else none,
+        "h_ptr": none if history is None else history,
+        "x_ptr": none if source is None else source,
+        "w_ptr": _packed(weight),
+        "z_ptr": none if dot_with is None else dot_with,
+        "past_scale_ptr": none if past_scale is None else past_scale.contiguous(),
+        "last_scale_ptr": none if last_scale is None else last_scale.contiguous(),
+        "out_ptr": none if out is None else out,
+        "past_ptr": none if past is None else past,
+        "dot_ptr": none if dot_with is None else like.new_empty(tiles_n, rows * streams, dtype=torch.float32),
+        **_strides("p", videos["p"], unit_k), **_strides("h", videos["h"], unit_k),
+        **_strides("x", videos["x"], unit_k), **_strides("z", videos["z"], unit_z),
+        "stride_wo": kt * ky * kx * Cin // unit_w, "stride_wt": Cin // unit_w,
+        "rows": rows, "frames": frames, "first_frame": first_frame, "source_frames": videos["p"].shape[2],
+        "Y": Y, "X": X, "K": K // unit_k, "N": N // unit_n, "streams": streams, "clean": clean,
+        "KT": kt, "KY": ky, "KX": kx,
+        "BM": config.block_m, "BN": config.block_n, "BK": config.block_k,
+        "UNIT_K": unit_k, "UNIT_N": unit_n, "UNIT_Z": unit_z,
+        "DIRECTION": BACK.value if back else AHEAD.value,
+        "PAST": has_past, "LAST": source is not None, "STORE_PAST": past is not None,
+        "HAS_PAST_SCALE": past_scale is not None, "HAS_LAST_SCALE": last_scale is not None,
+        "STORE_OUT": out is not None, "DOT": dot_with is not None,
+        "WHOLE": K % config.block_k == 0 and N % config.block_n == 0,
+        "PRECISION": _precision(like.dtype),
+    }  # fmt: skip
+    return _launch(causal_conv3d_kernel, triton.cdiv(rows, config.block_m) * tiles_n, args, config)
+
+
+def _streams_pass(
+    grad, past, past_scale, last_scale, total, scaled, *, streams, frames, architecture, config=None
+) -> tuple[Launch, torch.Tensor | None]:
+    none = grad.new_empty(0)
+    B, N, F, Y, X = grad.shape
+    config = config or _configs.conv_config(architecture, grad.dtype, N, N, Y * X, "streams")
+    rows = _check_rows(B * frames * Y * X)
+    tiles_n = triton.cdiv(N, config.block_n)
+    dot = None if past is None else grad.new_empty(tiles_n, rows * streams, dtype=torch.float32)
+    unit_k, unit_n = _unit(N, grad), _unit(N, none)
+    args = {
+        "g_ptr": grad, "past_ptr": none if past is None else past,
+        "past_scale_ptr": none if past_scale is None else past_scale.contiguous(),
+        "last_scale_ptr": none if scaled is None else last_scale.contiguous(),
+        "sum_ptr": none if total is None else total, "scaled_ptr": none if scaled is None else scaled,
+        "dot_ptr": none if dot is None else dot,
+        **_strides("g", grad, unit_k),
+        "rows": rows, "frames": frames, "Y": Y, "X": X, "N": N // unit_n, "streams": streams,
+        "BM": config.block_m, "BN": config.block_n, "UNIT_K": unit_k, "UNIT_N": unit_n,
+        "HAS_PAST_SCALE": past_scale is not None, "SUM": total is not None, "SCALED": scaled is not None,
+        "DOT": dot is not None,
+    }  # fmt: skip
+    launch = _launch(causal_conv3d_streams_kernel, triton.cdiv(rows, config.block_m) * tiles_n, args, config)
+    return launch, None if dot is None else dot.unflatten(1, (B, F, Y * X))
+
+
+def _weight_gradient(grad, source, history, weight, parts, past, architecture, configs) -> Launch:
+    """Past taps or last taps; appends the fp32 buffer (splits, Cout, taps, Cin) of which it fills its taps to parts."""
+    B, _, frames, Y, X = grad.shape
+    Cout, Cin, kt, ky, kx = weight.shape
+    history = source if history is None else history
+    unit_k, unit_n = _unit(Cout, grad), _unit(Cin, source, history)
+    config = configs.get("wgrad") or _configs.conv_config(architecture, grad.dtype, Cout, Cin, Y * X, "wgrad")
+    rows = _check_rows(B * frames * Y * X)
+    taps = ky * kx * ((kt - 1) if past else 1)
+    programs = taps * triton.cdiv(Cout, config.block_m) * triton.cdiv(Cin, config.block_n)
+    blocks = triton.cdiv(rows, config.block_k)
+    # Enough programs for a large GPU, but no part shorter than its own cost of being written and read again.
+    splits = max(1, min(triton.cdiv(WEIGHT_PROGRAMS, programs), blocks // SPLIT_BLOCKS))
+    chunk = triton.cdiv(blocks, splits) * config.block_k
+    splits = triton.cdiv(rows, chunk)
+    part = grad.new_empty(splits, Cout, kt * ky * kx, Cin, dtype=torch.float32)
+    first = 0 if past else (kt - 1) * ky * kx
+    parts.append(part[:, :, first : first + taps])
+    args = {
+        "g_ptr": grad, "x_ptr": source, "h_ptr": history, "part_ptr": part,
+        **_strides("g", grad, unit_k), **_strides("x", source, unit_n), **_strides("h", history, unit_n),
+        "rows": rows, "frames": frames, "Y": Y, "X": X, "K": Cout // unit_k, "N": Cin // unit_n, "chunk": chunk,
+        "KT": kt, "KY": ky, "KX": kx, "PAST": past,
+        "BM": config.block_m, "BN": config.block_n, "BK": config.block_k, "UNIT_K": unit_k, "UNIT_N": unit_n,
+        "WHOLE": Cout % config.block_m == 0 and Cin % config.block_n == 0, "PRECISION": _precision(grad.dtype),
+    }  # fmt: skip
+    return _launch(causal_conv3d_weight_kernel, splits * programs, args, config)
+
+
+# Programs that a launch of the weight gradient aims at: four for each multiprocessor of an H100.
+WEIGHT_PROGRAMS = 528
+SPLIT_BLOCKS = 4  # least tiles of pixels in a part
+
+
+def _sum_parts(parts: list[torch.Tensor] | None, weight: torch.Tensor) -> torch.Tensor | None:
+    """The weight's gradient from its parts, like the weight; taps without a part are zero."""
+    if parts is None:
+        return None
+    kt, ky, kx = weight.shape[2:]
+    sums = [part.sum(0) for part in parts]
+    taps = torch.cat(sums, 1) if len(sums) > 1 else sums[0]
+    if taps.shape[1] < kt * ky * kx:
+        taps = torch.cat([taps, taps.new_zeros(taps.shape[0], ky * kx, taps.shape[2])], 1)
+    return torch.empty_like(weight).copy_(taps.unflatten(1, (kt, ky, kx)).permute(0, 4, 1, 2, 3))
+
+
+def _sum_dots(dot: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+    """(tiles, B, F, pixels) fp32 -> (B, F) of the dtype of x."""
+    return dot.sum((0, 3)).to(x.dtype)
+
+
+def _channels_last(video: torch.Tensor) -> torch.Tensor:
+    """The video with its channels adjacent, itself if they are: any other strides will do."""
+    if video.stride(1) == 1 or video.shape[1] == 1:
+        return video
+    return video.contiguous(memory_format=torch.channels_last_3d)
+
+
+def _packed(weight: torch.Tensor) -> torch.Tensor:
+    """The weight in memory as (Cout, kt, ky, kx, Cin)."""
+    return weight.contiguous(memory_format=torch.channels_last_3d)
+
+
+def _history(x: torch.Tensor, history: torch.Tensor | None, pad_value: float, kt: int) -> torch.Tensor | None:
+    """The kt - 1 frames before frame 0; without history one row of channels, at stride 0 all of them."""
+    if kt == 1:
+        return None
+    if history is not None:
+        return _channels_last(history)
+    B, Cin, _, Y, X = x.shape
+    return x.new_full((1, Cin, 1, 1, 1), pad_value).expand(B, Cin, kt - 1, Y, X)
+
+
+def _video(like: torch.Tensor, shape) -> torch.Tensor:
+    return torch.empty(shape, dtype=like.dtype, device=like.device, memory_format=torch.channels_last_3d)
+
+
+def _unit(channels: int, *videos: torch.Tensor) -> int:
+    """Elements in 16 bytes if every pixel of the videos begins at a multiple of that, else 1.
+
+    Sizes and strides handed over in this unit tell the compiler the alignment, whatever the sizes: no size selects
+    another binary.
+    """
+    unit = 16 // videos[0].element_size()
+    strides = [s for v in videos for dim, s in enumerate(v.stride()) if dim != 1 and v.ndim == 5 and v.shape[dim] > 1]
+    return 1 if channels % unit or any(stride % unit for stride in strides) else unit
+
+
+def _strides(name: str, video: torch.Tensor, unit: int) -> dict[str, int]:
+    dims = {"b": 0, "f": 2, "y": 3, "x": 4}
+    return {
+        f"stride_{name}{letter}": video.stride(dim) // unit if video.shape[dim] > 1 else 0
+        for letter, dim in dims.items()
+    }
+
+
+def _check_rows(rows: int) -> int:
+    if rows >= 2**31 - 1024:
+        raise ValueError(f"x: B * F * Y * X must be below 2**31 - 1024 for impl='triton', got {rows}")
+    return rows
+
+
+def _precision(dtype: torch.dtype) -> str:
+    """TF32 where PyTorch's own convolutions would use it."""
+    return "tf32" if dtype == torch.float32 and torch.backends.cudnn.conv.fp32_precision == "tf32" else "ieee"
+
+
+def _launch(kernel, programs: int, args: dict, config) -> Launch:
+    return Launch(
+        kernel, (programs,), {name: args[name] for name in kernel.arg_names}, config.num_warps, config.num_stages
+    )
