@@ -401,6 +401,17 @@ def test_actions_are_dropped_by_clip_and_never_invented(tmp_path):
     assert plain.train().step == 6
 
 
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_low_precision_has_the_gradient_of_fp32(uninterrupted, tmp_path, precision):
+    """Not that of the scaled loss: the norm that is clipped and reported differs by the rounding of the activations."""
+    trainer(tmp_path, precision=precision, steps=1).train()
+    low, full = metrics(tmp_path)[0], metrics(uninterrupted.parent)[0]
+    # one rounding is 2^-8 in bf16 and 2^-11 in fp16
+    assert low["grad_norm"] == pytest.approx(full["grad_norm"], rel=2**-6)
+    assert low["loss"] == pytest.approx(full["loss"], rel=2**-6)
+    assert low["loss"] != full["loss"]
+
+
 def test_fp16_skips_a_step_that_overflows_and_goes_on(tmp_path):
     t = trainer(tmp_path, precision="fp16", steps=4)
     t.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**120)
