@@ -181,7 +181,7 @@ def conv_config(
     block_n = min(_conv_width(produced), 64 if small else 128)
     block_k = 64 if reduced % 64 == 0 else 32 if reduced > 16 else 16
     # Two accumulators (past and last) of block_m * block_n fp32 numbers lie in registers: 128 of 255 at 8 warps.
-    return ConvConfig(block_m, block_n, block_k, 8 if block_m * block_n > 8192 else 4, stages)
+    return ConvConfig(block_m, block_n, block_k, 8 if block_m * block_n > 4096 else 4, stages)
 
 
 def _conv_width(channels: int) -> int:
