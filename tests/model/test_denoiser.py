@@ -217,6 +217,7 @@ def test_normalised_weights_are_kept_while_sampling_and_never_stale(monkeypatch)
     assert torch.equal(expect_fresh(), first)
     optimizer = torch.optim.AdamW(net.parameters(), lr=0.1)
     net(x, sigma, actions, spatial_only=True).square().mean().backward()
+    assert all(p.grad is not None for p in net.parameters())  # kept weights have no graph
     optimizer.step()
     assert not torch.equal(expect_fresh(), first)
     weight.data.normal_()
