@@ -4,11 +4,11 @@ BIN := .venv/bin
 OUT ?= runs/demo
 export SDL_VIDEODRIVER ?= dummy
 
-.PHONY: setup demo test check bench clean
+.PHONY: setup demo test check bench gpu clean
 
 setup: .venv/ready
 
-.venv/ready: pyproject.toml setup.py constraints.txt
+.venv/ready: pyproject.toml setup.py constraints.txt $(wildcard csrc/*)
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet -c constraints.txt torch triton numpy setuptools wheel
 	$(BIN)/python -m pip install --quiet -c constraints.txt --no-build-isolation -e ".[model,test,check]"
@@ -27,6 +27,11 @@ check: setup
 
 bench: setup
 	$(BIN)/python -m benchmarks
+	$(BIN)/python -m pytest tests/benchmarks --benchmark-only --benchmark-json=benchmarks/results/pytest-benchmark.json
+
+# On a machine as found: no virtual environment, nothing installed. GPU_BUDGET_S seconds, results in GPU_OUT.
+gpu:
+	$(PYTHON) -m benchmarks.gpu
 
 clean:
 	rm -rf .venv build *.egg-info

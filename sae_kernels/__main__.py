@@ -9,6 +9,8 @@ import sys
 
 import torch
 
+from . import _extension
+
 OPS = ("frame_attention", "causal_conv3d", "token_noise", "magnitude")
 
 
@@ -51,6 +53,7 @@ def report() -> dict:
             "cudnn": str(torch.backends.cudnn.version() or "none"),
         },
         "platform": platform.platform(),
+        "extension": {name: _extension.why_not(name) or "loaded" for name in ("cpu", "cuda")},
         "devices": {str(device): describe_device(device) for device in devices()},
         "ops": ops,
     }
@@ -60,6 +63,7 @@ def format_report(result: dict) -> str:
     lines = [f"{name:<12} {value}" for name, value in result["versions"].items()]
     lines += [f"{'platform':<12} {result['platform']}"]
     lines += [f"{name:<12} {value}" for name, value in result["devices"].items()]
+    lines += [f"{'C++ ' + name:<12} {state}" for name, state in result["extension"].items()]
     for op, by_device in result["ops"].items():
         for device, entry in by_device.items():
             lines.append(

@@ -39,7 +39,7 @@ def implementations(
     return available, why_not
 
 
-@torch.compiler.assume_constant_result
+@_library.constant_in_graphs
 def _why_not_triton(device: torch.device) -> str | None:
     if importlib.util.find_spec("triton") is None:
         return "the package triton is not installed"

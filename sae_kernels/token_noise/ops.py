@@ -7,23 +7,34 @@ from __future__ import annotations
 
 import torch
 
-from .. import _library
-from . import composed
+from .. import _extension, _library
+from . import composed, cuda
 
 _OPTIONS = "SymInt seed, SymInt offset, str impl"
 
 
-def implementations(device: torch.device) -> tuple[list[str], dict[str, str]]:
+# Dimensions of x that the extension walks: batch and kMaxDims of csrc/cpu_kernels.h.
+MAX_DIMS = 9
+
+
+def implementations(device: torch.device, ndim: int = 2) -> tuple[list[str], dict[str, str]]:
     """(those that run on this device, fastest first; those that do not, with the reason)."""
-    return ["composed", "reference"], {
-        "triton": "there is no Triton kernel for this op yet",
-        "cuda": "there is no CUDA C++ kernel for this op yet",
-    }
+    available, why_not = ["composed", "reference"], {"triton": "there is no Triton kernel for this op yet"}
+    reason = _extension.why_not(device.type)
+    if reason is None and ndim > MAX_DIMS:
+        reason = f"it takes up to {MAX_DIMS} dimensions, got {ndim}"
+    if reason is None:
+        available.insert(0, "cuda")
+    else:
+        why_not["cuda"] = reason
+    return available, why_not
 
 
 def _backend(impl: str):
     if impl == "composed":
         return composed
+    if impl == "cuda":
+        return cuda
     raise ValueError(f"impl: token_noise has no registered implementation {impl!r}")
 
 

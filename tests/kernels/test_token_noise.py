@@ -13,10 +13,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
 
-from sae_kernels import FrameLayout, token_noise, token_noise_eps
+from sae_kernels import FrameLayout, _extension, token_noise, token_noise_eps
 from sae_kernels.testing import assert_within_budget, noncontiguous
 from sae_kernels.token_noise import composed, ops, reference
 
+WHY_NOT = _extension.why_not("cpu")
+IMPLS = ("composed",) if WHY_NOT else ("composed", "cuda")
+needs_extension = pytest.mark.skipif(WHY_NOT is not None, reason=str(WHY_NOT))
 NAMES = ("out", "dx", "dsignal", "dnoise")
 WORD = 0xFFFFFFFF
 WORD_64 = [-(2**63), -(2**32) - 1, -1, 0, 1, 2**32, 2**63 - 1]
@@ -84,14 +87,15 @@ def run(tensors, layout, dtype, **options):
     return [out, *torch.autograd.grad(out, inputs, grad.to(dtype))]
 
 
-def compare(tensors, layout, **options):
+def compare(tensors, layout, *, impls=IMPLS, **options):
     options = {"seed": 11, "offset": 5} | options
     dtype = tensors[0].dtype
-    actual = run(tensors, layout, dtype, **options, impl="composed")
     gold = run(tensors, layout, torch.float64, **options, impl="reference")
     eager = run(tensors, layout, dtype, **options, impl="reference")
-    for name, *results in zip(NAMES, actual, gold, eager, strict=True):
-        assert_within_budget(*results, f"{name} of {layout}")
+    for impl in impls:
+        actual = run(tensors, layout, dtype, **options, impl=impl)
+        for name, *results in zip(NAMES, actual, gold, eager, strict=True):
+            assert_within_budget(*results, f"{name} by {impl} of {layout}")
 
 
 @pytest.mark.parametrize(("counter", "key", "words"), KNOWN_ANSWERS)
@@ -116,7 +120,7 @@ def test_words_against_plain_integers():
 @pytest.mark.parametrize("offset", WORD_64)
 def test_normals_against_plain_integers(seed, offset):
     want = normals_of(range(21), seed, offset)
-    for impl in ("reference", "composed"):
+    for impl in ("reference", *IMPLS):
         got = token_noise_eps((3, 7), seed=seed, offset=offset, impl=impl).double().flatten()
         # The angle 2 pi u is rounded to fp32: half an ulp of at most 2 pi, times a radius of at most 6.8.
         torch.testing.assert_close(got, want, rtol=1e-6, atol=6.8 * 2**-22)
@@ -235,11 +239,11 @@ def test_any_shape(B, T, K, rest, per, dtype, seed, offset):
 def test_gradients_are_those_of_finite_differences():
     tensors, layout = make(1, 2, 2, (3,))
     inputs = [x.double().requires_grad_() for x in tensors[:3]]
-    for impl in ("reference", "composed"):
+    for impl in ("reference", *IMPLS):
         assert torch.autograd.gradcheck(lambda *a: token_noise(*a, layout, seed=3, impl=impl), inputs)  # noqa: B023
 
 
-@pytest.mark.parametrize("impl", ["reference", "composed"])
+@pytest.mark.parametrize("impl", ["reference", *IMPLS])
 def test_by_hand(impl):
     """Every element from the formula, frame by frame, with streams in the order of the layout."""
     for noisy_first in (False, True):
@@ -264,19 +268,20 @@ def test_number_scales_are_scalar_tensors():
     torch.testing.assert_close(token_noise(x, 0.3, 2, layout, seed=1), want, rtol=1e-7, atol=1e-7)
 
 
+@pytest.mark.parametrize("impl", IMPLS)
 @pytest.mark.parametrize("dim", [0, 1, 2, 3])
-def test_strides_do_not_matter(dim):
+def test_strides_do_not_matter(dim, impl):
     (x, signal, noise, grad), layout = make(per="element")
-    want = run([x, signal, noise, grad], layout, torch.float32, seed=1)
+    want = run([x, signal, noise, grad], layout, torch.float32, seed=1, impl=impl)
     tensors = [noncontiguous(t, dim) for t in (x, signal, noise, grad)]
     inputs = [t.requires_grad_() for t in tensors[:3]]
-    out = token_noise(*inputs, layout, seed=1)
+    out = token_noise(*inputs, layout, seed=1, impl=impl)
     assert out.is_contiguous()
     got = [out, *torch.autograd.grad(out, inputs, tensors[3])]
     for name, g, w in zip(NAMES, got, want, strict=True):
         assert torch.equal(g, w), name
     permuted = x.transpose(2, 3).contiguous().transpose(2, 3)
-    assert torch.equal(token_noise(permuted, signal, noise, layout, seed=1), want[0])
+    assert torch.equal(token_noise(permuted, signal, noise, layout, seed=1, impl=impl), want[0])
 
 
 def test_expanded_data_gets_its_whole_gradient():
@@ -301,7 +306,7 @@ def test_dtypes():
     assert torch.equal(low, token_noise(x.bfloat16().float(), signal, noise, layout, seed=1).bfloat16())
 
 
-@pytest.mark.parametrize("impl", ["reference", "composed"])
+@pytest.mark.parametrize("impl", ["reference", *IMPLS])
 def test_bad_values_stay_in_their_elements(impl):
     (x, signal, noise, _), layout = make(2, 3, 2, (40,))
     clean = token_noise(x, signal, noise, layout, seed=1, impl=impl)
@@ -366,15 +371,16 @@ def test_temporaries_are_bounded(monkeypatch):
     assert largest == 4 * composed.PIECE
 
 
+@pytest.mark.parametrize("impl", IMPLS)
 @pytest.mark.parametrize("return_noise", [False, True])
-def test_opcheck(return_noise):
+def test_opcheck(return_noise, impl):
     (x, signal, noise, grad), _ = make(per="first")
     inputs = [t.requires_grad_() for t in (x, signal, noise)]
-    torch.library.opcheck(ops.token_noise_fwd, (*inputs, 2, torch.bfloat16, return_noise, -3, 2**40, "composed"))
+    torch.library.opcheck(ops.token_noise_fwd, (*inputs, 2, torch.bfloat16, return_noise, -3, 2**40, impl))
     with torch.no_grad():
         needs = (True, return_noise, True)
-        torch.library.opcheck(ops.token_noise_bwd, (grad, x, signal, noise, *needs, -3, 2**40, "composed"))
-        torch.library.opcheck(ops.token_noise_eps, (x.new_empty(0), (3, 5), -3, 2**40, "composed"))
+        torch.library.opcheck(ops.token_noise_bwd, (grad, x, signal, noise, *needs, -3, 2**40, impl))
+        torch.library.opcheck(ops.token_noise_eps, (x.new_empty(0), (3, 5), -3, 2**40, impl))
 
 
 def test_compile_fullgraph_without_recompiling():
@@ -426,7 +432,7 @@ BAD = {
     r"offset: must be in \[-2\^63, 2\^63\), got -9223372036854775809": ({"offset": -(2**63) - 1}, ValueError),
     "dtype: must be float32, .*, got torch.int32": ({"dtype": torch.int32}, TypeError),
     "impl: must be one of .*, got 'magic'": ({"impl": "magic"}, ValueError),
-    "impl: token_noise cannot run 'cuda' on cpu: ": ({"impl": "cuda"}, ValueError),
+    "impl: token_noise cannot run 'triton' on cpu: ": ({"impl": "triton"}, ValueError),
 }
 
 
@@ -450,6 +456,83 @@ def test_bad_shape_of_eps():
         token_noise_eps((3, -1), seed=0)
     with pytest.raises(TypeError, match=r"dtype: must be float32, .*, got torch.int64"):
         token_noise_eps((3,), seed=0, dtype=torch.int64)
+
+
+@needs_extension
+def test_extension_is_within_four_ulp_of_the_reference():
+    """Relative to the number itself, also where the sine crosses zero; every bit position of u is met."""
+    for seed, offset in ((2, 1), (-(2**63), 2**63 - 1)):
+        want = token_noise_eps((1 << 21,), seed=seed, offset=offset, impl="reference")
+        got = token_noise_eps((1 << 21,), seed=seed, offset=offset, impl="cuda")
+        ulp = torch.ldexp(torch.ones_like(want), torch.frexp(want).exponent - 24)
+        assert ((got - want).abs() / ulp).max() <= 4
+
+
+@needs_extension
+def test_extension_does_not_depend_on_threads_chunks_or_instruction_boundaries():
+    """An element is the same wherever it lies: in the middle of a vector, at the end of a chunk, in another thread."""
+    tensors, layout = make(2, 3, 1, (1201,), per="frame")
+    want = run(tensors, layout, torch.float32, seed=3, impl="cuda")
+    threads = torch.get_num_threads()
+    try:
+        torch.set_num_threads(2)
+        got = run(tensors, layout, torch.float32, seed=3, impl="cuda")
+        long = token_noise_eps((300_001,), seed=3, impl="cuda")
+    finally:
+        torch.set_num_threads(threads)
+    assert all(torch.equal(g, w) for g, w in zip(got, want, strict=True))
+    assert torch.equal(long, token_noise_eps((300_001,), seed=3, impl="cuda"))
+    for count in (1, 5, 63, 1023, 1025):
+        assert torch.equal(token_noise_eps((count,), seed=3, impl="cuda"), long[:count])
+    _, eps = token_noise(tensors[0], 1, 1, layout, seed=3, return_noise=True, impl="cuda")
+    assert torch.equal(eps.flatten(), long[: eps.numel()])
+
+
+@needs_extension
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_extension_rounds_every_kind_of_number_as_torch_does(dtype):
+    """Subnormals, ties, overflow, infinities: each bit pattern of a 16-bit type goes in and out unchanged."""
+    every = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16).view(dtype)
+    layout = FrameLayout(1, 1, noisy_copies=0)
+    out = token_noise(every.view(1, 1, -1), 1, 0, layout, seed=1, dtype=torch.float32, impl="cuda").flatten()
+    assert torch.equal(
+        out.nan_to_num(7.0, posinf=9e9, neginf=-9e9), every.float().nan_to_num(7.0, posinf=9e9, neginf=-9e9)
+    )
+    bits = torch.arange(0, 2**32, 65521, dtype=torch.int64)
+    halfway = (every[every.isfinite()].float().view(torch.int32).to(torch.int64) & WORD).unsqueeze(1) + torch.tensor(
+        [-1, 0, 1]
+    ) * 0x1000
+    values = torch.cat([bits, halfway.flatten() & WORD]).to(torch.int32).view(torch.float32)
+    out = token_noise(values.view(1, 1, -1), 1, 0, layout, seed=1, dtype=dtype, impl="cuda").flatten()
+    assert torch.equal(
+        out.float().nan_to_num(7.0, posinf=9e9, neginf=-9e9),
+        values.to(dtype).float().nan_to_num(7.0, posinf=9e9, neginf=-9e9),
+    )
+
+
+@needs_extension
+def test_extension_ops_check_what_they_write_to():
+    native = torch.ops.sae_kernels_native
+    x, scale = torch.zeros(2, 3, 4), torch.zeros(2, 6, 1)
+    native.token_noise_fwd(x, scale, scale, torch.empty(2, 6, 4), None, 2, 0, 0)
+    for arguments, message in (
+        ((x, scale, scale, torch.empty(2, 5, 4), None), r"out: dim 1 must be 6, got shape \(2, 5, 4\)"),
+        ((x, scale, scale, torch.empty(2, 4, 6).transpose(1, 2), None), "out: must be contiguous"),
+        ((x, scale[:, :3], scale, torch.empty(2, 6, 4), None), "signal_scale: dim 1 must be 6"),
+        ((x, scale, scale[0], torch.empty(2, 6, 4), None), "noise_scale: must have the rank of x"),
+        ((x.int(), scale, scale, torch.empty(2, 6, 4), None), "x: dtype must be"),
+        ((x, scale, scale, torch.empty(2, 6, 4), torch.empty(2, 6, 3)), "noise: dim 2 must be 4"),
+    ):
+        with pytest.raises(RuntimeError, match=message):
+            native.token_noise_fwd(*arguments, 2, 0, 0)
+    torch.library.opcheck(
+        native.token_noise_fwd.default, (x, scale, scale, torch.empty(2, 6, 4), torch.empty(2, 6, 4), 2, 1, 2)
+    )
+    torch.library.opcheck(native.token_noise_eps.default, (torch.empty(5), 1, 2))
+    sums = torch.zeros(3, 2, 6, 1, dtype=torch.float64)
+    torch.library.opcheck(
+        native.token_noise_bwd.default, (torch.ones(2, 6, 4), x, scale, torch.empty(2, 3, 4), sums, None, 2, 1, 2)
+    )
 
 
 FAULTS = {
@@ -483,7 +566,7 @@ def test_seeded_fault_is_caught(fault, monkeypatch):
 
     def compare_both():
         for per in ("frame", "clip"):
-            compare(*make(2, 3, 2, (7,), per=per), seed=2**40 + 5, offset=3 * 2**33 + 1)
+            compare(*make(2, 3, 2, (7,), per=per), impls=("composed",), seed=2**40 + 5, offset=3 * 2**33 + 1)
 
     with pytest.raises(AssertionError):
         compare_both()

@@ -1,0 +1,437 @@
+// The inner loops, compiled once for each instruction set; SAE_ISA names the namespace they land in.
+//
+// Every result is a function of its element alone: no fused multiply-add but those written out, and normals are always
+// made in whole vectors. So neither threads nor chunks nor the position in memory change a bit.
+#include "cpu_kernels.h"
+
+#include "philox.h"
+
+#ifndef SAE_ISA
+#define SAE_ISA baseline
+#endif
+#define SAE_STRING2(x) #x
+#define SAE_STRING(x) SAE_STRING2(x)
+
+namespace sae {
+namespace SAE_ISA {
+namespace {
+
+SAE_INLINE float madd(float a, float b, float c) {
+#ifdef __FMA__
+  return __builtin_fmaf(a, b, c);
+#else
+  return a * b + c;
+#endif
+}
+SAE_INLINE double madd(double a, double b, double c) {
+#ifdef __FMA__
+  return __builtin_fma(a, b, c);
+#else
+  return a * b + c;
+#endif
+}
+SAE_INLINE uint32_t bits(float x) {
+  uint32_t u;
+  __builtin_memcpy(&u, &x, 4);
+  return u;
+}
+SAE_INLINE float from_bits(uint32_t u) {
+  float x;
+  __builtin_memcpy(&x, &u, 4);
+  return x;
+}
+
+// ---- bfloat16 and float16, to nearest, ties to even; NaN stays NaN
+
+SAE_INLINE float widen_bf16(uint16_t h) { return from_bits(static_cast<uint32_t>(h) << 16); }
+SAE_INLINE uint16_t narrow_bf16(float x) {
+  const uint32_t u = bits(x);
+  const uint32_t rounded = (u + 0x7FFFu + ((u >> 16) & 1u)) >> 16;
+  const uint32_t quiet = (u >> 16) | 0x40u;
+  return static_cast<uint16_t>((u & 0x7FFFFFFFu) > 0x7F800000u ? quiet : rounded);
+}
+// Multiplying by 2^112 rebiases the exponent, subnormals included.
+SAE_INLINE float widen_f16(uint16_t h) {
+  const uint32_t sign = static_cast<uint32_t>(h & 0x8000u) << 16, rest = static_cast<uint32_t>(h & 0x7FFFu) << 13;
+  const uint32_t finite = bits(from_bits(rest) * 0x1p112f);
+  const uint32_t special = rest | 0x7F800000u;
+  return from_bits(sign | (rest >= 0x0F800000u ? special : finite));
+}
+SAE_INLINE uint16_t narrow_f16(float x) {
+  const uint32_t u = bits(x), sign = (u >> 16) & 0x8000u, magnitude = u & 0x7FFFFFFFu;
+  // Below 2^-14 an addition of 0.5 leaves the rounded subnormal in the low bits.
+  const uint32_t small = bits(from_bits(magnitude) + 0.5f) - 0x3F000000u;
+  const uint32_t normal = (magnitude + 0xC8000FFFu + ((magnitude >> 13) & 1u)) >> 13;
+  const uint32_t finite = magnitude < 0x38800000u ? small : normal;
+  const uint32_t special = magnitude > 0x7F800000u ? 0x7E00u : 0x7C00u;
+  return static_cast<uint16_t>(sign | (magnitude >= 0x477FF000u ? special : finite));
+}
+
+template <class C>
+void load(const Operand& operand, int64_t at, int64_t stride, int64_t n, C* __restrict to) {
+  switch (operand.type) {
+    case Type::f32: {
+      const float* from = static_cast<const float*>(operand.data) + at;
+      if (stride == 1) for (int64_t i = 0; i < n; ++i) to[i] = from[i];
+      else if (stride == 0) for (int64_t i = 0; i < n; ++i) to[i] = from[0];
+      else for (int64_t i = 0; i < n; ++i) to[i] = from[i * stride];
+      break;
+    }
+    case Type::f64: {
+      const double* from = static_cast<const double*>(operand.data) + at;
+      for (int64_t i = 0; i < n; ++i) to[i] = static_cast<C>(from[i * stride]);
+      break;
+    }
+    case Type::bf16: {
+      const uint16_t* from = static_cast<const uint16_t*>(operand.data) + at;
+      if (stride == 1) for (int64_t i = 0; i < n; ++i) to[i] = widen_bf16(from[i]);
+      else for (int64_t i = 0; i < n; ++i) to[i] = widen_bf16(from[i * stride]);
+      break;
+    }
+    case Type::f16: {
+      const uint16_t* from = static_cast<const uint16_t*>(operand.data) + at;
+      if (stride == 1) for (int64_t i = 0; i < n; ++i) to[i] = widen_f16(from[i]);
+      else for (int64_t i = 0; i < n; ++i) to[i] = widen_f16(from[i * stride]);
+      break;
+    }
+  }
+}
+
+template <class C>
+void store(void* data, Type type, int64_t at, int64_t n, const C* __restrict from) {
+  switch (type) {
+    case Type::f32: {
+      float* to = static_cast<float*>(data) + at;
+      for (int64_t i = 0; i < n; ++i) to[i] = static_cast<float>(from[i]);
+      break;
+    }
+    case Type::f64: {
+      double* to = static_cast<double*>(data) + at;
+      for (int64_t i = 0; i < n; ++i) to[i] = from[i];
+      break;
+    }
+    case Type::bf16: {
+      uint16_t* to = static_cast<uint16_t*>(data) + at;
+      for (int64_t i = 0; i < n; ++i) to[i] = narrow_bf16(static_cast<float>(from[i]));
+      break;
+    }
+    case Type::f16: {
+      uint16_t* to = static_cast<uint16_t*>(data) + at;
+      for (int64_t i = 0; i < n; ++i) to[i] = narrow_f16(static_cast<float>(from[i]));
+      break;
+    }
+  }
+}
+
+// ---- normals
+
+// u in (0, 1] from a word: to fp32 (rounded), plus a half (rounded), times 2^-32.
+SAE_INLINE float uniform(uint32_t w) { return (static_cast<float>(w) + 0.5f) * 0x1p-32f; }
+
+// sqrt(-2 ln u). ln(m 2^e) = e ln 2 + ln m, m in [sqrt(1/2), sqrt(2)); the error of ln is below 0.6 units in the last
+// place also where u is next to 1.
+SAE_INLINE float radius(float u) {
+  const uint32_t shifted = bits(u) - 0x3F3504F3u;
+  const float e = static_cast<float>(static_cast<int32_t>(shifted) >> 23);
+  const float f = from_bits((shifted & 0x007FFFFFu) + 0x3F3504F3u) - 1.0f;
+  float p = -0x1.38b4ccp-4f;
+  p = madd(p, f, 0x1.055b46p-3f);
+  p = madd(p, f, -0x1.0d8552p-3f);
+  p = madd(p, f, 0x1.22da22p-3f);
+  p = madd(p, f, -0x1.547244p-3f);
+  p = madd(p, f, 0x1.99a008p-3f);
+  p = madd(p, f, -0x1.000228p-2f);
+  p = madd(p, f, 0x1.555554p-2f);
+  const float f2 = f * f;
+  // ln 2 in two parts; e times the first is exact, and what the sum with f rounds away is added back.
+  const float head = e * 0x1.63p-1f, sum = head + f, lost = (head - sum) + f;
+  const float tail = madd(f * f2, p, madd(-0.5f, f2, madd(e, -0x1.bd0106p-13f, lost)));
+  const float log = sum + tail;
+  return __builtin_sqrtf(-2.0f * log);
+}
+
+// Normals of groups [first, first + groups), groups a multiple of 16; z holds four each.
+__attribute__((noinline)) void normals(uint64_t first, int64_t groups, uint64_t seed, uint64_t offset,
+                                       float* __restrict z) {
+  for (int64_t g = 0; g < groups; ++g) {
+    const Words w = philox(first + static_cast<uint64_t>(g), offset, seed);
+    const uint32_t ws[4] = {w.w0, w.w1, w.w2, w.w3};
+#pragma GCC unroll 2
+    for (int pair = 0; pair < 4; pair += 2) {
+      const float r = radius(uniform(ws[pair]));
+      // The angle is rounded to fp32, as in the reference; the reduction by multiples of pi / 2 (20 bits each) is exact.
+      const float angle = uniform(ws[pair + 1]) * 0x1.921fb6p+2f;
+      const int32_t quadrant = static_cast<int32_t>(angle * 0x1.45f306p-1f + 0.5f);
+      const float q = static_cast<float>(quadrant);
+      const float a = ((angle - q * 0x1.921fap+0f) - q * 0x1.54442p-20f) - q * 0x1.a308d4p-41f;
+      const float a2 = a * a;
+      float s = madd(-0x1.994dd6p-13f, a2, 0x1.11075ep-7f);
+      s = madd(s, a2, -0x1.555546p-3f);
+      s = madd(s * a2, a, a);
+      float c = madd(0x1.9a0192p-16f, a2, -0x1.6c0c8ap-10f);
+      c = madd(c, a2, 0x1.55554ap-5f);
+      const float half = 0.5f * a2, top = 1.0f - half;
+      c = top + madd(c * a2, a2, (1.0f - top) - half);
+      const bool odd = quadrant & 1;
+      const float cosine = odd ? s : c, sine = odd ? c : s;
+      const uint32_t flip_cosine = static_cast<uint32_t>((quadrant + 1) & 2) << 30;
+      const uint32_t flip_sine = static_cast<uint32_t>(quadrant & 2) << 30;
+      z[4 * g + pair] = r * from_bits(bits(cosine) ^ flip_cosine);
+      z[4 * g + pair + 1] = r * from_bits(bits(sine) ^ flip_sine);
+    }
+  }
+}
+
+constexpr int64_t kNormals = kChunk + 128;
+
+// Elements [start, start + n) of the noise, n <= kChunk; the answer points into z (kNormals long).
+const float* noise_at(int64_t start, int64_t n, const Space& space, float* z) {
+  const int64_t first = start / 4, groups = (start + n + 3) / 4 - first;
+  normals(static_cast<uint64_t>(first), (groups + 15) / 16 * 16, space.seed, space.offset, z);
+  return z + (start - 4 * first);
+}
+
+// ---- walking the index space
+
+// Calls body(done, at_first, n) for the runs of [j, j + n) inside which only the innermost index changes.
+template <class F>
+void runs(const Space& space, const int64_t* strides, int64_t j, int64_t n, F&& body) {
+  const int last = space.dims - 1;
+  int64_t index[kMaxDims];
+  int64_t rest = j, at = 0;
+  for (int d = last; d >= 0; --d) {
+    index[d] = rest % space.sizes[d];
+    rest /= space.sizes[d];
+    at += index[d] * strides[d];
+  }
+  int64_t done = 0;
+  while (true) {
+    const int64_t left = space.sizes[last] - index[last], run = left < n - done ? left : n - done;
+    body(done, at, run);
+    done += run;
+    if (done == n) return;
+    at -= index[last] * strides[last];
+    index[last] = 0;
+    for (int d = last - 1; d >= 0; --d) {
+      at += strides[d];
+      if (++index[d] < space.sizes[d]) break;
+      at -= space.sizes[d] * strides[d];
+      index[d] = 0;
+    }
+  }
+}
+
+template <class C>
+void gather(const Space& space, const Operand& from, int64_t b, int64_t r, int64_t j, int64_t n, C* to) {
+  const int64_t base = b * from.batch + r * from.stream, stride = from.inner[space.dims - 1];
+  runs(space, from.inner, j, n, [&](int64_t done, int64_t at, int64_t run) {
+    load(from, base + at, stride, run, to + done);
+  });
+}
+
+// sums[...] += v, in fp64, in the order of the elements.
+template <class C>
+void scatter_add(const Space& space, const Operand& target, double* sums, int64_t b, int64_t r, int64_t j, int64_t n,
+                 const C* v) {
+  const int64_t base = b * target.batch + r * target.stream, stride = target.inner[space.dims - 1];
+  runs(space, target.inner, j, n, [&](int64_t done, int64_t at, int64_t run) {
+    double* to = sums + base + at;
+    const C* from = v + done;
+    if (stride != 0) {
+      for (int64_t i = 0; i < run; ++i) to[i * stride] += from[i];
+      return;
+    }
+    double lanes[16] = {};
+    int64_t i = 0;
+    for (; i + 16 <= run; i += 16)
+      for (int lane = 0; lane < 16; ++lane) lanes[lane] += from[i + lane];
+    for (; i < run; ++i) lanes[i % 16] += from[i];
+    double sum = 0;
+    for (double lane : lanes) sum += lane;
+    to[0] += sum;
+  });
+}
+
+// ---- token_noise
+
+template <class C>
+void noise_forward_of(const NoiseForward& args, int64_t begin, int64_t end) {
+  const Space& space = args.space;
+  C x[kChunk], signal[kChunk], scale[kChunk], y[kChunk];
+  float z[kNormals];
+  for (int64_t job = begin; job < end; ++job) {
+    const int64_t b = job / space.chunks(), j = job % space.chunks() * kChunk;
+    const int64_t n = space.length - j < kChunk ? space.length - j : kChunk;
+    gather(space, args.x, b, 0, j, n, x);
+    for (int64_t r = 0; r < space.streams; ++r) {
+      const int64_t at = (b * space.streams + r) * space.length + j;
+      const float* eps = noise_at(at, n, space, z);
+      gather(space, args.signal, b, r, j, n, signal);
+      gather(space, args.noise_scale, b, r, j, n, scale);
+      for (int64_t i = 0; i < n; ++i) y[i] = madd(signal[i], x[i], scale[i] * static_cast<C>(eps[i]));
+      store(args.out.data, args.out.type, at, n, y);
+      if (args.noise.data) store(args.noise.data, args.noise.type, at, n, eps);
+    }
+  }
+}
+
+template <class C>
+void noise_grad_x_of(const NoiseBackward& args, int64_t begin, int64_t end) {
+  const Space& space = args.space;
+  C grad[kChunk], signal[kChunk], sum[kChunk];
+  for (int64_t job = begin; job < end; ++job) {
+    const int64_t b = job / space.chunks(), j = job % space.chunks() * kChunk;
+    const int64_t n = space.length - j < kChunk ? space.length - j : kChunk;
+    for (int64_t i = 0; i < n; ++i) sum[i] = 0;
+    for (int64_t r = 0; r < space.streams; ++r) {
+      gather(space, args.grad_out, b, r, j, n, grad);
+      gather(space, args.signal, b, r, j, n, signal);
+      for (int64_t i = 0; i < n; ++i) sum[i] = madd(grad[i], signal[i], sum[i]);
+    }
+    store(args.grad_x.data, args.grad_x.type, b * space.length + j, n, sum);
+  }
+}
+
+// Slab `slab` of the jobs, summed into its own copy; the slabs do not depend on the number of threads.
+template <class C>
+void noise_backward_of(const NoiseBackward& args, int64_t slab) {
+  const Space& space = args.space;
+  const int64_t jobs = space.jobs(), begin = jobs * slab / args.slabs, end = jobs * (slab + 1) / args.slabs;
+  double* sum_signal = static_cast<double*>(args.grad_signal.data);
+  double* sum_noise = static_cast<double*>(args.grad_noise.data);
+  C grad[kChunk], other[kChunk];
+  float z[kNormals];
+  for (int64_t job = begin; job < end; ++job) {
+    const int64_t b = job / space.chunks(), j = job % space.chunks() * kChunk;
+    const int64_t n = space.length - j < kChunk ? space.length - j : kChunk;
+    for (int64_t r = 0; r < space.streams; ++r) {
+      gather(space, args.grad_out, b, r, j, n, grad);
+      if (sum_signal) {
+        gather(space, args.x, b, 0, j, n, other);
+        for (int64_t i = 0; i < n; ++i) other[i] *= grad[i];
+        scatter_add(space, args.grad_signal, sum_signal + slab * args.slab_signal, b, r, j, n, other);
+      }
+      if (sum_noise) {
+        const float* eps = noise_at((b * space.streams + r) * space.length + j, n, space, z);
+        for (int64_t i = 0; i < n; ++i) other[i] = grad[i] * static_cast<C>(eps[i]);
+        scatter_add(space, args.grad_noise, sum_noise + slab * args.slab_noise, b, r, j, n, other);
+      }
+    }
+  }
+}
+
+void noise_forward(const NoiseForward& args, bool fp64, int64_t begin, int64_t end) {
+  fp64 ? noise_forward_of<double>(args, begin, end) : noise_forward_of<float>(args, begin, end);
+}
+void noise_backward(const NoiseBackward& args, bool fp64, int64_t slab) {
+  fp64 ? noise_backward_of<double>(args, slab) : noise_backward_of<float>(args, slab);
+}
+void noise_grad_x(const NoiseBackward& args, bool fp64, int64_t begin, int64_t end) {
+  fp64 ? noise_grad_x_of<double>(args, begin, end) : noise_grad_x_of<float>(args, begin, end);
+}
+
+void eps(void* out, Type type, int64_t count, uint64_t seed, uint64_t offset, int64_t begin, int64_t end) {
+  Space space;
+  space.seed = seed;
+  space.offset = offset;
+  float z[kNormals];
+  for (int64_t job = begin; job < end; ++job) {
+    const int64_t at = job * kChunk, n = count - at < kChunk ? count - at : kChunk;
+    store(out, type, at, n, noise_at(at, n, space, z));
+  }
+}
+
+// ---- edm_loss
+
+template <class C>
+void edm_loss_of(const EdmLoss& args, int64_t begin, int64_t end) {
+  const Space& space = args.space;
+  C raw[kChunk], x[kChunk];
+  float z[kNormals];
+  for (int64_t row = begin; row < end; ++row) {
+    const int64_t t = row % args.frames, r = row / args.frames % args.noisy_streams;
+    const int64_t b = row / args.frames / args.noisy_streams;
+    const double sigma = args.sigma[row], d = args.sigma_data;
+    const double total = __builtin_sqrt(sigma * sigma + d * d);
+    const C data_scale = static_cast<C>(sigma / (d * total)), noise_scale = static_cast<C>(d / total);
+    C factor = 0;
+    if (args.grad_raw.data) {
+      load(args.loss, row, 1, 1, &factor);
+      factor *= static_cast<C>(2.0 / static_cast<double>(args.frame_size));
+    }
+    double lanes[16] = {};
+    for (int64_t p = 0; p < args.frame_size; p += kChunk) {
+      const int64_t n = args.frame_size - p < kChunk ? args.frame_size - p : kChunk, j = t * args.frame_size + p;
+      gather(space, args.raw, b, r, j, n, raw);
+      gather(space, args.x0, b, 0, j, n, x);
+      const float* eps = noise_at((b * space.streams + args.first_stream + r) * space.length + j, n, space, z);
+      for (int64_t i = 0; i < n; ++i)
+        raw[i] = madd(noise_scale, static_cast<C>(eps[i]), madd(-data_scale, x[i], raw[i]));
+      if (args.grad_raw.data) {
+        for (int64_t i = 0; i < n; ++i) raw[i] *= factor;
+        store(args.grad_raw.data, args.grad_raw.type, row * args.frame_size + p, n, raw);
+      } else {
+        int64_t i = 0;
+        for (; i + 16 <= n; i += 16)
+          for (int lane = 0; lane < 16; ++lane) {
+            const double e = raw[i + lane];
+            lanes[lane] = madd(e, e, lanes[lane]);
+          }
+        for (; i < n; ++i) lanes[i % 16] = madd(double(raw[i]), double(raw[i]), lanes[i % 16]);
+      }
+    }
+    if (!args.grad_raw.data) {
+      double sum = 0;
+      for (double lane : lanes) sum += lane;
+      sum /= static_cast<double>(args.frame_size);
+      store(args.loss.data, args.loss.type, row, 1, &sum);
+    }
+  }
+}
+
+void edm_loss(const EdmLoss& args, bool fp64, int64_t begin, int64_t end) {
+  fp64 ? edm_loss_of<double>(args, begin, end) : edm_loss_of<float>(args, begin, end);
+}
+
+// ---- forced weight normalisation
+
+void weight_rows(const Weight& weight, float eps, int64_t begin, int64_t end) {
+  const int64_t n = weight.fan_in;
+  for (int64_t row = begin; row < end; ++row) {
+    float* w = weight.data + row * n;
+    // Sixteen sums over sections of 4096, then fp64: one more rounding than a product for each section.
+    double total = 0;
+    for (int64_t p = 0; p < n; p += 4096) {
+      const int64_t m = n - p < 4096 ? n - p : 4096;
+      const float* v = w + p;
+      float lanes[64] = {};
+      int64_t i = 0;
+      for (; i + 64 <= m; i += 64)
+        for (int lane = 0; lane < 64; ++lane) lanes[lane] = madd(v[i + lane], v[i + lane], lanes[lane]);
+      for (; i < m; ++i) lanes[i % 64] = madd(v[i], v[i], lanes[i % 64]);
+      for (float lane : lanes) total += lane;
+    }
+    const double rms = __builtin_sqrt(total / static_cast<double>(n));
+    const float scale = static_cast<float>(1.0 / (rms + eps));
+    for (int64_t i = 0; i < n; ++i) w[i] *= scale;
+    if (weight.copy) {
+      // The master now has RMS rms / (rms + eps); the copy is that normalised once more, times gain / sqrt(n).
+      const double again = rms / (rms + eps);
+      const float factor = static_cast<float>(weight.gain / (__builtin_sqrt(static_cast<double>(n)) * (again + eps)));
+      float buffer[kChunk];
+      for (int64_t p = 0; p < n; p += kChunk) {
+        const int64_t m = n - p < kChunk ? n - p : kChunk;
+        for (int64_t i = 0; i < m; ++i) buffer[i] = w[p + i] * factor;
+        store(weight.copy, weight.copy_type, row * n + p, m, buffer);
+      }
+    }
+  }
+}
+
+}  // namespace
+
+extern const Kernels kernels;
+const Kernels kernels = {SAE_STRING(SAE_ISA), noise_forward, noise_backward, noise_grad_x, eps, edm_loss, weight_rows};
+
+}  // namespace SAE_ISA
+}  // namespace sae

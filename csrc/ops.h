@@ -1,0 +1,20 @@
+// The CPU implementations that registration.cpp registers; each is described at its schema.
+#pragma once
+
+#include <torch/csrc/stable/tensor.h>
+
+#include <optional>
+#include <vector>
+
+namespace sae {
+
+using torch::stable::Tensor;
+
+void token_noise_fwd_cpu(const Tensor& x, const Tensor& signal_scale, const Tensor& noise_scale, Tensor out,
+                         std::optional<Tensor> noise, int64_t streams, int64_t seed, int64_t offset);
+void token_noise_bwd_cpu(const Tensor& grad_out, const Tensor& x, const Tensor& signal_scale,
+                         std::optional<Tensor> grad_x, std::optional<Tensor> sum_signal,
+                         std::optional<Tensor> sum_noise, int64_t streams, int64_t seed, int64_t offset);
+void token_noise_eps_cpu(Tensor out, int64_t seed, int64_t offset);
+
+}  // namespace sae

@@ -1,0 +1,21 @@
+// Every C++ op's schema on one screen. They write into tensors that the caller allocates; torch.ops.sae_kernels_native
+// is called by the `cuda.py` of each op's room, which knows shapes, gradients and streams of the public op.
+#include "ops.h"
+
+#include <torch/csrc/stable/library.h>
+
+// out = signal_scale x + noise_scale eps, and eps, for all streams of a sequence; both contiguous.
+// Backward: grad_x, and sums over slabs (slabs, scale's shape) in fp64 for the scales, zero at first.
+STABLE_TORCH_LIBRARY(sae_kernels_native, m) {
+  m.def("token_noise_fwd(Tensor x, Tensor signal_scale, Tensor noise_scale, Tensor(a!) out, Tensor(b!)? noise, "
+        "int streams, int seed, int offset) -> ()");
+  m.def("token_noise_bwd(Tensor grad_out, Tensor x, Tensor signal_scale, Tensor(a!)? grad_x, Tensor(b!)? sum_signal, "
+        "Tensor(c!)? sum_noise, int streams, int seed, int offset) -> ()");
+  m.def("token_noise_eps(Tensor(a!) out, int seed, int offset) -> ()");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(sae_kernels_native, CPU, m) {
+  m.impl("token_noise_fwd", TORCH_BOX(&sae::token_noise_fwd_cpu));
+  m.impl("token_noise_bwd", TORCH_BOX(&sae::token_noise_bwd_cpu));
+  m.impl("token_noise_eps", TORCH_BOX(&sae::token_noise_eps_cpu));
+}

@@ -1,0 +1,96 @@
+// token_noise on the CPU: checks, then the inner loops over chunks in parallel.
+#include "check.h"
+#include "ops.h"
+
+namespace sae {
+
+namespace {
+
+bool in_fp64(const Tensor& x) { return type_of("x", x) == Type::f64; }
+
+// About 32k elements a thread: below that, waking one costs more than it saves.
+constexpr int64_t kGrain = 32;
+
+}  // namespace
+
+void token_noise_fwd_cpu(const Tensor& x, const Tensor& signal_scale, const Tensor& noise_scale, Tensor out,
+                         std::optional<Tensor> noise, int64_t streams, int64_t seed, int64_t offset) {
+  Frames frames(x, streams, seed, offset);
+  NoiseForward args;
+  args.x = frames.data("x", x);
+  args.signal = frames.sequence("signal_scale", signal_scale, true);
+  args.noise_scale = frames.sequence("noise_scale", noise_scale, true);
+  args.out = frames.sequence("out", out, false);
+  check_contiguous("out", out);
+  if (noise) {
+    args.noise = frames.sequence("noise", *noise, false);
+    check_contiguous("noise", *noise);
+  }
+  frames.merge({&args.x, &args.signal, &args.noise_scale});
+  args.space = frames.space;
+  if (args.space.length == 0) return;
+  const Kernels& kernels = cpu_kernels();
+  const bool fp64 = in_fp64(x);
+  torch::stable::parallel_for(0, args.space.jobs(), kGrain / streams + 1, [&](int64_t begin, int64_t end) {
+    kernels.noise_forward(args, fp64, begin, end);
+  });
+}
+
+void token_noise_bwd_cpu(const Tensor& grad_out, const Tensor& x, const Tensor& signal_scale,
+                         std::optional<Tensor> grad_x, std::optional<Tensor> sum_signal,
+                         std::optional<Tensor> sum_noise, int64_t streams, int64_t seed, int64_t offset) {
+  Frames frames(x, streams, seed, offset);
+  NoiseBackward args;
+  args.grad_out = frames.sequence("grad_out", grad_out, false);
+  args.x = frames.data("x", x);
+  args.signal = frames.sequence("signal_scale", signal_scale, true);
+  const bool fp64 = in_fp64(x);
+  const Kernels& kernels = cpu_kernels();
+  if (grad_x) {
+    Frames space(frames);
+    NoiseBackward task = args;
+    frames.check_size("grad_x", *grad_x, x.size(1));
+    check_contiguous("grad_x", *grad_x);
+    task.grad_x.data = grad_x->data_ptr();
+    task.grad_x.type = type_of("grad_x", *grad_x);
+    space.merge({&task.grad_out, &task.signal});
+    task.space = space.space;
+    if (task.space.length > 0)
+      torch::stable::parallel_for(0, task.space.jobs(), kGrain / streams + 1, [&](int64_t begin, int64_t end) {
+        kernels.noise_grad_x(task, fp64, begin, end);
+      });
+  }
+  if (!sum_signal && !sum_noise) return;
+  // Sums are (slabs, ...) in fp64, zero at first; one slab is one sequence of additions.
+  args.slabs = sum_signal ? sum_signal->size(0) : sum_noise->size(0);
+  for (const auto& [name, sum, operand, size] :
+       {std::tuple{"sum_signal", &sum_signal, &args.grad_signal, &args.slab_signal},
+        std::tuple{"sum_noise", &sum_noise, &args.grad_noise, &args.slab_noise}}) {
+    if (!*sum) continue;
+    const Tensor& t = **sum;
+    check_contiguous(name, t);
+    STD_TORCH_CHECK(type_of(name, t) == Type::f64, name, ": must be float64");
+    STD_TORCH_CHECK(t.dim() == x.dim() + 1 && t.size(0) == args.slabs && args.slabs > 0, name,
+                    ": must be (slabs, ...) with the rank of x + 1, got ", shape_of(t));
+    *operand = frames.sequence(name, torch::stable::select(t, 0, 0), true);
+    *size = t.numel() / args.slabs;
+  }
+  frames.merge({&args.grad_out, &args.x, &args.grad_signal, &args.grad_noise});
+  args.space = frames.space;
+  if (args.space.length == 0) return;
+  torch::stable::parallel_for(0, args.slabs, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t slab = begin; slab < end; ++slab) kernels.noise_backward(args, fp64, slab);
+  });
+}
+
+void token_noise_eps_cpu(Tensor out, int64_t seed, int64_t offset) {
+  check_contiguous("out", out);
+  const Type type = type_of("out", out);
+  const int64_t count = out.numel();
+  const Kernels& kernels = cpu_kernels();
+  torch::stable::parallel_for(0, (count + kChunk - 1) / kChunk, kGrain, [&](int64_t begin, int64_t end) {
+    kernels.eps(out.data_ptr(), type, count, static_cast<uint64_t>(seed), static_cast<uint64_t>(offset), begin, end);
+  });
+}
+
+}  // namespace sae

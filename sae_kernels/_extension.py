@@ -1,0 +1,56 @@
+"""The C++ extension: loads the libraries that setup.py built, and says why one is missing.
+
+Its ops, `torch.ops.sae_kernels_native.*`, write into tensors they are given; each op's `cuda.py` calls them. They are
+registered here with fakes, so that a trace that reaches them does not run them.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import torch
+
+NAMESPACE = "sae_kernels_native"
+_HERE = Path(__file__).parent
+
+
+def _load(name: str) -> str | None:
+    """Load `_<name>.so`; the reason if it cannot be used."""
+    library = _HERE / f"_{name}.so"
+    if not library.exists():
+        try:
+            recorded = json.loads((_HERE / "_build.json").read_text()).get(name)
+        except (OSError, ValueError):
+            recorded = None
+        return f"its {name} library is not built: {recorded or 'run `pip install --no-build-isolation .`'}"
+    try:
+        torch.ops.load_library(library)
+    except (OSError, RuntimeError) as error:
+        return f"its {name} library {library} does not load: {error}"
+    return None
+
+
+def _load_cuda() -> str | None:
+    if torch.version.cuda is None:
+        return "torch is built without CUDA"
+    if _REASONS["cpu"] is not None:
+        return f"it needs the CPU library, and {_REASONS['cpu']}"
+    return _load("cuda")
+
+
+def _register_fakes() -> None:
+    for name in torch._C._dispatch_get_all_op_names():
+        if name.startswith(f"{NAMESPACE}::"):
+            torch.library.register_fake(name, lambda *args, **kwargs: None)
+
+
+_REASONS: dict[str, str | None] = {"cpu": _load("cpu")}
+_REASONS["cuda"] = _load_cuda()
+if _REASONS["cpu"] is None:
+    _register_fakes()
+
+
+def why_not(device_type: str) -> str | None:
+    """Why the extension cannot run on a device of this type; None if it can."""
+    return _REASONS.get(device_type, f"it has no code for {device_type} devices")

@@ -1,0 +1,136 @@
+"""The C++ build: a wheel that imports elsewhere, every way in which it may be missing, and CUDA that does not spill."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+
+from sae_kernels import _extension
+
+ROOT = Path(__file__).parents[2]
+NVCC = shutil.which("nvcc")
+COMPILER = shutil.which(os.environ.get("CXX") or "c++")
+CUDA_SOURCES = sorted((ROOT / "csrc").rglob("*.cu"))
+
+
+def run(*command: str, cwd: Path, **environment: str) -> str:
+    clean = {k: v for k, v in os.environ.items() if not k.startswith("SAE_") and k != "PYTHONPATH"}
+    done = subprocess.run(
+        command, cwd=cwd, capture_output=True, text=True, check=False, env=clean | {"MAX_JOBS": "2"} | environment
+    )
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    return done.stdout
+
+
+def build(to: Path, **environment: str) -> tuple[dict[str, str | None], str]:
+    """What setup.py records when it builds into `to`, and what it printed."""
+    log = run(sys.executable, "setup.py", "build_ext", f"--build-lib={to}", cwd=ROOT, **environment)
+    return json.loads((to / "sae_kernels" / "_build.json").read_text()), log
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory) -> Path:
+    """A copy of what a fresh clone has, so that nothing already built is found."""
+    to = tmp_path_factory.mktemp("clone")
+    for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, to)
+    ignore = shutil.ignore_patterns("__pycache__", "*.so", "_build.json", "*.egg-info")
+    for name in ("csrc", "sae_kernels", "python"):
+        shutil.copytree(ROOT / name, to / name, ignore=ignore)
+    return to
+
+
+@pytest.mark.skipif(COMPILER is None, reason="no C++ compiler")
+def test_wheel_imports_in_a_clean_place_and_runs_its_own_library(source, tmp_path):
+    pip = [sys.executable, "-m", "pip", "--disable-pip-version-check", "--quiet"]
+    run(*pip, "wheel", ".", "--no-deps", "--no-build-isolation", "-w", str(tmp_path), cwd=source, SAE_SKIP_CUDA="1")
+    (wheel,) = tmp_path.glob("*.whl")
+    assert re.fullmatch(r"sae_kernels-.*-py3-none-(linux|macosx).*\.whl", wheel.name), wheel.name
+    clean = tmp_path / "site"
+    run(*pip, "install", "--no-deps", "--target", str(clean), str(wheel), cwd=tmp_path)
+    code = """
+import json, pathlib, torch, sae_kernels, sae_diffusion
+from sae_kernels import _extension
+assert sae_kernels.token_noise_eps((9,), seed=1, impl="cuda").isfinite().all()
+home = pathlib.Path(sae_kernels.__file__).parent
+print(home, _extension.why_not("cpu"), json.loads((home / "_build.json").read_text())["cuda"], sep="\\n")
+"""
+    home, why_not, cuda = run(sys.executable, "-c", code, cwd=tmp_path, PYTHONPATH=str(clean)).splitlines()
+    assert Path(home) == clean / "sae_kernels"
+    assert why_not == "None" and cuda == "SAE_SKIP_CUDA=1 when it was built"
+    names = zipfile.ZipFile(wheel).namelist()
+    assert "sae_kernels/_cpu.so" in names and "sae_kernels/_cuda.so" not in names
+    packages = {str(p.parent.relative_to(ROOT)) for p in (ROOT / "sae_kernels").rglob("__init__.py")}
+    packages |= {str(p.parent.relative_to(ROOT / "python")) for p in (ROOT / "python").rglob("__init__.py")}
+    assert packages <= {str(Path(name).parent) for name in names}
+
+
+def test_without_compilers_the_installation_is_pure_python_and_says_why(source, tmp_path):
+    for environment, name, reason in (
+        ({"CXX": "no-such-compiler", "SAE_SKIP_CUDA": "1"}, "cpu", r"no C\+\+ compiler \(no-such-compiler\)"),
+        ({"CXX": "false", "SAE_SKIP_CUDA": "1"}, "cpu", "false .*cpu_kernels.cpp"),
+        ({"SAE_SKIP_CPU": "1", "CUDA_HOME": "/nowhere", "SAE_BUILD_CUDA": "1"}, "cuda", "no nvcc"),
+    ):
+        recorded, log = build(tmp_path, **environment)
+        assert re.search(reason, recorded[name]) and re.search(reason, log), recorded
+        assert not list(tmp_path.rglob("*.so"))
+    # The sources alone, as an installation without compilers has them.
+    shutil.copy(tmp_path / "sae_kernels" / "_build.json", source / "sae_kernels" / "_build.json")
+    code = """
+import torch, sae_kernels
+print(sae_kernels.token_noise_eps((3,), seed=1).shape)
+try:
+    sae_kernels.token_noise_eps((3,), seed=1, impl="cuda")
+except ValueError as error:
+    print(error)
+"""
+    output = run(sys.executable, "-c", code, cwd=source)
+    assert "torch.Size([3])" in output
+    assert "cannot run 'cuda' on cpu: its cpu library is not built: SAE_SKIP_CPU=1 when it was built" in output
+    report = run(sys.executable, "-m", "sae_kernels", cwd=source)
+    assert re.search(r"C\+\+ cpu +its cpu library is not built: SAE_SKIP_CPU=1", report)
+    (source / "sae_kernels" / "_cpu.so").write_bytes(b"not a library")
+    report = run(sys.executable, "-m", "sae_kernels", cwd=source)
+    (source / "sae_kernels" / "_cpu.so").unlink()
+    assert re.search(r"C\+\+ cpu +its cpu library .*_cpu.so does not load: ", report)
+
+
+@pytest.mark.skipif(NVCC is None, reason="no nvcc")
+@pytest.mark.skipif(not CUDA_SOURCES, reason="no CUDA sources")
+def test_cuda_compiles_for_hopper_without_spills(tmp_path):
+    log = run(
+        sys.executable, "setup.py", "build_ext", f"--build-lib={tmp_path}", cwd=ROOT,
+        SAE_SKIP_CPU="1", SAE_BUILD_CUDA="1", SAE_CUDA_ARCHS="90a", SAE_BUILD_LOG="1",
+    )  # fmt: skip
+    assert json.loads((tmp_path / "sae_kernels" / "_build.json").read_text())["cuda"] is None
+    spills = re.findall(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", log)
+    assert len(spills) >= len(CUDA_SOURCES), log
+    assert set(spills) == {("0", "0", "0")}, log
+
+
+def test_extension_names_devices_it_has_no_code_for():
+    assert _extension.why_not("mps") == "it has no code for mps devices"
+
+
+@pytest.mark.skipif(_extension.why_not("cpu") is not None, reason=str(_extension.why_not("cpu")))
+@pytest.mark.parametrize("capability", ["baseline", "avx2"])
+def test_lesser_instruction_sets_agree(capability):
+    """The words are the same; logarithm and sine may differ in the last places, where no fused multiply-add is."""
+    code = """
+import torch, sae_kernels
+from sae_kernels.testing import assert_within_budget
+gold, eager = (sae_kernels.token_noise_eps((50_001,), seed=3, impl="reference").to(d) for d in (torch.float64, torch.float32))
+ulp = torch.ldexp(torch.ones_like(eager), torch.frexp(eager).exponent - 24)
+got = sae_kernels.token_noise_eps((50_001,), seed=3, impl="cuda")
+assert ((got - eager).abs() / ulp).max() <= 4
+print("same")
+"""
+    assert run(sys.executable, "-c", code, cwd=ROOT, SAE_CPU_CAPABILITY=capability).strip() == "same"
