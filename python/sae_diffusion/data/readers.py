@@ -163,9 +163,6 @@ class RecordedReader:
             self._open.popitem(last=False)[1].close()
         return shard
 
-    def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_open": OrderedDict()}
-
     def scan(self, file: Path, verify: bool) -> Iterator[Episode | DataError]:
         shard, space = self._shard(file), self.description["action_space"]
         made = {k: v for k, v in self.description.items() if k not in ("episodes_per_shard", "frames_per_chunk")}
