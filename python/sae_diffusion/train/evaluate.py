@@ -61,6 +61,7 @@ def validate(
 ) -> dict[str, list[float]]:
     """Held-out denoising loss by noise level, with the whole past, with the last block only, and with no past.
 
+    No past means the block as the first one of a clip, which every training clip has, so the network knows that case.
     All three see the same noisy frames (noise is a function of the seed, the level and the clip's place in the
     selection) and are averaged over the same frames: all but the first block, which has no past. Context frames carry
     no noise and are labelled context_sigma, as at inference.
@@ -94,12 +95,9 @@ def validate(
                 noisy = x0 + sigma * torch.stack(noise).to(device)
                 estimates = (
                     _with_past(denoiser, x0, noisy, actions, sigma, context_sigma)[:, block:],
-                    _with_last_block(denoiser, x0, noisy, actions, sigma, context_sigma, block),
-                    denoiser(
-                        noisy[:, block:], x0.new_full((batch, frames - block), sigma),
-                        None if actions is None else actions[:, block:], spatial_only=True,
-                    ),
-                )  # fmt: skip
+                    _by_block(denoiser, x0, noisy, actions, sigma, context_sigma, block, past=block),
+                    _by_block(denoiser, x0, noisy, actions, sigma, context_sigma, block, past=0),
+                )
                 for row, estimate in enumerate(estimates):
                     error = (estimate.double() - x0[:, block:].double()).square().mean(dim=(1, 2, 3, 4)).sum()
                     totals[row, level] += error * loss_weight(torch.tensor(float(sigma)), config.sigma_data).item()
@@ -121,7 +119,7 @@ def _with_past(
     return denoiser(torch.cat([x0, noisy], dim=1), levels, actions, noisy_copies=1)[:, frames:]
 
 
-def _with_last_block(
+def _by_block(
     denoiser: Any,
     x0: torch.Tensor,
     noisy: torch.Tensor,
@@ -129,13 +127,14 @@ def _with_last_block(
     sigma: float,
     context_sigma: float,
     block: int,
+    past: int,
 ) -> torch.Tensor:
-    """Each block after the first as the second one of a clip of two."""
+    """Each block after the first as the last one of a clip that begins `past` frames before it."""
     parts = []
     for start in range(block, x0.shape[1], block):
-        window = slice(start - block, start + block)
+        window = slice(start - past, start + block)
         told = None if actions is None else actions[:, window]
-        parts.append(_with_past(denoiser, x0[:, window], noisy[:, window], told, sigma, context_sigma)[:, block:])
+        parts.append(_with_past(denoiser, x0[:, window], noisy[:, window], told, sigma, context_sigma)[:, past:])
     return torch.cat(parts, dim=1)
 
 
