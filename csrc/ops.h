@@ -16,5 +16,7 @@ void token_noise_bwd_cpu(const Tensor& grad_out, const Tensor& x, const Tensor& 
                          std::optional<Tensor> grad_x, std::optional<Tensor> sum_signal,
                          std::optional<Tensor> sum_noise, int64_t streams, int64_t seed, int64_t offset);
 void token_noise_eps_cpu(Tensor out, int64_t seed, int64_t offset);
+void normalize_weights_cpu(std::vector<Tensor> weights, std::vector<Tensor> copies, std::vector<double> gains,
+                           double eps);
 
 }  // namespace sae

@@ -3,7 +3,7 @@
 from .causal_conv3d import causal_conv3d, past_term
 from .frame_attention import frame_attention
 from .layout import FrameLayout
-from .magnitude import mp_cat, mp_silu, mp_sum, normalize_weight, pixel_norm
+from .magnitude import mp_cat, mp_silu, mp_sum, normalize_weight, normalize_weights_, pixel_norm
 from .token_noise import token_noise, token_noise_eps
 
 __all__ = [
@@ -14,6 +14,7 @@ __all__ = [
     "mp_silu",
     "mp_sum",
     "normalize_weight",
+    "normalize_weights_",
     "past_term",
     "pixel_norm",
     "token_noise",

@@ -8,6 +8,7 @@ deterministic. `impl` is "auto", "reference" or "composed"; a named one is used 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 
@@ -130,6 +131,51 @@ def normalize_weight(w: torch.Tensor, gain: float | torch.Tensor = 1, *, impl: s
         return reference.normalize_weight(w, gain)
     tensor, factor = (gain, 1.0) if isinstance(gain, torch.Tensor) else (None, gain)
     return ops.normalize_weight(w, tensor, factor, chosen)[0]
+
+
+@torch.no_grad()
+def normalize_weights_(
+    weights: Sequence[torch.Tensor],
+    *,
+    copies: Sequence[torch.Tensor] | None = None,
+    gains: Sequence[float] | None = None,
+    impl: str = "auto",
+) -> None:
+    """Forced weight normalisation (EDM2, section 2.3) of all weights of a model, in place, without gradient.
+
+    Every output channel becomes `w[i] / (1e-4 + rms(w[i]))`. The extension reads and writes each weight once for the
+    whole list. Where `copies` are given, each is filled with `normalize_weight(w, gain)` of the new w.
+
+    Args:
+        weights: each (Cout, ...), at least two dimensions, of one device.
+        copies: contiguous tensors of the weights' shapes; None for none.
+        gains: of the copies; None for 1.
+        impl: "auto", "composed", or "cuda" (the C++ extension: contiguous float32 on the CPU).
+
+    Raises:
+        TypeError: not a tensor, or not a supported dtype.
+        ValueError: a shape or device breaks its rule, or `impl` cannot run here.
+    """
+    weights, copies = list(weights), list(copies or [])
+    for name, tensors in (("weights", weights), ("copies", copies)):
+        for tensor in tensors:
+            _check_tensor(name, tensor)
+            if tensor.device != weights[0].device:
+                raise ValueError(f"{name}: must be on one device ({weights[0].device}), got {_checks.describe(tensor)}")
+    for w in weights:
+        if w.ndim < 2 or any(n < 1 for n in w.shape[1:]):
+            raise ValueError(f"weights: must have shape (Cout, ...) with fan-in at least 1, got {_checks.describe(w)}")
+    if copies and [c.shape for c in copies] != [w.shape for w in weights]:
+        raise ValueError(f"copies: must have the shapes of the weights, got {[tuple(c.shape) for c in copies]}")
+    if copies and not all(c.is_contiguous() for c in copies):
+        raise ValueError("copies: must be contiguous, got strides that are not")
+    gains = [1.0] * len(copies) if gains is None else [_check_number("gains", gain) for gain in gains]
+    if len(gains) != len(copies):
+        raise ValueError(f"gains: must be as many as copies = {len(copies)}, got {len(gains)}")
+    if weights:
+        available, why_not = ops.weight_implementations(weights)
+        chosen = _checks.choose_implementation("normalize_weights_", impl, weights[0].device, available, why_not)
+        ops.normalize_weights_(weights, copies, gains, chosen)
 
 
 def _check_tensor(name: str, value: object) -> None:

@@ -137,3 +137,15 @@ def normalize_weight_backward(
 def _scale(gain: torch.Tensor | None, factor: float, fan_in: int, rms: torch.Tensor) -> float | torch.Tensor:
     scale = factor * fan_in**-0.5
     return scale if gain is None else gain.to(rms.dtype) * scale
+
+
+@torch.no_grad()
+def normalize_weights(weights: list[torch.Tensor], copies: list[torch.Tensor], gains: list[float]) -> None:
+    """Each weight to unit RMS for each output channel, in place; copies get the weight that forward would use."""
+    for w in weights:
+        rms = torch.empty((len(w), *[1] * (w.ndim - 1)), dtype=compute_dtype(w.dtype), device=w.device)
+        normalize_weight(w, None, math.prod(w.shape[1:]) ** 0.5, w, rms)
+    for w, copy, gain in zip(weights, copies, gains, strict=False):
+        out = torch.empty_like(w, memory_format=torch.contiguous_format)
+        normalize_weight(w, None, gain, out, w.new_empty((len(w), *[1] * (w.ndim - 1)), dtype=compute_dtype(w.dtype)))
+        copy.copy_(out)

@@ -7,11 +7,12 @@ Outputs have the memory order of the (first) input.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 
-from .. import _library
-from . import composed
+from .. import _extension, _library
+from . import composed, cuda
 
 
 def implementations(device: torch.device) -> tuple[list[str], dict[str, str]]:
@@ -303,3 +304,25 @@ def _weight_gradient(ctx, grad_out, _):
 
 
 _library.register_autograd(normalize_weight, _weight_gradient, _weight_context)
+
+
+def weight_implementations(weights: Sequence[torch.Tensor]) -> tuple[list[str], dict[str, str]]:
+    """(those that normalise these weights in place, fastest first; those that do not, with the reason)."""
+    reason = _extension.why_not(weights[0].device.type)
+    if reason is None and weights[0].device.type != "cpu":
+        reason = "it has no kernel for it on this device yet"
+    for w in weights:
+        if reason is None and (w.dtype != torch.float32 or not w.is_contiguous()):
+            reason = "it takes contiguous float32 weights"
+    return (["composed"], {"cuda": reason}) if reason else (["cuda", "composed"], {})
+
+
+def _normalize_weights(weights, copies, gains, impl):
+    (cuda if impl == "cuda" else composed).normalize_weights(weights, copies, gains)
+
+
+normalize_weights_ = _library.define(
+    "normalize_weights_(Tensor(a!)[] weights, Tensor(b!)[] copies, float[] gains, str impl) -> ()",
+    _normalize_weights,
+    lambda weights, copies, gains, impl: None,
+)

@@ -12,7 +12,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sae_kernels import mp_cat, mp_silu, mp_sum, normalize_weight, pixel_norm
+from sae_kernels import _extension, mp_cat, mp_silu, mp_sum, normalize_weight, normalize_weights_, pixel_norm
 from sae_kernels.magnitude import composed, ops
 from sae_kernels.testing import assert_within_budget, noncontiguous
 
@@ -370,6 +370,79 @@ BAD = [
 def test_bad_input_names_argument_rule_and_value(call, error, message):
     with pytest.raises(error, match=message):
         call()
+
+
+WEIGHT_SHAPES = [(8, 4, 3, 3, 3), (5, 7), (1, 1), (3, 2000, 3, 3), (300, 513)]
+FORCED = ("composed",) if _extension.why_not("cpu") else ("composed", "cuda")
+
+
+def weights_of(dtype=torch.float32):
+    generator = torch.Generator().manual_seed(1)
+    weights = [3 * torch.randn(shape, generator=generator) + 0.2 for shape in WEIGHT_SHAPES]
+    weights[0][3] = 0
+    weights[1][2] = 1e-6
+    return [w.to(dtype) for w in weights]
+
+
+@pytest.mark.parametrize("impl", FORCED)
+@pytest.mark.parametrize("dtype", LOW, ids=str)
+def test_forced_normalisation_is_normalize_weight_twice(impl, dtype):
+    """The master is w over its RMS; the copy is what normalize_weight then makes of it."""
+    gains = [0.5, 1.0, 2.0, 1.0, -3.0]
+    weights, want64, eager = weights_of(), weights_of(torch.float64), weights_of()
+    versions = [w._version for w in weights]
+    copies = [torch.full_like(w, math.nan, dtype=dtype) for w in weights]
+    normalize_weights_(weights, copies=copies, gains=gains, impl=impl)
+    for w, copy, gold, plain, gain, version in zip(weights, copies, want64, eager, gains, versions, strict=True):
+        gold, plain = (normalize_weight(x, math.sqrt(x[0].numel()), impl="reference") for x in (gold, plain))
+        assert_within_budget(w, gold, plain, "master")
+        gold, plain = (normalize_weight(x, gain, impl="reference") for x in (gold, plain))
+        assert_within_budget(copy, gold.to(torch.float64), plain.to(dtype), "copy")
+        assert w._version > version
+    alone = weights_of()
+    normalize_weights_(alone, impl=impl)
+    assert all(torch.equal(a, w) for a, w in zip(alone, weights, strict=True))
+    for a in alone:
+        normalize_weights_([a], impl=impl)
+
+
+def test_forced_normalisation_of_other_dtypes_strides_and_parameters():
+    weights = [
+        *weights_of(torch.bfloat16),
+        *weights_of(torch.float64),
+        weights_of()[3].contiguous(memory_format=torch.channels_last),
+    ]
+    parameters = [torch.nn.Parameter(w.clone()) for w in weights]
+    normalize_weights_(parameters)
+    for p, w in zip(parameters, weights, strict=True):
+        assert p.grad_fn is None and p.stride() == w.stride()
+        assert_within_budget(
+            p.detach(),
+            normalize_weight(w.double(), math.sqrt(w[0].numel()), impl="reference"),
+            normalize_weight(w, math.sqrt(w[0].numel()), impl="reference"),
+            "master",
+        )
+    normalize_weights_([])
+    normalize_weights_([torch.empty(0, 3)])
+
+
+@pytest.mark.parametrize("impl", FORCED)
+def test_forced_normalisation_opcheck_and_errors(impl):
+    w = weights_of()[:2]
+    torch.library.opcheck(ops.normalize_weights_, (w, [torch.empty_like(x) for x in w], [1.0, 2.0], impl))
+    for arguments, error, message in (
+        (([torch.ones(3)],), ValueError, "weights: must have shape"),
+        (([torch.ones(3, 2, dtype=torch.int32)],), TypeError, "weights: dtype"),
+        ((["a"],), TypeError, "weights: must be a tensor"),
+    ):
+        with pytest.raises(error, match=message):
+            normalize_weights_(*arguments, impl=impl)
+    with pytest.raises(ValueError, match="copies: must have the shapes"):
+        normalize_weights_(w, copies=w[:1], impl=impl)
+    with pytest.raises(ValueError, match="gains: must be as many as copies = 2, got 1"):
+        normalize_weights_(w, copies=[x.clone() for x in w], gains=[1.0], impl=impl)
+    with pytest.raises(ValueError, match="cannot run 'cuda' on cpu: "):
+        normalize_weights_([w[0].bfloat16()], impl="cuda")
 
 
 FAULTS = {

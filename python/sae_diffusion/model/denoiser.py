@@ -6,6 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from sae_kernels import normalize_weights_
+
 from .attention import VideoAttention
 from .cache import Cache
 from .config import ModelConfig
@@ -112,9 +114,8 @@ class Denoiser(nn.Module):
 
     def normalize_weights_(self) -> None:
         """Give every stored weight unit RMS for each output channel, in place; call before each training step."""
-        for module in self.modules():
-            if isinstance(module, NormalizedModule):
-                module.normalize_weights_()
+        layers = [module for module in self.modules() if isinstance(module, NormalizedModule)]
+        normalize_weights_([weight for layer in layers for weight in layer.raw_weights()])
 
     def num_parameters(self) -> int:
         return sum(p.numel() for p in self.parameters())

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from sae_kernels import normalize_weight
+from sae_kernels import normalize_weight, normalize_weights_
 
 
 class NormalizedModule(nn.Module):
@@ -27,11 +27,9 @@ class NormalizedModule(nn.Module):
         """The stored weights that forward normalises."""
         raise NotImplementedError
 
-    @torch.no_grad()
     def normalize_weights_(self) -> None:
         """Overwrite each stored weight by its direction, of unit RMS for each output channel (forced weight norm)."""
-        for weight in self.raw_weights():
-            weight.copy_(normalize_weight(weight, gain=math.sqrt(weight[0].numel())))
+        normalize_weights_(list(self.raw_weights()))
 
     def effective(self, name: str, build: Callable[[], Tensor]) -> Tensor:
         """`build()`, a weight as forward uses it; kept under `name` while sampling with unchanged parameters.
