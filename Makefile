@@ -27,7 +27,7 @@ check: setup
 
 bench: setup
 	$(BIN)/python -m benchmarks
-	$(BIN)/python -m pytest tests/benchmarks --benchmark-only --benchmark-json=benchmarks/results/pytest-benchmark.json
+	$(BIN)/python -m pytest tests/benchmarks --benchmark-only --benchmark-autosave
 
 # On a machine as found: no virtual environment, nothing installed. GPU_BUDGET_S seconds, results in GPU_OUT.
 gpu:

@@ -101,10 +101,9 @@ def build(shape: Mapping[str, Any], device: str) -> Problem:
         q, k, v, grad = draw(Hq), draw(Hkv), draw(Hkv), draw(Hq)
         return Inputs(tuple(t.requires_grad_() for t in (q, k, v)), grad)
 
-    contenders = []
-    for name, impl in gate.implementations(ops, device):
-        launch = gate.directions(lambda q, k, v, impl=impl: frame_attention(q, k, v, layout, impl=impl))
-        contenders.append(Contender(name, launch, kind="ours", note=impl))
+    contenders = gate.ours(
+        ops, device, lambda impl: gate.directions(lambda q, k, v: frame_attention(q, k, v, layout, impl=impl))
+    )
     missing: list[Missing] = []
     for add in (_dense_mask, _flex, _packed):
         add(layout, shape, device, contenders, missing)
@@ -130,11 +129,11 @@ def _bytes(B: int, Hq: int, Hkv: int, S: int, D: int, dtype: torch.dtype) -> dic
 
 
 def exact(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, grad: torch.Tensor, layout: FrameLayout, rows: int = 1 << 24
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, grad: torch.Tensor, layout: FrameLayout, rows: int | None = None
 ) -> dict[str, torch.Tensor]:
     """out, dq, dk, dv of some query heads (G, S, D) that share one key head k, v (S, D), by dense masked softmax.
 
-    Row chunks of at most `rows` scores bound memory at any length. Every intermediate has the dtype of q, as in eager
+    Row chunks of at most `rows` scores (more on a GPU than on a CPU by default) bound memory at any length. Every intermediate has the dtype of q, as in eager
     PyTorch; sums over chunks are kept in fp32 or wider.
     """
     S, D = k.shape
@@ -143,7 +142,7 @@ def exact(
     wide = torch.promote_types(q.dtype, torch.float32)
     out, dq = torch.empty_like(q), torch.empty_like(q)
     dk, dv = (torch.zeros(S, D, dtype=wide, device=q.device) for _ in range(2))
-    step = max(1, rows // S)
+    step = max(1, (rows or (1 << 26 if q.is_cuda else 1 << 24)) // S)
     for start in range(0, S, step):
         index = slice(start, min(start + step, S))
         visible = mask_mod(0, 0, columns[index, None], columns[None])

@@ -81,10 +81,7 @@ def build(shape: Mapping[str, Any], device: str) -> Problem:
             tensors += [(g / norm).to(dtype), ((1 - g) / norm).to(dtype)]
         return Inputs(tuple(t.requires_grad_() for t in tensors), video(O))
 
-    contenders = []
-    for name, impl in gate.implementations(ops, device):
-        launch = gate.directions(bind(_ours(impl), layout))
-        contenders.append(Contender(name, launch, kind="ours", note=impl))
+    contenders = gate.ours(ops, device, lambda impl: gate.directions(bind(_ours(impl), layout)))
     for name, function in (("two passes", two_passes), ("reference sequence", reference_sequence)):
         launch = gate.directions(bind(function, layout))
         contenders.append(Contender(name, launch, note="channels_last_3d"))

@@ -14,11 +14,16 @@ from sae_kernels.testing import assert_within_budget
 from .registry import Contender
 
 
-def implementations(ops: ModuleType, device: str) -> list[tuple[str, str]]:
-    """(name, impl) of an op's implementations worth timing: the default first, no specification, no interpreter."""
+def ours(ops: ModuleType, device: str, launch: Callable[[str], dict[str, Callable]]) -> list[Contender]:
+    """Our contenders: the default, then the implementations it does not choose, without specification and interpreter.
+
+    `launch` maps an `impl` to the launches. What only some sizes or dtypes have may fail to run.
+    """
     available, _ = ops.implementations(torch.device(device))
     timed = [i for i in available if i != "reference" and not (i == "triton" and device == "cpu")]
-    return [("sae_kernels" if i == timed[0] else f"sae_kernels ({i})", i) for i in timed]
+    first = Contender("sae_kernels", launch("auto"), kind="ours", note=f"auto takes {timed[0]}")
+    others = [Contender(f"sae_kernels ({i})", launch(i), kind="ours", note=i, optional=True) for i in timed[1:]]
+    return [first, *others]
 
 
 def assert_half_the_digits(actual: torch.Tensor, gold: torch.Tensor, name: str) -> None:

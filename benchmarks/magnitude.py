@@ -33,7 +33,7 @@ CASES = [
     _case("pixel_norm", 18), _case("mp_silu", 40), _case("mp_sum", 41), _case("mp_cat", 42),
     Case("magnitude", "smoke", "milliseconds for everything", None,
          {"function": "pixel_norm", "dtype": "fp32", "B": 1, "C": 8, "F": 2, "size": 4}, dry=True),
-    Case("magnitude", "smoke-weights", "a second for everything", None, {"preset": "tiny"}, dry=True),
+    Case("magnitude", "smoke-weights", "milliseconds for everything", None, {"preset": "nano"}, dry=True),
 ]  # fmt: skip
 
 # (ours, the specification in eager PyTorch, number of inputs, passes over one input's size: forward, backward)
@@ -62,10 +62,7 @@ def build(shape: Mapping[str, Any], device: str) -> Problem:
         wide = 2 * C if shape["function"] == "mp_cat" else C
         return Inputs(tuple(video(C).requires_grad_() for _ in range(count)), video(wide))
 
-    contenders = []
-    for name, impl in gate.implementations(ops, device):
-        launch = gate.directions(lambda *tensors, impl=impl: ours(*tensors, impl=impl))
-        contenders.append(Contender(name, launch, kind="ours", note=impl))
+    contenders = gate.ours(ops, device, lambda impl: gate.directions(lambda *tensors: ours(*tensors, impl=impl)))
     contenders.append(Contender("eager", gate.directions(eager)))
     compiled = torch.compile(eager, dynamic=False)
     contenders.append(Contender("eager, compiled", gate.directions(compiled), compiled=True))
@@ -78,9 +75,10 @@ def build(shape: Mapping[str, Any], device: str) -> Problem:
 
 def _weights(shape: Mapping[str, Any], device: str) -> Problem:
     from sae_diffusion.model import Denoiser
-    from sae_diffusion.presets import MODELS
 
-    config = MODELS[shape["preset"]]
+    from .train_step import config_of
+
+    config = config_of(shape)
 
     def make_inputs(index: int) -> dict[str, Any]:
         torch.manual_seed(index)

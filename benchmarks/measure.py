@@ -112,32 +112,39 @@ def summary(times: Sequence[float]) -> dict[str, float | int]:
     return {"median_s": median, "q25_s": low, "q75_s": high, "rounds": len(times)}
 
 
-def peak_memory(call: Callable[[], Any], device: str) -> tuple[int, int]:
-    """(bytes allocated at the peak of one call beyond what was there before, launches in it).
+def peak_memory(call: Callable[[], Any], device: str) -> tuple[int, int | None]:
+    """(bytes allocated at the peak of one call beyond what was there before, launches in it or None if nobody can tell).
 
     On a GPU from PyTorch's allocator and the profiler's kernels; on the CPU from the profiler's allocation events, and
     a launch is a PyTorch operation that calls no other. Scratch memory that a library takes from elsewhere is not seen.
     """
-    activities = [torch.profiler.ProfilerActivity.CPU]
     if device == "cuda":
-        activities.append(torch.profiler.ProfilerActivity.CUDA)
         torch.cuda.synchronize()
         before = torch.cuda.memory_allocated()
         torch.cuda.reset_peak_memory_stats()
-    with torch.profiler.profile(activities=activities, profile_memory=device == "cpu") as profile:
+        call()
+        torch.cuda.synchronize()
+        return torch.cuda.max_memory_allocated() - before, _kernels(call)
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
         result = call()
-        synchronize(device)
-    if device == "cuda":
-        peak = torch.cuda.max_memory_allocated() - before
     del result
     events = _trace(profile)
-    if device == "cuda":
-        return peak, sum(e.get("cat") in ("kernel", "gpu_memcpy", "gpu_memset") for e in events)
     held = peak = 0
     for event in sorted((e for e in events if e.get("name") == "[memory]"), key=lambda e: e["ts"]):
         held += event["args"]["Bytes"]
         peak = max(peak, held)
     return peak, _leaves(events)
+
+
+def _kernels(call: Callable[[], Any]) -> int | None:
+    try:
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+            call()
+            torch.cuda.synchronize()
+        events = _trace(profile)
+    except RuntimeError:  # no right to use CUPTI, as in some containers
+        return None
+    return sum(e.get("cat") in ("kernel", "gpu_memcpy", "gpu_memset") for e in events) or None
 
 
 def _trace(profile: torch.profiler.profile) -> list[dict[str, Any]]:
@@ -147,10 +154,18 @@ def _trace(profile: torch.profiler.profile) -> list[dict[str, Any]]:
         return json.loads(path.read_text(errors="replace"))["traceEvents"]
 
 
+# Operations that touch no data.
+_FREE = {f"aten::{name}" for name in ("empty", "empty_strided", "empty_like", "as_strided", "view", "detach", "alias")}
+
+
 def _leaves(events: Sequence[dict[str, Any]]) -> int:
-    """Operations that contain no other, of each thread."""
+    """Operations on data that contain no other such operation, of each thread."""
     spans = sorted(
-        ((e["tid"], e["ts"], e["ts"] + e["dur"]) for e in events if e.get("cat") == "cpu_op"),
+        (
+            (e["tid"], e["ts"], e["ts"] + e["dur"])
+            for e in events
+            if e.get("cat") == "cpu_op" and e["name"] not in _FREE
+        ),
         key=lambda s: (s[0], s[1], -s[2]),
     )
     following = [*spans[1:], None]

@@ -45,13 +45,10 @@ def build(shape: Mapping[str, Any], device: str) -> Problem:
     def plain(function):
         return {"fwd": lambda i: function(i["x"], i["signal"], i["noise"])}
 
-    contenders = []
-    for name, impl in gate.implementations(ops, device):
+    def ours(i: dict[str, Any], impl: str) -> torch.Tensor:
+        return token_noise(i["x"], i["signal"], i["noise"], layout, seed=i["seed"], dtype=out_dtype, impl=impl)
 
-        def ours(i: dict[str, Any], impl: str = impl) -> torch.Tensor:
-            return token_noise(i["x"], i["signal"], i["noise"], layout, seed=i["seed"], dtype=out_dtype, impl=impl)
-
-        contenders.append(Contender(name, {"fwd": ours}, kind="ours", note=impl))
+    contenders = gate.ours(ops, device, lambda impl: {"fwd": lambda i: ours(i, impl)})
     contenders.append(Contender("eager randn, cat, mul, add", plain(eager)))
     contenders.append(Contender("the same, compiled", plain(torch.compile(eager, dynamic=False)), compiled=True))
 

@@ -53,6 +53,7 @@ class Contender:
         setup: what was paid before the first call: {"mask_seconds": ..., "mask_bytes": ...}.
         adapt: input set -> the input set this contender wants, done once and not timed.
         compiled: takes seconds to compile; left out of dry runs.
+        optional: one of ours that may be unable to run this size; not the default.
     """
 
     name: str
@@ -65,6 +66,7 @@ class Contender:
     setup: dict[str, float] = field(default_factory=dict)
     adapt: Callable[[Any], Any] | None = None
     compiled: bool = False
+    optional: bool = False
 
 
 @dataclass(frozen=True)

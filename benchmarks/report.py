@@ -70,7 +70,7 @@ def rows(record: Mapping[str, Any]) -> list[tuple[str, ...]]:
                 "" if not result.get("bytes_per_s") else f"{result['bytes_per_s'] / 1e9:.3g}",
                 "" if not result.get("fraction_of_copy") else f"{result['fraction_of_copy']:.0%}",
                 size(result["peak_bytes"]),
-                str(result["launches"]),
+                "" if result["launches"] is None else str(result["launches"]),
             )
         )
     return lines
@@ -345,11 +345,11 @@ def plots_or_reason(result: Mapping[str, Any], folder: Path, stem: str) -> tuple
     return plot(result, folder, stem), None
 
 
-def main(paths: Sequence[Path], readme: Path | None, folder: Path | None) -> str:
+def main(paths: Sequence[Path], readme: Path | None, folder: Path | None, *, draw: bool = True) -> str:
     """What `python -m benchmarks report` does; returns the Markdown."""
     results = load(paths)
     names = []
-    for path, result in zip(paths, results):
+    for path, result in zip(paths, results) if draw else ():
         where = folder or Path(path).parent
         drawn, reason = plots_or_reason(result, where, Path(path).stem)
         if reason:

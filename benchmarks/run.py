@@ -77,7 +77,7 @@ def _gate(problem: Problem, record: dict[str, Any], options: Options) -> tuple[d
                     return {}, f"{contender.name}, {direction}: {error}"
                 record["wrong"].append(entry | {"reason": str(error)})
             except Exception as error:
-                if contender.kind == "ours":
+                if contender.kind == "ours" and not contender.optional:
                     raise
                 record["missing"].append(entry | {"reason": f"could not run: {_first_line(error)}"})
                 if isinstance(error, torch.OutOfMemoryError):

@@ -13,7 +13,6 @@ import torch
 from sae_diffusion.diffusion.sampler import SamplerConfig, generate
 from sae_diffusion.model import Denoiser
 from sae_diffusion.model.cache import ConvEntry
-from sae_diffusion.presets import MODELS
 
 from . import gate, naive, train_step
 from .registry import Case, Contender, Problem
@@ -27,7 +26,7 @@ CASES = [
          {"preset": "tiny", "B": 1, "context": 15, "steps": 16},
          {"preset": "tiny", "B": 1, "context": 15, "steps": 8}, 36),
     Case("sampling", "smoke", "a second for everything", None,
-         {"preset": "tiny", "B": 1, "context": 2, "steps": 1}, dry=True),
+         {"preset": "nano", "B": 1, "context": 2, "steps": 1}, dry=True),
 ]  # fmt: skip
 
 
@@ -75,7 +74,7 @@ def build(shape: Mapping[str, Any], device: str) -> Problem:
     naive.forget()
     context, B = shape["context"], shape["B"]
     # A window as long as the context keeps the cost of a frame the same from call to call.
-    config = dataclasses.replace(MODELS[shape["preset"]], window=context)
+    config = dataclasses.replace(train_step.config_of(shape), window=context)
     model = train_step.network(config, device).eval()
     sampler = SamplerConfig(steps=shape["steps"])
     frames = torch.randn(B, context, config.channels, config.height, config.width, device=device)

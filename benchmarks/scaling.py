@@ -15,7 +15,6 @@ import torch
 from sae_diffusion.model import Denoiser
 from sae_diffusion.model.conv import CausalConv
 from sae_diffusion.model.frame_pass import FramePass
-from sae_diffusion.presets import MODELS
 
 from . import gate, measure, naive, train_step
 from .registry import Case, Contender, Problem
@@ -33,13 +32,13 @@ def _cases() -> list[Case]:
 
 CASES = [
     *_cases(),
-    Case("scaling", "smoke", "a second for everything", None, {"preset": "tiny", "T": 2, "dtype": "fp32"}, dry=True),
+    Case("scaling", "smoke", "a second for everything", None, {"preset": "nano", "T": 2, "dtype": "fp32"}, dry=True),
 ]
 
 
 def build(shape: Mapping[str, Any], device: str) -> Problem:
     naive.forget()
-    config, T, dtype = MODELS[shape["preset"]], shape["T"], shape["dtype"]
+    config, T, dtype = train_step.config_of(shape), shape["T"], shape["dtype"]
     model = train_step.network(config, device)
     stacked = _stacked(config, T, device)
 
