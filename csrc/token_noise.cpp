@@ -1,4 +1,8 @@
 // token_noise on the CPU: checks, then the inner loops over chunks in parallel.
+#ifdef __linux__
+#include <sys/mman.h>
+#endif
+
 #include "check.h"
 #include "ops.h"
 
@@ -10,6 +14,18 @@ bool in_fp64(const Tensor& x) { return type_of("x", x) == Type::f64; }
 
 // About 32k elements a thread: below that, waking one costs more than it saves.
 constexpr int64_t kGrain = 32;
+
+// Ask for huge pages before the first write to a large, fresh output: faulting 4 KiB pages took 77 ms of CPU time of
+// 112 for 128 MiB. A hint; memory already touched, and systems without huge pages, ignore it.
+void prefer_huge_pages(const Tensor& t) {
+#ifdef __linux__
+  constexpr uintptr_t kPage = 2u << 20;
+  const uintptr_t begin = reinterpret_cast<uintptr_t>(t.data_ptr());
+  const uintptr_t end = begin + static_cast<uintptr_t>(t.numel()) * t.element_size();
+  const uintptr_t first = (begin + kPage - 1) / kPage * kPage, last = end / kPage * kPage;
+  if (last >= first + 4 * kPage) madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE);
+#endif
+}
 
 }  // namespace
 
@@ -29,6 +45,8 @@ void token_noise_fwd_cpu(const Tensor& x, const Tensor& signal_scale, const Tens
   frames.merge({&args.x, &args.signal, &args.noise_scale});
   args.space = frames.space;
   if (args.space.length == 0) return;
+  prefer_huge_pages(out);
+  if (noise) prefer_huge_pages(*noise);
   const Kernels& kernels = cpu_kernels();
   const bool fp64 = in_fp64(x);
   torch::stable::parallel_for(0, args.space.jobs(), kGrain / streams + 1, [&](int64_t begin, int64_t end) {
@@ -87,6 +105,7 @@ void token_noise_eps_cpu(Tensor out, int64_t seed, int64_t offset) {
   check_contiguous("out", out);
   const Type type = type_of("out", out);
   const int64_t count = out.numel();
+  prefer_huge_pages(out);
   const Kernels& kernels = cpu_kernels();
   torch::stable::parallel_for(0, (count + kChunk - 1) / kChunk, kGrain, [&](int64_t begin, int64_t end) {
     kernels.eps(out.data_ptr(), type, count, static_cast<uint64_t>(seed), static_cast<uint64_t>(offset), begin, end);
