@@ -69,21 +69,21 @@ def _width(head_dim: int) -> int:
 def _default(
     architecture: int, dtype: torch.dtype, head_dim: int, block_tokens: int, direction: str
 ) -> AttentionConfig:
-    """Sized by what must fit; the compile gate holds every entry to shared memory and registers without spills."""
-    width = _width(head_dim)
+    """Sized by what must fit; the compile gate holds every entry to the shared memory and registers there are."""
     if direction == "delta":
         return AttentionConfig(64, 16, 4, 1)
+    width = max(64, _width(head_dim))
     if dtype == torch.float32:
-        return _float32(width, direction)
-    small_memory = SHARED_MEMORY.get(architecture, 101_376) < 160_000
-    table = _SMALL if small_memory else _HOPPER if architecture >= 90 else _AMPERE
-    # A block of less than 128 tokens leaves most of a 128-row tile's own-block keys masked: 64 x 64 tiles halve that.
-    return table[direction, min(width, 256) if width > 64 else 64, block_tokens < 128]
+        return _FLOAT32[direction, width]
+    hopper = 90 <= architecture < 120
+    # A block of less than 128 tokens leaves most of a 128-row tile's own-block keys masked: 64-row tiles halve that.
+    return (_HOPPER if hopper else _PORTABLE)[direction, width, block_tokens < 128]
 
 
-# 64 rows per warpgroup instruction on sm_90, so block_m is 64 (one warpgroup, 4 warps) or 128 (two). Head dim 64 has
-# room for three stages of 128 keys (98 KB); 128 for two (160 KB); 256 for two of 64 keys (192 KB). In dk/dv two fp32
-# accumulators of [block_n, D] live in registers, so D = 256 takes 64 keys.
+# 227 KB of shared memory. A warpgroup instruction has 64 rows, so block_m is 64 (one warpgroup, 4 warps) or 128 (two).
+# Forward: head dim 64 has room for three stages of 128 keys (112 KB), 128 for two (160 KB), 256 for two of 64 (192 KB).
+# dk/dv: two fp32 accumulators [block_n, D] take half of the registers; 64 rows x 128 keys at D = 128 spill 27 of the
+# loop's 509 instructions, yet halve the shared-memory reads of the spill-free 32 x 128.
 _HOPPER = {
     ("fwd", 64, False): AttentionConfig(128, 128, 8, 3),
     ("fwd", 64, True): AttentionConfig(64, 64, 4, 3),
@@ -94,7 +94,7 @@ _HOPPER = {
     ("dkdv", 64, False): AttentionConfig(64, 128, 8, 3),
     ("dkdv", 64, True): AttentionConfig(64, 64, 4, 3),
     ("dkdv", 128, False): AttentionConfig(64, 128, 8, 2),
-    ("dkdv", 128, True): AttentionConfig(64, 64, 4, 2),
+    ("dkdv", 128, True): AttentionConfig(32, 64, 4, 2),
     ("dkdv", 256, False): AttentionConfig(32, 64, 8, 2),
     ("dkdv", 256, True): AttentionConfig(32, 64, 8, 2),
     ("dq", 64, False): AttentionConfig(128, 64, 8, 3),
@@ -104,12 +104,39 @@ _HOPPER = {
     ("dq", 256, False): AttentionConfig(64, 32, 8, 2),
     ("dq", 256, True): AttentionConfig(64, 32, 8, 2),
 }
-_AMPERE = _HOPPER
-_SMALL = _HOPPER
-
-
-def _float32(width: int, direction: str) -> AttentionConfig:
-    return AttentionConfig(32, 32, 4, 1)
+# Everything else, sm_80 to sm_120: fits the 99 KB of sm_86, sm_89 and sm_120, and spills at most 96 bytes.
+_PORTABLE = {
+    ("fwd", 64, False): AttentionConfig(128, 128, 8, 2),
+    ("fwd", 64, True): AttentionConfig(64, 64, 4, 3),
+    ("fwd", 128, False): AttentionConfig(128, 64, 8, 2),
+    ("fwd", 128, True): AttentionConfig(64, 64, 4, 2),
+    ("fwd", 256, False): AttentionConfig(64, 32, 8, 2),
+    ("fwd", 256, True): AttentionConfig(64, 32, 8, 2),
+    ("dkdv", 64, False): AttentionConfig(64, 128, 8, 2),
+    ("dkdv", 64, True): AttentionConfig(64, 64, 4, 2),
+    ("dkdv", 128, False): AttentionConfig(32, 128, 8, 2),
+    ("dkdv", 128, True): AttentionConfig(32, 64, 4, 2),
+    ("dkdv", 256, False): AttentionConfig(16, 64, 8, 1),
+    ("dkdv", 256, True): AttentionConfig(16, 64, 8, 1),
+    ("dq", 64, False): AttentionConfig(128, 64, 8, 2),
+    ("dq", 64, True): AttentionConfig(64, 64, 4, 2),
+    ("dq", 128, False): AttentionConfig(64, 64, 4, 2),
+    ("dq", 128, True): AttentionConfig(64, 64, 4, 2),
+    ("dq", 256, False): AttentionConfig(64, 32, 8, 1),
+    ("dq", 256, True): AttentionConfig(64, 32, 8, 1),
+}
+# True fp32 products run on the plain cores with operands in registers: larger tiles spill kilobytes.
+_FLOAT32 = {
+    ("fwd", 64): AttentionConfig(32, 32, 4, 1),
+    ("fwd", 128): AttentionConfig(32, 32, 8, 1),
+    ("fwd", 256): AttentionConfig(16, 16, 8, 1),
+    ("dkdv", 64): AttentionConfig(32, 32, 4, 1),
+    ("dkdv", 128): AttentionConfig(16, 32, 8, 1),
+    ("dkdv", 256): AttentionConfig(16, 16, 8, 1),
+    ("dq", 64): AttentionConfig(32, 32, 4, 1),
+    ("dq", 128): AttentionConfig(32, 16, 8, 1),
+    ("dq", 256): AttentionConfig(16, 16, 8, 1),
+}
 
 
 @functools.cache
@@ -125,7 +152,7 @@ def load_attention(path: Path) -> dict[tuple, AttentionConfig]:
     return {tuple(e[f] for f in fields): AttentionConfig(**e["config"]) for e in entries}
 
 
-CONV_DIRECTIONS = ("fwd", "dgrad", "wgrad", "streams")
+CONV_DIRECTIONS = ("fwd", "dgrad", "dgrad_dot", "wgrad", "streams")
 
 
 @dataclass(frozen=True)
@@ -159,33 +186,41 @@ def conv_config(
         reduced, produced: channels that the GEMM sums over and makes: Cin, Cout forward, Cout, Cin in "dgrad". In
             "wgrad" Cout, Cin, the rows and columns of the result.
         pixels: Y * X.
-        direction: "fwd", "dgrad", "wgrad" or "streams", the pass over the output gradient.
+        direction: "fwd", "dgrad", "dgrad_dot" (dgrad that also makes last_scale's gradient), "wgrad" or "streams",
+            the pass over the output gradient.
     """
     if direction not in CONV_DIRECTIONS:
         raise ValueError(f"direction: must be one of {CONV_DIRECTIONS}, got {direction!r}")
     if architecture == 0:
-        return ConvConfig(32, 32, 64, 4, 1) if direction == "wgrad" else ConvConfig(64, 32, 32, 4, 1)
+        return ConvConfig(32, 32, 128, 4, 1) if direction == "wgrad" else ConvConfig(128, 32, 32, 4, 1)
     if direction == "streams":
         # Loads and stores of whole 16-byte groups; nothing is used twice.
         return ConvConfig(32, _conv_width(produced), 16, 4, 1)
     if dtype == torch.float32:
         # Without tensor cores (unless TF32 is allowed): 64 x 64 results keep 32 accumulators a thread for each of two.
-        return ConvConfig(64, min(64, _conv_width(produced)), 32, 4, 2)
+        width = 32 if direction == "dgrad_dot" else 64
+        return ConvConfig(64, min(width, _conv_width(produced)), 32, 4, 2)
     stages = 4 if SHARED_MEMORY.get(architecture, 101_376) > 160_000 else 3
+    # mma.sync keeps operands in registers beside the accumulators, so without wgmma (90, 100) tiles are narrower.
+    widest = 128 if architecture in (90, 100) else 64
     if direction == "wgrad":
-        block_m, block_n = _conv_width(reduced), _conv_width(produced)
-        return ConvConfig(max(block_m, 64), block_n, 64, 8 if block_m * block_n > 8192 else 4, stages - 1)
+        block_m, block_n = max(64, _conv_width(reduced)), min(_conv_width(produced), widest)
+        return ConvConfig(block_m, block_n, 64, 8 if block_m * block_n > 4096 else 4, stages - 1)
     # Maps of 8 x 8 pixels and less make few tiles: 64 x 64 ones occupy four times the multiprocessors of 128 x 128.
     small = pixels < 256
     block_m = 64 if small else 128
-    block_n = min(_conv_width(produced), 64 if small else 128)
+    block_n = min(_conv_width(produced), 64 if small else widest)
     block_k = 64 if reduced % 64 == 0 else 32 if reduced > 16 else 16
-    # Two accumulators (past and last) of block_m * block_n fp32 numbers lie in registers: 128 of 255 at 8 warps.
-    return ConvConfig(block_m, block_n, block_k, 8 if block_m * block_n > 4096 else 4, stages)
+    # Forward two accumulators (past and last) of block_m * block_n fp32 numbers lie in registers, 128 of 255 a thread
+    # at 128 x 128 with 8 warps; dgrad has one, and with the dot product a tile of x beside it, which spills beyond 64
+    # columns with wgmma and 32 without.
+    if direction == "dgrad_dot":
+        block_n = min(block_n, widest // 2)
+    return ConvConfig(block_m, block_n, block_k, 4 if small else 8, stages)
 
 
 def _conv_width(channels: int) -> int:
-    """Columns of a tile: 128, but 64 where that divides the channels and 128 does not (192, 320)."""
-    if channels > 64 and channels % 128 and channels % 64 == 0:
+    """Columns of a tile: 128 where that divides the channels, else 64 or what is enough."""
+    if channels > 64 and channels % 128:
         return 64
     return min(128, max(16, 1 << (channels - 1).bit_length()))

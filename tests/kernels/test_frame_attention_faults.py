@@ -1,0 +1,106 @@
+"""Seeded faults in the Triton kernel's mask arithmetic: each must make the comparison with the reference fail.
+
+A fault is one substitution in the kernel's source, loaded as a module of its own.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from attention_cases import compare, launch, make
+
+from sae_kernels import FrameLayout
+from sae_kernels._configs import AttentionConfig
+
+pytest.importorskip("triton")
+if torch.cuda.is_available():
+    pytest.skip("faults are seeded in the interpreted kernels", allow_module_level=True)
+
+from sae_kernels.frame_attention import triton as kernels
+
+SOURCE = Path(kernels.__file__).read_text()
+TILES = AttentionConfig(32, 16, 4, 1)
+
+PLAIN = FrameLayout(4, 20)
+FEW = FrameLayout(2, 40)
+WINDOW = FrameLayout(9, 9, window=2, sink=1)
+COPIES = FrameLayout(3, 18, noisy_copies=2, noisy_first=True)
+BLOCKS = FrameLayout(7, 6, frames_per_block=3)
+
+# name: (what the kernel says, what the fault says, a layout that shows it)
+FAULTS = {
+    "noisy rows see their own clean block": ("reach = tl.where(is_noisy, 0, U)", "reach = U", PLAIN),
+    "clean rows miss their own block": ("reach = tl.where(is_noisy, 0, U)", "reach = 0", PLAIN),
+    "one clean block too many at the edge": (
+        "reach = tl.where(is_own | (is_noisy == 0), U, 0)",
+        "reach = tl.where(is_own | (is_noisy == 0), U, U)",
+        PLAIN,
+    ),
+    "blocks counted from the tile, not from the stream": ("first = first_row // U * U\n    last = last_row", "first = first_row\n    last = last_row", PLAIN),
+    "the tile's last block forgotten": ("past_end = tl.minimum(last + reach, N)", "past_end = full_end", PLAIN),
+    "full tiles reach into the edge": ("n_past = full_end // BN", "n_past = tl.cdiv(full_end, BN)", PLAIN),
+    "own block of a crossing tile unmasked": ("n_own = tl.where(first == last, (own_end - own) // BN, 0)", "n_own = (own_end - own) // BN", PLAIN),
+    "rest of the own block forgotten": ("m_own = tl.cdiv(own_end - own - n_own * BN, BN)", "m_own = (own_end - own - n_own * BN) // BN", FEW),
+    "own keys not bounded below": ("lower = tl.where(is_own, row_block, 0)", "lower = 0 * row_block", PLAIN),
+    "window one block too wide": ("lower = row_block - tl.where(is_own, 0, W)", "lower = row_block - tl.where(is_own, 0, W + U)", WINDOW),
+    "window one block too narrow": ("front = tl.maximum(first - W, 0)", "front = tl.maximum(first - W + U, 0)", WINDOW),
+    "sink dropped": ("sink_end = tl.minimum(sink, front)", "sink_end = 0", WINDOW),
+    "sink one block too long": ("kept = tl.where(is_own, 0, sink)", "kept = tl.where(is_own, 0, sink + U)", FrameLayout(9, 9, window=1, sink=1)),
+    "copies see each other": ("own_key = noisy_key + copy * N", "own_key = noisy_key + tl.maximum(copy - 1, 0) * N", COPIES),
+    "streams in the wrong order": ("clean_key=layout.clean_start * layout.tokens_per_frame", "clean_key=0", COPIES),
+    "keys past the stream's end": ("upper = tl.minimum(row_block + reach, end)", "upper = row_block + reach", FrameLayout(5, 6, frames_per_block=3)),
+    "dk/dv: noisy rows read their own clean block": ("lower = key_block + tl.where(is_y, U, 0)", "lower = key_block", PLAIN),
+    "dk/dv: noisy rows begin a block late": ("y_start = tl.minimum(first + U, N)", "y_start = tl.minimum(first + 2 * U, N)", PLAIN),
+    "dk/dv: crossing tile of clean keys unmasked": ("x_full_start = tl.where(is_noisy & (first < last), own_end, last)", "x_full_start = tl.where(is_noisy & (first < last), own_end, first)", PLAIN),
+    "dk/dv: window one block too wide": ("upper = tl.where(key_block < sink, N, key_block + W + U)", "upper = tl.where(key_block < sink, N, key_block + W + 2 * U)", FrameLayout(9, 9, window=1)),
+    "dk/dv: readers of the sink end with the window": ("past_end = tl.where(first < sink, N, tl.minimum(last + W + U, N))", "past_end = tl.minimum(last + W + U, N)", WINDOW),
+    "dk/dv: second copy's rows forgotten": ("y_count = tl.where(is_noisy, 0, copies)", "y_count = tl.where(is_noisy, 0, 1)", COPIES),
+    "dk/dv: own rows of another block": ("upper = tl.where(is_noisy, key_block + U, upper)", "upper = tl.where(is_noisy, key_block + 2 * U, upper)", PLAIN),
+    "dk/dv: clean rows forgotten": ("x_count = tl.where(is_noisy, 1, clean_rows)", "x_count = tl.where(is_noisy, 1, 0)", PLAIN),
+    "dk/dv: rest of the readers forgotten": ("return n_full, n_front, tl.cdiv(end - back, BM), back", "return n_full, n_front, (end - back) // BM, back", PLAIN),
+    "short last block taken for a whole one": ("U=block,", "U=layout.tokens_per_frame,", BLOCKS),
+}  # fmt: skip
+
+
+@pytest.fixture
+def load(tmp_path):
+    """Load the kernel's source with a substitution, as a sibling of the real module."""
+    names = []
+
+    def load(before: str, after: str):
+        assert SOURCE.count(before) >= 1, f"the kernel no longer says {before!r}"
+        path = tmp_path / "faulty.py"
+        path.write_text(SOURCE.replace(before, after))
+        name = f"{kernels.__package__}.faulty_{len(names)}"
+        spec = importlib.util.spec_from_file_location(name, path)
+        module = importlib.util.module_from_spec(spec)
+        sys.modules[name] = module
+        names.append(name)
+        spec.loader.exec_module(module)
+        return module
+
+    yield load
+    for name in names:
+        del sys.modules[name]
+
+
+def check(module, layout):
+    tensors = make(layout)
+    compare(*launch(module, tensors, layout, 0.25, False, TILES), tensors, layout, 0.25, False)
+
+
+@pytest.mark.parametrize("layout", sorted({fault[2] for fault in FAULTS.values()}, key=str), ids=str)
+def test_sound_kernel_passes(load, layout):
+    check(load("BN", "BN"), layout)
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_fault_is_seen(load, fault):
+    before, after, layout = FAULTS[fault]
+    module = load(before, after)
+    with pytest.raises(AssertionError, match=r"error .* exceeds the budget|not finite|not close"):
+        check(module, layout)
