@@ -12,6 +12,10 @@ STABLE_TORCH_LIBRARY(sae_kernels_native, m) {
   m.def("token_noise_bwd(Tensor grad_out, Tensor x, Tensor signal_scale, Tensor(a!)? grad_x, Tensor(b!)? sum_signal, "
         "Tensor(c!)? sum_noise, int streams, int seed, int offset) -> ()");
   m.def("token_noise_eps(Tensor(a!) out, int seed, int offset) -> ()");
+  // Loss of each noisy frame to out, or, given the loss's gradient, that of raw; sigma in fp64, the noisy streams count
+  // from first_stream.
+  m.def("edm_loss(Tensor raw, Tensor x0, Tensor sigma, Tensor(a!) out, Tensor? grad_loss, int streams, "
+        "int first_stream, float sigma_data, int seed, int offset) -> ()");
   // Each w[i] /= eps + rms(w[i]), fp32, in place; copies (none, or one of each weight) get that normalised once more,
   // times gain / sqrt(fan_in), in any dtype.
   m.def("normalize_weights(Tensor(a!)[] weights, Tensor(b!)[] copies, float[] gains, float eps) -> ()");
@@ -21,5 +25,6 @@ STABLE_TORCH_LIBRARY_IMPL(sae_kernels_native, CPU, m) {
   m.impl("token_noise_fwd", TORCH_BOX(&sae::token_noise_fwd_cpu));
   m.impl("token_noise_bwd", TORCH_BOX(&sae::token_noise_bwd_cpu));
   m.impl("token_noise_eps", TORCH_BOX(&sae::token_noise_eps_cpu));
+  m.impl("edm_loss", TORCH_BOX(&sae::edm_loss_cpu));
   m.impl("normalize_weights", TORCH_BOX(&sae::normalize_weights_cpu));
 }

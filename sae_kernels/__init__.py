@@ -1,6 +1,7 @@
 """Kernels for training autoregressive video diffusion and world models."""
 
 from .causal_conv3d import causal_conv3d, past_term
+from .edm_loss import edm_loss
 from .frame_attention import frame_attention
 from .layout import FrameLayout
 from .magnitude import mp_cat, mp_silu, mp_sum, normalize_weight, normalize_weights_, pixel_norm
@@ -9,6 +10,7 @@ from .token_noise import token_noise, token_noise_eps
 __all__ = [
     "FrameLayout",
     "causal_conv3d",
+    "edm_loss",
     "frame_attention",
     "mp_cat",
     "mp_silu",

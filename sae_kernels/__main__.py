@@ -11,7 +11,7 @@ import torch
 
 from . import _extension
 
-OPS = ("frame_attention", "causal_conv3d", "token_noise", "magnitude")
+OPS = ("frame_attention", "causal_conv3d", "token_noise", "edm_loss", "magnitude")
 
 
 def version_of(package: str) -> str:

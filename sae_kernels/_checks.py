@@ -43,6 +43,14 @@ def check_size(name: str, what: str, got: int, rule: str, wanted: int) -> None:
         raise ValueError(f"{name}: {what} must be {rule} = {wanted}, got {got}")
 
 
+def check_word(name: str, value: object) -> None:
+    """A signed 64-bit integer: a seed, or an offset of the generator."""
+    if isinstance(value, bool) or not isinstance(value, (int, torch.SymInt)):
+        raise TypeError(f"{name}: must be an integer, got {describe(value)}")
+    if not -(2**63) <= value < 2**63:
+        raise ValueError(f"{name}: must be in [-2^63, 2^63), got {value}")
+
+
 def choose_implementation(
     op: str, impl: str, device: torch.device, available: Sequence[str], why_not: dict[str, str] | None = None
 ) -> str:

@@ -60,8 +60,8 @@ def token_noise(
     _checks.check_size("x", "frames", x.shape[1], "layout.frames", layout.frames)
     dtype = x.dtype if dtype is None else dtype
     _check_dtype(dtype)
-    _check_word("seed", seed)
-    _check_word("offset", offset)
+    _checks.check_word("seed", seed)
+    _checks.check_word("offset", offset)
     shape = (x.shape[0], layout.total_frames, *x.shape[2:])
     signal_scale = _scale("signal_scale", signal_scale, x, shape)
     noise_scale = _scale("noise_scale", noise_scale, x, shape)
@@ -96,8 +96,8 @@ def token_noise_eps(
         TypeError: not an integer, or not a supported dtype.
     """
     _check_dtype(dtype)
-    _check_word("seed", seed)
-    _check_word("offset", offset)
+    _checks.check_word("seed", seed)
+    _checks.check_word("offset", offset)
     shape = tuple(shape)
     if any(size < 0 for size in shape):
         raise ValueError(f"shape: sizes must be >= 0, got {shape}")
@@ -112,13 +112,6 @@ def token_noise_eps(
 def _check_dtype(dtype: torch.dtype) -> None:
     if dtype not in _checks.FLOAT_DTYPES:
         raise TypeError(f"dtype: must be float32, bfloat16, float16 or float64, got {dtype}")
-
-
-def _check_word(name: str, value: int) -> None:
-    if isinstance(value, bool) or not isinstance(value, (int, torch.SymInt)):
-        raise TypeError(f"{name}: must be an integer, got {_checks.describe(value)}")
-    if not -(2**63) <= value < 2**63:
-        raise ValueError(f"{name}: must be in [-2^63, 2^63), got {value}")
 
 
 def _scale(name: str, value: torch.Tensor | float, x: torch.Tensor, shape: tuple[int, ...]) -> torch.Tensor:

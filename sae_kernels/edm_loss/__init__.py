@@ -1,0 +1,5 @@
+"""The denoising loss from the network's raw output, with noise made again instead of stored."""
+
+from .api import edm_loss
+
+__all__ = ["edm_loss"]

@@ -1,0 +1,90 @@
+"""Registration of edm_loss: schemas, shapes, gradient, and the backend switch.
+
+There is no autocast rule: the op takes the network's output as it comes and computes in fp32 under any autocast dtype.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from .. import _extension, _library
+from . import composed, cuda
+
+_OPTIONS = "SymInt streams, bool noisy_first, float sigma_data, SymInt seed, SymInt offset, str impl"
+# Dimensions of x0 that the extension walks: batch and kMaxDims of csrc/cpu_kernels.h.
+MAX_DIMS = 9
+
+
+def implementations(device: torch.device, ndim: int = 5) -> tuple[list[str], dict[str, str]]:
+    """(those that run on this device, fastest first; those that do not, with the reason)."""
+    available, why_not = ["composed", "reference"], {"triton": "there is no Triton kernel for this op yet"}
+    reason = _extension.why_not(device.type)
+    if reason is None and device.type != "cpu":
+        reason = "there is no CUDA C++ kernel for this op yet"
+    if reason is None and ndim > MAX_DIMS:
+        reason = f"it takes up to {MAX_DIMS} dimensions, got {ndim}"
+    if reason is None:
+        available.insert(0, "cuda")
+    else:
+        why_not["cuda"] = reason
+    return available, why_not
+
+
+def _backend(impl: str):
+    if impl == "composed":
+        return composed
+    if impl == "cuda":
+        return cuda
+    raise ValueError(f"impl: edm_loss has no registered implementation {impl!r}")
+
+
+def _empty_forward(raw, x0, sigma, *options):
+    return raw.new_empty(raw.shape[:2], dtype=composed.compute_dtype(raw.dtype))
+
+
+def _forward(raw, x0, sigma, *options):
+    out = _empty_forward(raw, x0, sigma)
+    if raw.numel() > 0:
+        _backend(options[-1]).forward(raw, x0, sigma, out, *options[:-1])
+    return out
+
+
+def _empty_backward(grad_loss, raw, x0, sigma, *options):
+    return raw.new_empty(raw.shape)
+
+
+def _backward(grad_loss, raw, x0, sigma, *options):
+    grad_raw = _empty_backward(grad_loss, raw, x0, sigma)
+    if raw.numel() > 0:
+        _backend(options[-1]).backward(grad_loss, raw, x0, sigma, grad_raw, *options[:-1])
+    return grad_raw
+
+
+edm_loss_fwd = _library.define(
+    f"edm_loss_fwd(Tensor raw, Tensor x0, Tensor sigma, {_OPTIONS}) -> Tensor", _forward, _empty_forward
+)
+edm_loss_bwd = _library.define(
+    f"edm_loss_bwd(Tensor grad_loss, Tensor raw, Tensor x0, Tensor sigma, {_OPTIONS}) -> Tensor",
+    _backward,
+    _empty_backward,
+)
+
+
+def noise(raw, x0, streams, noisy_first, seed, offset) -> torch.Tensor:
+    """The eps of the noisy frames, fp32, as the reference takes it."""
+    shape = (raw.shape[0], streams * x0.shape[1], *raw.shape[2:])
+    like = raw.new_empty(0, dtype=torch.float32)
+    eps = torch.ops.sae_kernels.token_noise_eps(like, shape, seed, offset, "composed")
+    return eps.narrow(1, 0 if noisy_first else x0.shape[1], raw.shape[1])
+
+
+def _setup_context(ctx, inputs, output) -> None:
+    raw, x0, sigma, *ctx.options = inputs
+    ctx.save_for_backward(raw, x0, sigma)
+
+
+def _gradient(ctx, grad_loss):
+    return (edm_loss_bwd(grad_loss, *ctx.saved_tensors, *ctx.options), *[None] * 8)
+
+
+_library.register_autograd(edm_loss_fwd, _gradient, _setup_context)
