@@ -204,7 +204,7 @@ def conv_config(
     # mma.sync keeps operands in registers beside the accumulators, so without wgmma (90, 100) tiles are narrower.
     widest = 128 if architecture in (90, 100) else 64
     if direction == "wgrad":
-        block_m, block_n = max(64, _conv_width(reduced)), min(_conv_width(produced), widest)
+        block_m, block_n = max(64, min(_conv_width(reduced), widest)), min(_conv_width(produced), widest)
         return ConvConfig(block_m, block_n, 64, 8 if block_m * block_n > 4096 else 4, stages - 1)
     # Maps of 8 x 8 pixels and less make few tiles: 64 x 64 ones occupy four times the multiprocessors of 128 x 128.
     small = pixels < 256

@@ -13,6 +13,9 @@ K reduced and N output channels of a GEMM, rows its pixels; strides count units 
 
 from __future__ import annotations
 
+import math
+from dataclasses import dataclass
+
 import torch
 import triton
 import triton.language as tl
@@ -40,29 +43,55 @@ def _pixels(m, frames, Y, X):
 
 
 @triton.jit
-def _rows(batch, frame, y, x, stride_b, stride_f, stride_y, stride_x, UNIT: tl.constexpr):
-    """Element offsets of pixels, int64."""
-    outer = batch.to(tl.int64) * stride_b + frame.to(tl.int64) * stride_f
-    return (outer + y.to(tl.int64) * stride_y + x.to(tl.int64) * stride_x) * UNIT
+def _index(value, UNIT: tl.constexpr, WIDE: tl.constexpr):
+    """An offset in units as one in elements: 32 bits save registers, and hold unless WIDE."""
+    if WIDE:
+        return value.to(tl.int64) * UNIT
+    else:
+        return (value * UNIT).to(tl.int32)
+
+
+@triton.jit
+def _rows(batch, frame, y, x, stride_b, stride_f, stride_y, stride_x, UNIT: tl.constexpr, WIDE: tl.constexpr):
+    """Element offsets of pixels."""
+    outer = batch * _index(stride_b, UNIT, WIDE) + frame * _index(stride_f, UNIT, WIDE)
+    return outer + y * _index(stride_y, UNIT, WIDE) + x * _index(stride_x, UNIT, WIDE)
+
+
+@triton.jit
+def _distance(to_ptr, from_ptr, UNIT: tl.constexpr):
+    """How many units of elements lie between two tensors."""
+    BYTES: tl.constexpr = to_ptr.dtype.element_ty.primitive_bitwidth // 8
+    return (to_ptr.to(tl.int64) - from_ptr.to(tl.int64)) // (BYTES * UNIT)
+
+
+@triton.jit
+def _choose(condition, a, b):
+    """tl.where by arithmetic: a select of tensors loses the alignment, and with it the asynchronous copies."""
+    return b + condition.to(tl.int64) * (a - b)
 
 
 @triton.jit
 def _accumulate(
-    source, history, frame, y, x, row_ok, w_ptr, n, source_frames, Y, X, K, N,
+    acc, active, p_ptr, source, h_from_p, history, frame, y, x, row_ok, w_ptr, n, source_frames, Y, X, K, N,
     stride_f, stride_y, stride_x, stride_hf, stride_hy, stride_hx, stride_wo, stride_wt,
     PAST: tl.constexpr, KT: tl.constexpr, KY: tl.constexpr, KX: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, UNIT_K: tl.constexpr, UNIT_N: tl.constexpr,
-    DIRECTION: tl.constexpr, WHOLE: tl.constexpr, PRECISION: tl.constexpr,
+    DIRECTION: tl.constexpr, WHOLE: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Sum over the past taps, or the last ones, and K channels of source pixel times weight; [BM, BN] fp32."""
+    """acc + sum over the past taps, or the last ones, and K channels of source pixel times weight; acc if not active."""
     FIRST_TAP: tl.constexpr = 0 if PAST else (KT - 1) * KY * KX
     TAPS: tl.constexpr = (KT - 1) * KY * KX if PAST else KY * KX
     blocks = tl.cdiv(K * UNIT_K, BK)
     channel = tl.arange(0, BK)
-    acc = tl.zeros([BM, BN], tl.float32)
-    for step in range(TAPS * blocks):
+    if DIRECTION == BACK:
+        w_rows = n * _index(stride_wo, UNIT_K, WIDE)
+    else:
+        w_rows = channel * _index(stride_wo, UNIT_N, WIDE)
+    for step in range(tl.where(active, TAPS * blocks, 0)):
         index = step // blocks
-        c = (step - index * blocks) * BK + channel
+        first = (step - index * blocks) * BK
+        c = first + channel
         tap = FIRST_TAP + index
         lag = KT - 1 - tap // (KY * KX)
         dy = tap // KX % KY - KY // 2
@@ -72,28 +101,27 @@ def _accumulate(
             dy = -dy
             dx = -dx
         ok = row_ok & (y + dy >= 0) & (y + dy < Y) & (x + dx >= 0) & (x + dx < X)
-        rows = source + (dy * stride_y + dx * stride_x - lag * stride_f) * UNIT_K
+        offset = source + _index(dy * stride_y + dx * stride_x - lag * stride_f, UNIT_K, WIDE)
         if PAST:
             if DIRECTION == BACK:
-                rows_h = history + (dy * stride_hy + dx * stride_hx - lag * stride_hf) * UNIT_K
-                rows = tl.where(frame >= lag, rows, rows_h)
+                offset_h = history + _index(dy * stride_hy + dx * stride_hx - lag * stride_hf, UNIT_K, WIDE)
+                offset = _choose(frame >= lag, offset, h_from_p * UNIT_K + offset_h)
             else:
                 ok = ok & (frame >= lag) & (frame - lag < source_frames)
-        weight = w_ptr + tap * stride_wt * (UNIT_K if DIRECTION == BACK else UNIT_N)
         # WHOLE: K and N fill their tiles, so that only borders are masked.
         if WHOLE:
-            a = tl.load(rows[:, None] + c[None, :], mask=ok[:, None], other=0.0)
+            a = tl.load(p_ptr + offset[:, None] + c[None, :], mask=ok[:, None], other=0.0)
         else:
-            a = tl.load(rows[:, None] + c[None, :], mask=ok[:, None] & (c[None, :] < K * UNIT_K), other=0.0)
+            a = tl.load(p_ptr + offset[:, None] + c[None, :], mask=ok[:, None] & (c[None, :] < K * UNIT_K), other=0.0)
         if DIRECTION == BACK:
-            pointers = weight + n.to(tl.int64)[:, None] * (stride_wo * UNIT_K) + c[None, :]
+            pointers = w_ptr + (tap * stride_wt * UNIT_K + first) + w_rows[:, None] + channel[None, :]
             if WHOLE:
                 w = tl.load(pointers)
             else:
                 w = tl.load(pointers, mask=(n[:, None] < N * UNIT_N) & (c[None, :] < K * UNIT_K), other=0.0)
             acc = tl.dot(a, tl.trans(w), acc, input_precision=PRECISION)
         else:
-            pointers = weight + c.to(tl.int64)[:, None] * (stride_wo * UNIT_N) + n[None, :]
+            pointers = w_ptr + (tap * stride_wt + first * stride_wo) * UNIT_N + w_rows[:, None] + n[None, :]
             if WHOLE:
                 w = tl.load(pointers)
             else:
@@ -117,7 +145,7 @@ def causal_conv3d_kernel(
     UNIT_K: tl.constexpr, UNIT_N: tl.constexpr, UNIT_Z: tl.constexpr,
     DIRECTION: tl.constexpr, PAST: tl.constexpr, LAST: tl.constexpr, STORE_PAST: tl.constexpr,
     HAS_PAST_SCALE: tl.constexpr, HAS_LAST_SCALE: tl.constexpr, STORE_OUT: tl.constexpr, DOT: tl.constexpr,
-    WHOLE: tl.constexpr, PRECISION: tl.constexpr,
+    WHOLE: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """One tile of pixels and output channels of all streams.
 
@@ -133,49 +161,57 @@ def causal_conv3d_kernel(
     batch, i, y, x = _pixels(m, frames, Y, X)
     store_ok = row_ok[:, None] & n_ok[None, :]
 
-    past = tl.zeros([BM, BN], tl.float32)
     if PAST:
-        frame = i + first_frame
-        source = p_ptr + _rows(batch, frame, y, x, stride_pb, stride_pf, stride_py, stride_px, UNIT_K)
-        history = h_ptr + _rows(batch, frame + KT - 1, y, x, stride_hb, stride_hf, stride_hy, stride_hx, UNIT_K)
-        past = _accumulate(
-            source, history, frame, y, x, row_ok, w_ptr, n, source_frames, Y, X, K, N,
-            stride_pf, stride_py, stride_px, stride_hf, stride_hy, stride_hx, stride_wo, stride_wt,
-            True, KT, KY, KX, BM, BN, BK, UNIT_K, UNIT_N, DIRECTION, WHOLE, PRECISION,
-        )  # fmt: skip
-        if STORE_PAST:
-            pointers = past_ptr + m.to(tl.int64)[:, None] * (N * UNIT_N) + n[None, :]
-            tl.store(pointers, past.to(past_ptr.dtype.element_ty), mask=store_ok)
+        past_frame = i + first_frame
+        past_source = _rows(batch, past_frame, y, x, stride_pb, stride_pf, stride_py, stride_px, UNIT_K, WIDE)
+        history = _rows(batch, past_frame + KT - 1, y, x, stride_hb, stride_hf, stride_hy, stride_hx, UNIT_K, WIDE)
+        h_from_p = _distance(h_ptr, p_ptr, UNIT_K)
+        if DIRECTION == BACK or not LAST:
+            past = _accumulate(
+                tl.zeros([BM, BN], tl.float32), True, p_ptr, past_source, h_from_p, history,
+                past_frame, y, x, row_ok, w_ptr, n, source_frames, Y, X, K, N,
+                stride_pf, stride_py, stride_px, stride_hf, stride_hy, stride_hx, stride_wo, stride_wt,
+                True, KT, KY, KX, BM, BN, BK, UNIT_K, UNIT_N, DIRECTION, WHOLE, WIDE, PRECISION,
+            )  # fmt: skip
+            if STORE_PAST:
+                pointers = past_ptr + (m * _index(N, UNIT_N, WIDE))[:, None] + n[None, :]
+                tl.store(pointers, past.to(past_ptr.dtype.element_ty), mask=store_ok)
 
     if LAST:
-        all_rows = rows.to(tl.int64) * streams
         for stream in range(streams):
             frame = i + stream * frames
-            source = x_ptr + _rows(batch, frame, y, x, stride_xb, stride_xf, stride_xy, stride_xx, UNIT_K)
-            last = _accumulate(
-                source, source, frame, y, x, row_ok, w_ptr, n, source_frames, Y, X, K, N,
+            source = _rows(batch, frame, y, x, stride_xb, stride_xf, stride_xy, stride_xx, UNIT_K, WIDE)
+            acc = _accumulate(
+                tl.zeros([BM, BN], tl.float32), True, x_ptr, source, 0, source,
+                frame, y, x, row_ok, w_ptr, n, source_frames, Y, X, K, N,
                 stride_xf, stride_xy, stride_xx, stride_xf, stride_xy, stride_xx, stride_wo, stride_wt,
-                False, KT, KY, KX, BM, BN, BK, UNIT_K, UNIT_N, DIRECTION, WHOLE, PRECISION,
+                False, KT, KY, KX, BM, BN, BK, UNIT_K, UNIT_N, DIRECTION, WHOLE, WIDE, PRECISION,
             )  # fmt: skip
             scale_index = (batch * streams + stream) * frames + i
-            out_row = m.to(tl.int64) + (batch.to(tl.int64) * (streams - 1) + stream) * (frames * Y * X)
+            out_row = m + (batch * (streams - 1) + stream) * (frames * Y * X)
             if DOT:
-                z = z_ptr + _rows(batch, frame, y, x, stride_zb, stride_zf, stride_zy, stride_zx, UNIT_Z)
-                z_tile = tl.load(z[:, None] + n[None, :], mask=store_ok, other=0.0)
-                dot = tl.sum(last * z_tile.to(tl.float32), 1)
-                tl.store(dot_ptr + tile_n * all_rows + out_row, dot, mask=row_ok)
+                z = _rows(batch, frame, y, x, stride_zb, stride_zf, stride_zy, stride_zx, UNIT_Z, WIDE)
+                z_tile = tl.load(z_ptr + z[:, None] + n[None, :], mask=store_ok, other=0.0)
+                dot = tl.sum(acc * z_tile.to(tl.float32), 1)
+                tl.store(dot_ptr + tile_n.to(tl.int64) * rows * streams + out_row, dot, mask=row_ok)
             if STORE_OUT:
                 if HAS_LAST_SCALE:
-                    last *= tl.load(last_scale_ptr + scale_index, mask=row_ok, other=0.0).to(tl.float32)[:, None]
+                    acc *= tl.load(last_scale_ptr + scale_index, mask=row_ok, other=0.0).to(tl.float32)[:, None]
                 if PAST:
                     if DIRECTION == AHEAD:
-                        last += tl.where(stream == clean, past, 0.0)
+                        acc = _accumulate(
+                            acc, stream == clean, p_ptr, past_source, h_from_p, history,
+                            past_frame, y, x, row_ok, w_ptr, n, source_frames, Y, X, K, N,
+                            stride_pf, stride_py, stride_px, stride_hf, stride_hy, stride_hx, stride_wo, stride_wt,
+                            True, KT, KY, KX, BM, BN, BK, UNIT_K, UNIT_N, DIRECTION, WHOLE, WIDE, PRECISION,
+                        )  # fmt: skip
                     elif HAS_PAST_SCALE:
-                        last += past * tl.load(past_scale_ptr + scale_index, mask=row_ok, other=0.0).to(tl.float32)[:, None]
+                        past_scale = tl.load(past_scale_ptr + scale_index, mask=row_ok, other=0.0).to(tl.float32)
+                        acc += past * past_scale[:, None]
                     else:
-                        last += past
-                pointers = out_ptr + out_row[:, None] * (N * UNIT_N) + n[None, :]
-                tl.store(pointers, last.to(out_ptr.dtype.element_ty), mask=store_ok)
+                        acc += past
+                pointers = out_ptr + (out_row * _index(N, UNIT_N, WIDE))[:, None] + n[None, :]
+                tl.store(pointers, acc.to(out_ptr.dtype.element_ty), mask=store_ok)
 
 
 @triton.jit(do_not_specialize=_INTEGERS)
@@ -184,7 +220,7 @@ def causal_conv3d_streams_kernel(
     stride_gb: tl.int64, stride_gf: tl.int64, stride_gy: tl.int64, stride_gx: tl.int64,
     rows: tl.int32, frames: tl.int32, Y: tl.int32, X: tl.int32, N: tl.int32, streams: tl.int32,
     BM: tl.constexpr, BN: tl.constexpr, UNIT_K: tl.constexpr, UNIT_N: tl.constexpr,
-    HAS_PAST_SCALE: tl.constexpr, SUM: tl.constexpr, SCALED: tl.constexpr, DOT: tl.constexpr,
+    HAS_PAST_SCALE: tl.constexpr, SUM: tl.constexpr, SCALED: tl.constexpr, DOT: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
     """One pass over the output gradient g: S = sum of past_scale * g, last_scale * g, and <g, past> of each row."""
     tiles_n = tl.cdiv(N * UNIT_N, BN)
@@ -194,21 +230,20 @@ def causal_conv3d_streams_kernel(
     row_ok = m < rows
     ok = row_ok[:, None] & (n < N * UNIT_N)[None, :]
     batch, i, y, x = _pixels(m, frames, Y, X)
-    dense = m.to(tl.int64)[:, None] * (N * UNIT_N) + n[None, :]
-    all_rows = rows.to(tl.int64) * streams
+    dense = (m * _index(N, UNIT_N, WIDE))[:, None] + n[None, :]
     total = tl.zeros([BM, BN], tl.float32)
     if DOT:
         past = tl.load(past_ptr + dense, mask=ok, other=0.0).to(tl.float32)
     for stream in range(streams):
-        source = g_ptr + _rows(batch, i + stream * frames, y, x, stride_gb, stride_gf, stride_gy, stride_gx, UNIT_K)
-        g = tl.load(source[:, None] + n[None, :], mask=ok, other=0.0).to(tl.float32)
+        source = _rows(batch, i + stream * frames, y, x, stride_gb, stride_gf, stride_gy, stride_gx, UNIT_K, WIDE)
+        g = tl.load(g_ptr + source[:, None] + n[None, :], mask=ok, other=0.0).to(tl.float32)
         scale_index = (batch * streams + stream) * frames + i
-        out_row = m.to(tl.int64) + (batch.to(tl.int64) * (streams - 1) + stream) * (frames * Y * X)
+        out_row = m + (batch * (streams - 1) + stream) * (frames * Y * X)
         if DOT:
-            tl.store(dot_ptr + tile_n * all_rows + out_row, tl.sum(g * past, 1), mask=row_ok)
+            tl.store(dot_ptr + tile_n.to(tl.int64) * rows * streams + out_row, tl.sum(g * past, 1), mask=row_ok)
         if SCALED:
             last_scale = tl.load(last_scale_ptr + scale_index, mask=row_ok, other=0.0).to(tl.float32)
-            pointers = scaled_ptr + out_row[:, None] * (N * UNIT_N) + n[None, :]
+            pointers = scaled_ptr + (out_row * _index(N, UNIT_N, WIDE))[:, None] + n[None, :]
             tl.store(pointers, (g * last_scale[:, None]).to(scaled_ptr.dtype.element_ty), mask=ok)
         if SUM:
             if HAS_PAST_SCALE:
@@ -228,7 +263,7 @@ def causal_conv3d_weight_kernel(
     chunk: tl.int32,
     KT: tl.constexpr, KY: tl.constexpr, KX: tl.constexpr, PAST: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, UNIT_K: tl.constexpr, UNIT_N: tl.constexpr,
-    WHOLE: tl.constexpr, PRECISION: tl.constexpr,
+    WHOLE: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """part[split, co, tap, ci] = sum over a chunk of pixel rows of g[row, co] * source[row shifted by tap, ci].
 
@@ -250,9 +285,10 @@ def causal_conv3d_weight_kernel(
     dx = tap % KX - KX // 2
     co = tile_m * BM + tl.arange(0, BM)
     ci = tile_n * BN + tl.arange(0, BN)
-    shift = (dy * stride_xy + dx * stride_xx - lag * stride_xf) * UNIT_N
-    shift_h = (dy * stride_hy + dx * stride_hx - lag * stride_hf) * UNIT_N
+    shift = _index(dy * stride_xy + dx * stride_xx - lag * stride_xf, UNIT_N, WIDE)
+    shift_h = _index(dy * stride_hy + dx * stride_hx - lag * stride_hf, UNIT_N, WIDE)
 
+    h_from_x = _distance(h_ptr, x_ptr, UNIT_N)
     acc = tl.zeros([BM, BN], tl.float32)
     start = split * chunk
     end = tl.minimum(start + chunk, rows)
@@ -261,17 +297,17 @@ def causal_conv3d_weight_kernel(
         row_ok = m < end
         batch, i, y, x = _pixels(m, frames, Y, X)
         ok = row_ok & (y + dy >= 0) & (y + dy < Y) & (x + dx >= 0) & (x + dx < X)
-        g_rows = g_ptr + _rows(batch, i, y, x, stride_gb, stride_gf, stride_gy, stride_gx, UNIT_K)
-        x_rows = x_ptr + (_rows(batch, i, y, x, stride_xb, stride_xf, stride_xy, stride_xx, UNIT_N) + shift)
+        g_rows = _rows(batch, i, y, x, stride_gb, stride_gf, stride_gy, stride_gx, UNIT_K, WIDE)
+        x_rows = _rows(batch, i, y, x, stride_xb, stride_xf, stride_xy, stride_xx, UNIT_N, WIDE) + shift
         if PAST:
-            h_rows = _rows(batch, i + KT - 1, y, x, stride_hb, stride_hf, stride_hy, stride_hx, UNIT_N) + shift_h
-            x_rows = tl.where(i >= lag, x_rows, h_ptr + h_rows)
+            h_rows = _rows(batch, i + KT - 1, y, x, stride_hb, stride_hf, stride_hy, stride_hx, UNIT_N, WIDE)
+            x_rows = _choose(i >= lag, x_rows, h_from_x * UNIT_N + (h_rows + shift_h))
         if WHOLE:
-            g = tl.load(g_rows[:, None] + co[None, :], mask=ok[:, None], other=0.0)
-            a = tl.load(x_rows[:, None] + ci[None, :], mask=ok[:, None], other=0.0)
+            g = tl.load(g_ptr + g_rows[:, None] + co[None, :], mask=ok[:, None], other=0.0)
+            a = tl.load(x_ptr + x_rows[:, None] + ci[None, :], mask=ok[:, None], other=0.0)
         else:
-            g = tl.load(g_rows[:, None] + co[None, :], mask=ok[:, None] & (co[None, :] < K * UNIT_K), other=0.0)
-            a = tl.load(x_rows[:, None] + ci[None, :], mask=ok[:, None] & (ci[None, :] < N * UNIT_N), other=0.0)
+            g = tl.load(g_ptr + g_rows[:, None] + co[None, :], mask=ok[:, None] & (co[None, :] < K * UNIT_K), other=0.0)
+            a = tl.load(x_ptr + x_rows[:, None] + ci[None, :], mask=ok[:, None] & (ci[None, :] < N * UNIT_N), other=0.0)
         acc = tl.dot(tl.trans(g), a, acc, input_precision=PRECISION)
     pointers = part_ptr + ((split.to(tl.int64) * (K * UNIT_K) + co[:, None]) * (KT * KY * KX) + tap) * (N * UNIT_N)
     tl.store(pointers + ci[None, :], acc, mask=(co[:, None] < K * UNIT_K) & (ci[None, :] < N * UNIT_N))
@@ -340,6 +376,38 @@ def past_term_backward(
     )
     run(launches, history.device)
     return grad_history, _sum_parts(parts, weight)
+
+
+@dataclass(frozen=True)
+class Work:
+    """What launches do: passes of one time tap over one frame, multiply-adds, and the bytes of every operand once."""
+
+    tap_passes: int
+    multiply_adds: int
+    bytes: int
+
+
+def work(launches: list[Launch]) -> Work:
+    """Counted from the arguments that the launches hand to the kernels; batch and all streams together."""
+    passes = operations = total = 0
+    for launch in launches:
+        args = launch.args
+        touched = {}
+        for value in args.values():
+            if isinstance(value, torch.Tensor):
+                size = math.prod(s for s, stride in zip(value.shape, value.stride(), strict=True) if stride)
+                memory = value.untyped_storage()._cdata
+                touched[memory] = max(touched.get(memory, 0), size * value.element_size())
+        total += sum(touched.values())
+        if "KT" in args:
+            images = args["rows"] // (args["Y"] * args["X"])
+            # The weight gradient counts the frames of all streams as its own.
+            last = args["LAST"] * args["streams"] if "LAST" in args else not args["PAST"]
+            here = images * ((args["KT"] - 1) * args["PAST"] + last)
+            passes += here
+            channels = args["K"] * args["UNIT_K"] * args["N"] * args["UNIT_N"]
+            operations += here * args["KY"] * args["KX"] * args["Y"] * args["X"] * channels
+    return Work(passes, operations, total)
 
 
 def plan_forward(
@@ -475,11 +543,13 @@ def _convolution(
         "x": like,
         "z": like if dot_with is None else dot_with,
     }
-    unit_k, unit_n = _unit(K, *[videos[name] for name in "phx"]), _unit(N, like.new_empty(0))
+    unit_k, unit_n = _unit(K, *[videos[name] for name in "phx"]), _unit(N, dtype=like.dtype)
     unit_z = _unit(N, videos["z"])
     # The packed weight has Cin innermost, which is reduced forward and produced backward.
     unit_w = unit_k if back else unit_n
-    config = config or _configs.conv_config(architecture, like.dtype, K, N, Y * X, direction)
+    config = config or _configs.conv_config(
+        architecture, like.dtype, K, N, Y * X, direction if dot_with is None else "dgrad_dot"
+    )
     rows = _check_rows(B * frames * Y * X)
     tiles_n = triton.cdiv(N, config.block_n)
     args = {
@@ -506,7 +576,7 @@ def _convolution(
         "HAS_PAST_SCALE": past_scale is not None, "HAS_LAST_SCALE": last_scale is not None,
         "STORE_OUT": out is not None, "DOT": dot_with is not None,
         "WHOLE": K % config.block_k == 0 and N % config.block_n == 0,
-        "PRECISION": _precision(like.dtype),
+        "WIDE": _wide(*videos.values(), weight, out), "PRECISION": _precision(like.dtype),
     }  # fmt: skip
     return _launch(causal_conv3d_kernel, triton.cdiv(rows, config.block_m) * tiles_n, args, config)
 
@@ -520,7 +590,7 @@ def _streams_pass(
     rows = _check_rows(B * frames * Y * X)
     tiles_n = triton.cdiv(N, config.block_n)
     dot = None if past is None else grad.new_empty(tiles_n, rows * streams, dtype=torch.float32)
-    unit_k, unit_n = _unit(N, grad), _unit(N, none)
+    unit_k, unit_n = _unit(N, grad), _unit(N, dtype=grad.dtype)
     args = {
         "g_ptr": grad, "past_ptr": none if past is None else past,
         "past_scale_ptr": none if past_scale is None else past_scale.contiguous(),
@@ -531,7 +601,7 @@ def _streams_pass(
         "rows": rows, "frames": frames, "Y": Y, "X": X, "N": N // unit_n, "streams": streams,
         "BM": config.block_m, "BN": config.block_n, "UNIT_K": unit_k, "UNIT_N": unit_n,
         "HAS_PAST_SCALE": past_scale is not None, "SUM": total is not None, "SCALED": scaled is not None,
-        "DOT": dot is not None,
+        "DOT": dot is not None, "WIDE": _wide(grad),
     }  # fmt: skip
     launch = _launch(causal_conv3d_streams_kernel, triton.cdiv(rows, config.block_m) * tiles_n, args, config)
     return launch, None if dot is None else dot.unflatten(1, (B, F, Y * X))
@@ -561,7 +631,8 @@ def _weight_gradient(grad, source, history, weight, parts, past, architecture, c
         "rows": rows, "frames": frames, "Y": Y, "X": X, "K": Cout // unit_k, "N": Cin // unit_n, "chunk": chunk,
         "KT": kt, "KY": ky, "KX": kx, "PAST": past,
         "BM": config.block_m, "BN": config.block_n, "BK": config.block_k, "UNIT_K": unit_k, "UNIT_N": unit_n,
-        "WHOLE": Cout % config.block_m == 0 and Cin % config.block_n == 0, "PRECISION": _precision(grad.dtype),
+        "WHOLE": Cout % config.block_m == 0 and Cin % config.block_n == 0,
+        "WIDE": _wide(grad, source, history), "PRECISION": _precision(grad.dtype),
     }  # fmt: skip
     return _launch(causal_conv3d_weight_kernel, splits * programs, args, config)
 
@@ -614,15 +685,16 @@ def _video(like: torch.Tensor, shape) -> torch.Tensor:
     return torch.empty(shape, dtype=like.dtype, device=like.device, memory_format=torch.channels_last_3d)
 
 
-def _unit(channels: int, *videos: torch.Tensor) -> int:
+def _unit(channels: int, *videos: torch.Tensor, dtype: torch.dtype | None = None) -> int:
     """Elements in 16 bytes if every pixel of the videos begins at a multiple of that, else 1.
 
     Sizes and strides handed over in this unit tell the compiler the alignment, whatever the sizes: no size selects
     another binary.
     """
-    unit = 16 // videos[0].element_size()
-    strides = [s for v in videos for dim, s in enumerate(v.stride()) if dim != 1 and v.ndim == 5 and v.shape[dim] > 1]
-    return 1 if channels % unit or any(stride % unit for stride in strides) else unit
+    unit = 16 // (dtype or videos[0].dtype).itemsize
+    strides = [s for v in videos for dim, s in enumerate(v.stride()) if dim != 1 and v.shape[dim] > 1]
+    aligned = not any(stride % unit for stride in strides) and not any(v.data_ptr() % 16 for v in videos)
+    return unit if aligned and channels % unit == 0 else 1
 
 
 def _strides(name: str, video: torch.Tensor, unit: int) -> dict[str, int]:
@@ -631,6 +703,15 @@ def _strides(name: str, video: torch.Tensor, unit: int) -> dict[str, int]:
         f"stride_{name}{letter}": video.stride(dim) // unit if video.shape[dim] > 1 else 0
         for letter, dim in dims.items()
     }
+
+
+def _wide(*tensors: torch.Tensor | None) -> bool:
+    """Whether an element's offset, of which parts may reach twice beyond the tensor, needs more than 32 bits."""
+    return any(
+        4 * sum((size - 1) * abs(stride) for size, stride in zip(t.shape, t.stride(), strict=True)) >= 2**31
+        for t in tensors
+        if t is not None
+    )
 
 
 def _check_rows(rows: int) -> int:

@@ -1,0 +1,464 @@
+"""The Triton kernels of causal_conv3d in the CPU interpreter, against the per-frame reference in fp64."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.util
+import inspect
+import random
+import sys
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from test_causal_conv3d import NAMES, arrange, compare, make, run
+
+from sae_kernels import FrameLayout, _configs, _interpreter, causal_conv3d, past_term
+from sae_kernels._configs import ConvConfig
+from sae_kernels.causal_conv3d import ops
+from sae_kernels.testing import assert_within_budget, noncontiguous
+
+triton = pytest.importorskip("triton")
+if torch.cuda.is_available():
+    pytest.skip("the gpu tests run the compiled kernels", allow_module_level=True)
+
+from triton.runtime import interpreter  # noqa: E402
+
+from sae_kernels.causal_conv3d import triton as kernels  # noqa: E402
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+@pytest.fixture(autouse=True)
+def unchecked_integers(request, monkeypatch):
+    """The interpreter's overflow checks take two thirds of its time; one test keeps them."""
+    if "checked_integers" not in request.fixturenames:
+        options = dataclasses.replace(interpreter.interpreter_builder.options, sanitize_overflow=False)
+        monkeypatch.setattr(interpreter.interpreter_builder, "options", options)
+
+
+@pytest.fixture
+def checked_integers():
+    pass
+
+
+def use_tiles(monkeypatch, tile):
+    """(rows, columns, reduced) for every kernel but the weight gradient, which takes (columns, columns, rows)."""
+    if tile is None:
+        return
+    m, n, k = tile
+
+    def choose(architecture, dtype, reduced, produced, pixels, direction):
+        return ConvConfig(n, n, m, 4, 1) if direction == "wgrad" else ConvConfig(m, n, k, 4, 1)
+
+    monkeypatch.setattr(_configs, "conv_config", choose)
+
+
+# (resolution, Cin, Cout) of every 3x3x3 convolution of the reference network; the tests divide resolutions by 8 and
+# channels by 8, except the image channels.
+NETWORK = [
+    (32, 5, 64), (32, 64, 64), (32, 128, 64), (32, 192, 64), (32, 128, 128), (32, 64, 4),
+    (16, 64, 64), (16, 128, 128), (16, 192, 128), (16, 256, 128),
+    (8, 128, 128), (8, 256, 128), (8, 384, 128), (8, 256, 256),
+    (4, 128, 128), (4, 256, 256), (4, 384, 256), (4, 512, 256),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("resolution, Cin, Cout", NETWORK, ids=str)
+def test_network_shapes(resolution, Cin, Cout):
+    Cin, Cout = (c if c < 8 else c // 8 for c in (Cin, Cout))
+    size = (max(resolution // 8, 1),) * 2
+    dtype = DTYPES[(Cin + resolution) % 3]
+    gated = Cin % 3 > 0
+    layout = FrameLayout(2, 1, noisy_first=resolution == 8)
+    tensors, grad = make(
+        layout, B=1, Cin=Cin, Cout=Cout, size=size, dtype=dtype, history=False, scales="both" if gated else "none"
+    )
+    compare(tensors, grad, layout, 1.0, impl="triton")
+
+
+def case(n):
+    """The n-th description of a shape: every kernel size, map, order, scale, source of the past and memory order."""
+    draw = random.Random(n)
+    kernels = ((1, 3, 3), (2, 3, 1), (2, 1, 3), (3, 1, 1), (3, 3, 1), (3, 3, 3), (4, 1, 3), (5, 1, 1), (2, 5, 1), (1, 5, 5))
+    T = draw.choice((1, 2, 3, 3))
+    K = draw.choice((0, 1, 1, 1, 2, 3))
+    return {
+        "layout": FrameLayout(T, 7, 1 if K else draw.choice((1, 2)), noisy_copies=K, noisy_first=draw.random() < 0.5),
+        "kernel": kernels[n % len(kernels)],
+        "B": draw.choice((1, 1, 2)),
+        "Cin": draw.choice((1, 3, 4, 5, 8, 16, 33)),
+        "Cout": draw.choice((1, 3, 4, 5, 8, 16, 33)),
+        "size": draw.choice(((2, 2), (1, 1), (3, 7), (4, 4), (5, 1), (2, 5))),
+        "scales": draw.choice(("both", "both", "past", "last", "none")),
+        "history": draw.random() < 0.5,
+        "pad_value": draw.choice((0.0, 1.0, -0.7)),
+        "memory": draw.choice(("channels_last_3d", "contiguous_format", "strided", "channels_last_strided")),
+        "dtype": DTYPES[n // len(kernels) % 3],
+        "tile": draw.choice((None, None, None, (16, 16, 16), (32, 16, 16), (64, 32, 16), (16, 32, 32))),
+    }
+
+
+def name(n):
+    c = case(n)
+    y = c["layout"]
+    return (
+        f"T{y.frames}-K{y.noisy_copies}-{'noisy' if y.noisy_first else 'clean'}-k{'x'.join(map(str, c['kernel']))}"
+        f"-C{c['Cin']}-{c['Cout']}-{'x'.join(map(str, c['size']))}-{c['scales']}-{c['memory']}"
+        f"-{'history' if c['history'] else c['pad_value']}-{c['tile']}-{str(c['dtype'])[6:]}"
+    )
+
+
+def compare_case(n, monkeypatch):
+    options = case(n)
+    layout, pad_value = options["layout"], options.pop("pad_value")
+    use_tiles(monkeypatch, options.pop("tile"))
+    tensors, grad = make(**options, seed=n)
+    compare(tensors, grad, layout, pad_value, impl="triton")
+
+
+@pytest.mark.parametrize("n", range(90), ids=name)
+def test_triton_is_the_reference(n, monkeypatch):
+    compare_case(n, monkeypatch)
+
+
+@given(n=st.integers(90, 10**6))
+@settings(max_examples=12, deadline=None, derandomize=True)
+def test_any_shape_and_dtype(n):
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        compare_case(n, monkeypatch)
+
+
+@pytest.mark.usefixtures("checked_integers")
+@pytest.mark.parametrize("n", [21, 36])
+def test_wide_offsets_are_the_same_numbers_and_narrow_ones_do_not_overflow(n, monkeypatch):
+    options = case(n) | {"kernel": (2, 1, 3), "size": (2, 3)}
+    layout, pad_value, _ = options["layout"], options.pop("pad_value"), options.pop("tile")
+    tensors, grad = make(**options, seed=n)
+    narrow = run(tensors, grad, layout, tensors["x"].dtype, "triton", pad_value)
+    monkeypatch.setattr(kernels, "_wide", lambda *tensors: True)
+    wide = run(tensors, grad, layout, tensors["x"].dtype, "triton", pad_value)
+    assert all(torch.equal(a, b) for a, b in zip(narrow, wide, strict=True))
+
+
+def test_each_gradient_alone_and_without_a_kept_past():
+    """What nobody asks for is not needed by what somebody does."""
+    layout = FrameLayout(3, 4, noisy_first=True)
+    tensors, grad = make(layout, kernel=(3, 1, 3), size=(2, 3), B=1)
+    everything = run(tensors, grad, layout, torch.float32, "triton", 0.0)[1:]
+    for label, want in zip(NAMES, everything, strict=True):
+        leaf = tensors[label].detach().requires_grad_()
+        y = causal_conv3d(layout=layout, **tensors | {label: leaf}, impl="triton")
+        assert torch.equal(torch.autograd.grad(y, leaf, grad)[0], want), label
+    leaves = [t.detach().requires_grad_() for t in tensors.values()]
+    y, _ = ops.causal_conv3d_fwd(*leaves, 0.0, 3, 1, 1, True, False, "triton")
+    torch.testing.assert_close(torch.autograd.grad(y, leaves[2], grad)[0], everything[2])
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("kt", "B"), [(2, 0), (3, 2), (5, 1)])
+def test_past_term_is_the_reference(kt, B, dtype):
+    layout = FrameLayout(1, 20)
+    tensors, grad = make(layout, B=B, Cin=5, Cout=3, kernel=(kt, 1, 3), dtype=dtype)
+
+    def past(dtype, impl):
+        leaves = [tensors[k].detach().to(dtype).requires_grad_() for k in ("history", "weight")]
+        y = past_term(*leaves, impl=impl)
+        assert y.dtype == dtype
+        grads = torch.autograd.grad(y, leaves, grad[:, :, 0].to(dtype))
+        return [y, *grads]
+
+    results = past(dtype, "triton"), past(torch.float64, "reference"), past(dtype, "reference")
+    for label, *tensors_of in zip(("y", "dhistory", "dweight"), *results, strict=True):
+        assert_within_budget(*tensors_of, label, roundings=8)
+
+
+def test_memory_order_is_kept_and_neighbours_are_not_read():
+    layout = FrameLayout(2, 20)
+    tensors, grad = make(layout, kernel=(2, 3, 1), memory="contiguous_format", B=1, Cin=8, Cout=8, size=(2, 3))
+    want = run(tensors, grad, layout, torch.float32, "triton", 0.0)
+    assert want[0].is_contiguous()
+    for memory in ("channels_last_3d", "strided", "channels_last_strided"):
+        arranged = tensors | {"x": arrange(tensors["x"], memory)}
+        got = run(arranged, arrange(grad, memory), layout, torch.float32, "triton", 0.0)
+        assert all(torch.equal(g, w) for g, w in zip(got, want, strict=True))
+        channels_last = memory.startswith("channels_last")
+        assert got[0].is_contiguous(memory_format=torch.channels_last_3d if channels_last else torch.contiguous_format)
+    for key in ("weight", "history", "past_scale", "last_scale"):
+        arranged = tensors | {key: noncontiguous(tensors[key], 1)}
+        assert torch.equal(causal_conv3d(layout=layout, **arranged, impl="triton"), want[0]), key
+
+
+def test_repeatable_and_independent_of_the_batch(monkeypatch):
+    """Bitwise: two runs, and a sample alone; the weight's gradient is split into several parts here."""
+    use_tiles(monkeypatch, (16, 16, 16))
+    monkeypatch.setattr(kernels, "SPLIT_BLOCKS", 1)
+    layout = FrameLayout(3, 12)
+    tensors, grad = make(layout, B=3, Cin=5, kernel=(2, 1, 3), size=(3, 4), dtype=torch.bfloat16)
+    launches = kernels.plan_backward(
+        grad, tensors["x"], tensors["weight"], None, None, None, None, 0.0, layout, [False, True, False, False, False], 0
+    )[0]
+    assert [launch.args["part_ptr"].shape[0] for launch in launches if "part_ptr" in launch.args] == [7, 14]
+    first, second = (run(tensors, grad, layout, torch.bfloat16, "triton", 0.0) for _ in range(2))
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+    alone = {k: v if k == "weight" else v[1:2] for k, v in tensors.items()}
+    one = run(alone, grad[1:2], layout, torch.bfloat16, "triton", 0.0)
+    for index in (0, 1, 3, 4, 5):
+        assert torch.equal(first[index][1:2], one[index]), NAMES[index - 1]
+
+
+@pytest.mark.parametrize("kt", [2, 3])
+def test_streaming_in_chunks_is_one_pass_bitwise(kt):
+    layout = FrameLayout(5, 4, noisy_copies=0)
+    tensors, _ = make(layout, kernel=(kt, 3, 1), size=(2, 2), B=2)
+    tensors = {k: (4 * v).round() for k, v in tensors.items()}  # whole numbers: sums are exact in any order
+    want = causal_conv3d(layout=layout, **tensors, impl="triton")
+    history, start, got = tensors["history"], 0, []
+    for n in (1, 3, 1):
+        part = {k: tensors[k][:, start : start + n] for k in ("past_scale", "last_scale")}
+        x = tensors["x"][:, :, start : start + n]
+        chunk = FrameLayout(n, 4, noisy_copies=0)
+        got.append(causal_conv3d(x, tensors["weight"], chunk, history=history, **part, impl="triton"))
+        seen = torch.cat([history, x], 2)
+        history, start = seen[:, :, seen.shape[2] - (kt - 1) :], start + n
+    assert torch.equal(torch.cat(got, 2), want)
+
+
+def test_empty_batch():
+    layout = FrameLayout(3, 20)
+    tensors, _ = make(layout, B=0)
+    leaves = {k: v.requires_grad_() for k, v in tensors.items()}
+    y = causal_conv3d(layout=layout, **leaves, impl="triton")
+    assert y.shape == (0, 4, 6, 4, 5)
+    y.sum().backward()
+    assert torch.equal(leaves["weight"].grad, torch.zeros_like(leaves["weight"]))
+
+
+@pytest.mark.parametrize("optional", [False, True])
+def test_opcheck(optional):
+    layout = FrameLayout(2, 4, noisy_first=True)
+    scales = "both" if optional else "none"
+    memory = "channels_last_3d" if optional else "contiguous_format"
+    tensors, grad = make(layout, scales=scales, history=optional, memory=memory, kernel=(2, 1, 1), size=(2, 2), B=1)
+    options = (0.5, 2, 1, 1, True)
+    leaves = [None if t is None else t.requires_grad_() for t in tensors.values()]
+    torch.library.opcheck(ops.causal_conv3d_fwd, (*leaves, *options, optional, "triton"))
+    with torch.no_grad():
+        _, past = ops.causal_conv3d_fwd(*leaves, *options, optional, "triton")
+        mask = [True, True, optional, optional, optional]
+        torch.library.opcheck(ops.causal_conv3d_bwd, (grad, *leaves, past, *options, mask, "triton"))
+
+
+def test_opcheck_past_term():
+    tensors, grad = make(FrameLayout(1, 4), kernel=(2, 1, 1), size=(2, 2), B=1)
+    history, weight = (tensors[k].requires_grad_() for k in ("history", "weight"))
+    torch.library.opcheck(ops.causal_conv3d_past_fwd, (history, weight, "triton"))
+    with torch.no_grad():
+        arguments = (grad[:, :, 0], history, weight, [True, True], "triton")
+        torch.library.opcheck(ops.causal_conv3d_past_bwd, arguments)
+
+
+def test_compile_fullgraph_without_recompiling():
+    def step(x, weight, past_scale, last_scale, history, frames):
+        layout = FrameLayout(frames, 1, noisy_copies=2)
+        scales = {"past_scale": past_scale, "last_scale": last_scale}
+        return causal_conv3d(x, weight, layout, **scales, history=history, impl="triton").square().sum()
+
+    torch._dynamo.reset()
+    compiled = torch.compile(step, backend="aot_eager", fullgraph=True, dynamic=True)
+    # Sizes that are equal by chance, or one apart, would be taken for related.
+    for index, (T, B, Cin, Cout, size) in enumerate(((6, 5, 7, 9, (4, 8)), (4, 3, 5, 2, (2, 7)))):
+        layout = FrameLayout(T, 1, noisy_copies=2)
+        tensors, _ = make(layout, B=B, Cin=Cin, Cout=Cout, size=size, kernel=(3, 1, 1))
+        leaves = [t.requires_grad_() for t in tensors.values()]
+        expected = torch.autograd.grad(step(*leaves, T), leaves)
+        with torch.compiler.set_stance("fail_on_recompile" if index else "default"):
+            got = torch.autograd.grad(compiled(*leaves, T), leaves)
+        for g, e in zip(got, expected, strict=True):
+            torch.testing.assert_close(g, e)
+
+
+def meta(shape, dtype=torch.bfloat16):
+    channels_last = {"memory_format": torch.channels_last_3d} if len(shape) == 5 else {}
+    return torch.empty(shape, dtype=dtype, device="meta", **channels_last)
+
+
+def plans(B=2, T=6, K=1, kt=3, C=(64, 128), size=(8, 8), scales=True, mask=(True,) * 5, dtype=torch.bfloat16):
+    """(forward launches, backward launches) for an H100, without a GPU or memory."""
+    layout = FrameLayout(T, 1, noisy_copies=K)
+    F = layout.total_frames
+    x, grad = (meta((B, c, F, *size), dtype) for c in C)
+    weight = meta((C[1], C[0], kt, 3, 3), dtype)
+    history = meta((B, C[0], kt - 1, *size), dtype) if mask[4] else None
+    scale = meta((B, F), dtype) if scales else None
+    forward, _, past = kernels.plan_forward(x, weight, scale, scale, history, 1.0, layout, 90, keep_past=scales)
+    backward, _ = kernels.plan_backward(grad, x, weight, scale, scale, history, past, 1.0, layout, mask, 90)
+    return forward, backward
+
+
+@pytest.mark.parametrize(("T", "K", "kt"), [(6, 1, 3), (5, 3, 4), (7, 0, 2), (3, 1, 1), (2, 1, 5)])
+def test_tap_passes_and_bytes_are_those_of_the_contract(T, K, kt):
+    """(kt - 1) T + (1 + K) T tap passes forward and for each gradient; every operand from memory once."""
+    B, (Cin, Cout), pixels = 2, (64, 128), 64
+    passes = B * ((kt - 1) * T + (1 + K) * T)
+    per_pass = 9 * pixels * Cin * Cout
+    F = (1 + K) * T
+    frame_in, frame_out, weight = 2 * B * pixels * Cin, 2 * B * pixels * Cout, 2 * kt * 9 * Cin * Cout
+    pad_row = 2 * Cin if kt > 1 else 0
+
+    forward, backward = plans(B, T, K, kt, scales=False, mask=(True, False, False, False, False))
+    done = kernels.work(forward)
+    assert (done.tap_passes, done.multiply_adds) == (passes, passes * per_pass)
+    assert done.bytes == F * (frame_in + frame_out) + weight + pad_row
+
+    done = kernels.work(backward)
+    assert (done.tap_passes, done.multiply_adds) == (passes, passes * per_pass)
+    # Without scales the sum over streams is the only extra traffic, and with one stream there is none.
+    sums = (F + 2 * T) * frame_out if K > 0 and kt > 1 else 0
+    assert done.bytes == F * (frame_in + frame_out) + weight + sums
+
+    done = kernels.work(plans(B, T, K, kt, scales=False, mask=(False, True, False, False, False))[1])
+    assert (done.tap_passes, done.multiply_adds) == (passes, passes * per_pass)
+
+    # With history, scales and the kept past, all gradients: history's own taps are the rest.
+    forward, backward = plans(B, T, K, kt)
+    done = kernels.work(forward)
+    assert done.tap_passes == passes
+    kept = T * frame_out if kt > 1 else 0
+    scale_bytes = 2 * B * F  # the meta tensors of both scales are one
+    assert done.bytes == F * (frame_in + frame_out) + weight + (kt - 1) * frame_in + kept + scale_bytes
+    assert kernels.work(backward).tap_passes == 2 * passes + B * (kt - 1) ** 2
+
+
+def test_products_computed_are_those_planned(monkeypatch):
+    """Counted where the interpreter multiplies: one tile holds the whole shape, so a tap pass is ky * kx products."""
+    use_tiles(monkeypatch, (64, 16, 16))
+    _interpreter.correct()
+    count = 0
+    dot = interpreter.InterpreterBuilder.create_dot
+
+    def counted(*args):
+        nonlocal count
+        count += 1
+        return dot(*args)
+
+    monkeypatch.setattr(interpreter.InterpreterBuilder, "create_dot", counted)
+    T, K, kt = 4, 2, 3
+    layout = FrameLayout(T, 6, noisy_copies=K)
+    tensors, grad = make(layout, kernel=(kt, 3, 1), size=(2, 3), B=1, scales="none", history=False)
+    # The weight gradient's tile reduces 64 pixels at a time.
+    weight_products = 3 * (kt - 1 + triton.cdiv((1 + K) * T * 6, 64))
+    for key, products in (("x", 3 * (kt - 1 + 1 + K)), ("weight", weight_products)):
+        leaf = tensors[key].detach().requires_grad_()
+        count = 0
+        y = causal_conv3d(layout=layout, **tensors | {key: leaf}, impl="triton")
+        assert count == 3 * (kt - 1 + 1 + K)
+        count = 0
+        torch.autograd.grad(y, leaf, grad)
+        assert count == products
+
+
+def test_offsets_beyond_32_bits():
+    """A video of more than 2^31 elements takes wide offsets, a small one does not; too many pixels are refused."""
+    assert not any(launch.args["WIDE"] for part in plans() for launch in part)
+    large = plans(B=64, T=32, C=(512, 512), size=(64, 64))
+    assert all(launch.args["WIDE"] for part in large for launch in part)
+    with pytest.raises(ValueError, match=r"x: B \* F \* Y \* X must be below 2\*\*31 - 1024 for impl='triton', got"):
+        plans(B=2**14, T=64, size=(64, 64))
+
+
+def test_alignment_is_promised_only_where_it_holds():
+    video = meta((2, 64, 4, 6, 6))
+    assert kernels._unit(64, video) == 8
+    assert kernels._unit(60, video) == 1
+    assert kernels._unit(56, meta((2, 60, 4, 6, 6))[:, :56]) == 1
+    assert kernels._unit(64, meta((2, 64, 4, 6, 6), torch.float32)) == 4
+    assert kernels._unit(64, meta((1, 64, 1, 1, 1)).expand(2, 64, 3, 4, 4)) == 8
+
+
+def test_choice_of_implementation(monkeypatch):
+    cpu, cuda = torch.device("cpu"), torch.device("cuda")
+    available, why_not = ops.implementations(cpu)
+    assert available[0] == "composed" and "triton" in available
+    assert "own copy" in why_not["triton with frames_per_block > 1"]
+    layout = FrameLayout(3, 20, frames_per_block=2)
+    tensors, _ = make(layout)
+    with pytest.raises(ValueError, match="cannot run 'triton' on cpu: noisy frames of a block of several read their own"):
+        causal_conv3d(layout=layout, **tensors, impl="triton")
+    assert causal_conv3d(layout=layout, **tensors).shape == (2, 4, 6, 4, 5)
+    with pytest.raises(ValueError, match="cannot run 'triton' on cpu: it computes in float32"):
+        causal_conv3d(layout=FrameLayout(6, 1, noisy_copies=0), x=tensors["x"].double(), weight=tensors["weight"].double(), impl="triton")
+
+    monkeypatch.setattr(ops, "_why_not_triton", lambda device: None)
+    assert ops.implementations(cuda, torch.bfloat16)[0] == ["triton", "composed", "reference"]
+    assert ops.implementations(cuda, torch.bfloat16, 2, 1)[0] == ["composed", "reference"]
+    assert ops.implementations(cuda, torch.bfloat16, 2, 0)[0][0] == "triton"
+    assert ops.implementations(cuda, torch.float64)[0] == ["composed", "reference"]
+    monkeypatch.undo()
+    monkeypatch.setenv("TRITON_INTERPRET", "0")
+    available, why_not = ops.implementations(cpu)
+    assert available == ["composed", "reference"] and "TRITON_INTERPRET=1" in why_not["triton"]
+
+
+def test_configurations():
+    with pytest.raises(ValueError, match="block_m: must be a power of two, got 96"):
+        ConvConfig(96, 64, 32, 4, 3)
+    with pytest.raises(ValueError, match="direction: must be one of"):
+        _configs.conv_config(90, torch.bfloat16, 64, 64, 64, "sideways")
+    for channels in (1, 5, 64, 96, 128, 192, 256, 384, 512):
+        config = _configs.conv_config(90, torch.bfloat16, channels, channels, 1024, "fwd")
+        assert channels <= config.block_n or (config.block_n in (64, 128) and (channels % 128 > 0) == (config.block_n < 128))
+
+
+FAULTS = {
+    "wrong tap order": ("        lag = KT - 1 - tap // (KY * KX)\n        dy", "        lag = 1 + tap // (KY * KX) if PAST else 0\n        dy"),
+    "last tap is the first": ("0 if PAST else (KT - 1) * KY * KX\n    TAPS: tl.constexpr = (KT - 1) * KY * KX if PAST else KY * KX\n    blocks", "0\n    TAPS: tl.constexpr = (KT - 1) * KY * KX if PAST else KY * KX\n    blocks"),
+    "past taps read a noisy stream": ('"fwd", x.narrow(2, layout.clean_start, T)', '"fwd", x.narrow(2, layout.noisy_start, T)'),
+    "wrong pad value": ("1, 1, 1), pad_value)", "1, 1, 1), 0.0)"),
+    "pad value in the spatial border": ("mask=ok[:, None] & (c[None, :] < K * UNIT_K), other=0.0)", "mask=ok[:, None] & (c[None, :] < K * UNIT_K), other=0.5)"),
+    "scales swapped": ("past_scale = tl.load(past_scale_ptr +", "past_scale = tl.load(last_scale_ptr +"),
+    "history shifted by a frame": ("history = _rows(batch, past_frame + KT - 1, y", "history = _rows(batch, past_frame + KT - 2, y"),
+    "history one frame longer": ("offset = _choose(frame >= lag,", "offset = _choose(frame > lag,"),
+    "spatial border off by one": ("(y + dy < Y) & (x + dx >= 0) & (x + dx < X)\n        offset", "(y + dy < Y) & (x + dx >= 0) & (x + dx <= X)\n        offset"),
+    "no spatial border": ("ok = row_ok & (y + dy >= 0) & (y + dy < Y)", "ok = row_ok & (y + dy < Y)"),
+    "rows and columns exchanged": ("return image // frames, image % frames, pixel // X, pixel % X", "return image // frames, image % frames, pixel // Y, pixel % Y"),
+    "mirror forgotten": ("            dy = -dy\n", ""),
+    "time not mirrored": ("            lag = -lag\n", ""),
+    "past gradient reads beyond the clip": (" & (frame - lag < source_frames)", ""),
+    "past gradient to every stream": ("acc, stream == clean, p_ptr", "acc, True, p_ptr"),
+    "past gradient to a noisy stream": ("clean=layout.clean_start // T", "clean=layout.noisy_start // T"),
+    "past gradient not scaled": ("g *= tl.load(past_scale_ptr", "g *= 1.0 + 0.0 * tl.load(past_scale_ptr"),
+    "sum of streams forgets one": ("            total += g\n", "            total = g\n"),
+    "data gradient not scaled": ("                    acc *= tl.load(last_scale_ptr", "                    acc *= 1.0 + 0.0 * tl.load(last_scale_ptr"),
+    "last scale's gradient already scaled": ("dot = tl.sum(acc * z_tile.to(tl.float32), 1)", "dot = tl.sum(acc * z_tile.to(tl.float32), 1) * tl.load(last_scale_ptr + scale_index, mask=row_ok, other=0.0)"),
+    "history gradient shifted": ("first_frame=1 - kt", "first_frame=2 - kt"),
+    "weight gradient of unscaled streams": ("_weight_gradient(scaled, x, None", "_weight_gradient(grad, x, None"),
+    "weight gradient loses the last pixel": ("row_ok = m < end", "row_ok = m < end - 1"),
+    "weight gradient without history": ("x_rows = _choose(i >= lag,", "x_rows = _choose(i >= 0,"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_seeded_fault_is_caught(fault, monkeypatch, tmp_path):
+    """Each fault, put into the source of the kernels, makes the comparison fail."""
+    old, new = FAULTS[fault]
+    source = inspect.getsource(kernels)
+    assert old in source, "the seeded fault no longer matches the source"
+    path = tmp_path / "faulty.py"
+    path.write_text(source.replace(old, new))
+    spec = importlib.util.spec_from_file_location("sae_kernels.causal_conv3d.faulty", path)
+    module = importlib.util.module_from_spec(spec)
+    monkeypatch.setitem(sys.modules, spec.name, module)
+    spec.loader.exec_module(module)
+    monkeypatch.setattr(sys.modules["sae_kernels.causal_conv3d"], "triton", module)
+    caught = 0
+    for history in (True, False):
+        layout = FrameLayout(3, 6, noisy_copies=1)
+        tensors, grad = make(layout, history=history, B=1, Cin=2, Cout=3, kernel=(3, 3, 3), size=(2, 3))
+        try:
+            compare(tensors, grad, layout, pad_value=0.5, impl="triton")
+        except (AssertionError, FloatingPointError):
+            caught += 1
+            break
+    assert caught, f"{fault}: not caught"
