@@ -564,9 +564,9 @@ def backward(
     layout: FrameLayout,
     scale: float,
     noisy_queries_only: bool,
-    configs=(None, None),
+    configs=(None, None, None),
 ) -> None:
-    """Fill dq, dk, dv; allocates one fp32 number for each row. `configs` are those of dk/dv and of dq."""
+    """Fill dq, dk, dv; allocates one fp32 number for each row. `configs`: of delta, dk/dv and dq."""
     if grad_out.stride(-1) != 1:
         # Autograd hands expanded gradients, such as that of a sum.
         grad_out = grad_out.contiguous()
@@ -607,7 +607,7 @@ def plan_backward(
     scale,
     noisy_queries_only,
     architecture,
-    configs=(None, None),
+    configs=(None, None, None),
 ) -> list[Launch]:
     """The launches of `backward`; tensors may be meta tensors."""
     tensors = {"q": q, "k": k, "v": v, "o": out, "g": grad_out, "dq": dq, "dk": dk, "dv": dv}
@@ -617,7 +617,7 @@ def plan_backward(
         "dq_ptr": dq, "dk_ptr": dk, "dv_ptr": dv, "scale": scale,
     }  # fmt: skip
     by_query, by_key = _heads(q, k, True), _heads(q, k, False)
-    delta_config = _config(q, layout, architecture, "delta")
+    delta_config = configs[0] or _config(q, layout, architecture, "delta")
     row_tiles = triton.cdiv(q.shape[2], delta_config.block_m)
     launches = [
         _launch(
@@ -627,11 +627,11 @@ def plan_backward(
             delta_config,
         )
     ]
-    config = configs[0] or _config(q, layout, architecture, "dkdv")
+    config = configs[1] or _config(q, layout, architecture, "dkdv")
     slots = (1 + geometry.copies) * triton.cdiv(geometry.N, config.block_n)
     args = shared | by_key | {"BM": config.block_m, "BN": config.block_n}
     launches.append(_launch(frame_attention_bwd_dkdv_kernel, slots * by_key["all_heads"], args, config))
-    config = configs[1] or _config(q, layout, architecture, "dq")
+    config = configs[2] or _config(q, layout, architecture, "dq")
     slots = (geometry.clean_rows + geometry.copies) * triton.cdiv(geometry.N, config.block_m)
     args = shared | by_query | {"BM": config.block_m, "BN": config.block_n}
     launches.append(_launch(frame_attention_bwd_dq_kernel, slots * by_query["all_heads"], args, config))
@@ -705,10 +705,7 @@ def _architecture(q: torch.Tensor) -> int:
 
 
 def _tf32_allowed() -> bool:
-    precision = torch.backends.cuda.matmul.fp32_precision
-    if precision == "none":
-        precision = torch.backends.fp32_precision
-    return precision == "tf32"
+    return torch.backends.cuda.matmul.fp32_precision == "tf32"
 
 
 def _run(launches: list[Launch], q: torch.Tensor) -> None:

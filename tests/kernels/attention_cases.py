@@ -56,7 +56,7 @@ def launch(kernels, tensors, layout: FrameLayout, scale: float, noisy_queries_on
     out, lse = torch.empty_like(q), q.new_empty(q.shape[:3], dtype=torch.float32)
     kernels.forward(q, k, v, out, lse, layout, scale, noisy_queries_only, config)
     grads = [torch.empty_like(x) for x in (q, k, v)]
-    kernels.backward(grad, q, k, v, out, lse, *grads, layout, scale, noisy_queries_only, (config, config))
+    kernels.backward(grad, q, k, v, out, lse, *grads, layout, scale, noisy_queries_only, (None, config, config))
     return [out, *grads], lse
 
 
