@@ -18,6 +18,8 @@ triton = pytest.importorskip("triton")
 if torch.cuda.is_available():
     pytest.skip("the gpu tests run the compiled kernels", allow_module_level=True)
 
+import triton.language as tl  # noqa: E402
+
 from sae_kernels.frame_attention import triton as kernels  # noqa: E402
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -175,6 +177,28 @@ def test_batch_does_not_change_a_sequence():
         alone, alone_lse = run([x[b : b + 1] for x in tensors], layout)
         assert torch.equal(alone_lse, lse[b : b + 1])
         assert all(torch.equal(a, t[b : b + 1]) for a, t in zip(alone, together, strict=True))
+
+
+@triton.jit
+def place_kernel(slots_ptr, heads_ptr, slots, all_heads, section):
+    program = tl.program_id(0)
+    slot, head = kernels._place(program, slots, all_heads, section)
+    tl.store(slots_ptr + program, slot)
+    tl.store(heads_ptr + program, head)
+
+
+@pytest.mark.parametrize(("heads", "section"), [(5, 1), (5, 2), (6, 3), (4, 4)])
+def test_heaviest_programs_start_first(heads, section):
+    slots = 4
+    slot, head = (torch.empty(slots * heads, dtype=torch.int32) for _ in range(2))
+    place_kernel[(slots * heads,)](slot, head, slots, heads, section)
+    order = list(zip(slot.tolist(), head.tolist(), strict=True))
+    assert sorted(order) == [(s, h) for s in range(slots) for h in range(heads)]
+    for start in range(0, heads, section):
+        width = min(section, heads - start)
+        part = order[start * slots : (start + width) * slots]
+        assert [s for s, _ in part] == [s for s in range(slots) for _ in range(width)]
+        assert {h for _, h in part} == set(range(start, start + width))
 
 
 @pytest.mark.parametrize("section_heads", [1, 2, 3])
