@@ -79,7 +79,7 @@ def _accumulate(
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, UNIT_K: tl.constexpr, UNIT_N: tl.constexpr,
     DIRECTION: tl.constexpr, WHOLE: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """acc + sum over the past taps, or the last ones, and K channels of source pixel times weight; acc if not active."""
+    """acc + sum over past (or last) taps and K channels of source pixel times weight; acc alone if not active."""
     FIRST_TAP: tl.constexpr = 0 if PAST else (KT - 1) * KY * KX
     TAPS: tl.constexpr = (KT - 1) * KY * KX if PAST else KY * KX
     blocks = tl.cdiv(K * UNIT_K, BK)
@@ -348,15 +348,14 @@ def backward(
     `past` is what `forward` returned, or None to have it computed again where past_scale's gradient needs it.
     """
     x, B = _channels_last(x), x.shape[0]
-    launches, results = plan_backward(
+    launches, grad_x, parts, past_dot, last_dot, grad_history = plan_backward(
         grad, x, weight, past_scale, last_scale, history, past, pad_value, layout, mask, architecture(x.device)
     )
     run(launches, x.device)
-    grad_x, parts, past_dot, last_dot, grad_history = results
-    grad_past_scale = _sum_dots(past_dot, x) if mask[2] and past_dot is not None else None
-    if mask[2] and past_dot is None:
+    grad_past_scale = None if past_dot is None else _sum_dots(past_dot, x)
+    if mask[2] and weight.shape[2] == 1:
         grad_past_scale = x.new_zeros(B, x.shape[2])
-    grad_last_scale = _sum_dots(last_dot, x) if mask[3] else None
+    grad_last_scale = None if last_dot is None else _sum_dots(last_dot, x)
     return grad_x, _sum_parts(parts, weight), grad_past_scale, grad_last_scale, grad_history
 
 
@@ -392,7 +391,7 @@ def work(launches: list[Launch]) -> Work:
     passes = operations = total = 0
     for launch in launches:
         args = launch.args
-        touched = {}
+        touched: dict[int, int] = {}
         for value in args.values():
             if isinstance(value, torch.Tensor):
                 size = math.prod(s for s, stride in zip(value.shape, value.stride(), strict=True) if stride)
@@ -430,8 +429,15 @@ def plan_forward(
 
 def plan_backward(
     grad, x, weight, past_scale, last_scale, history, past, pad_value, layout, mask, architecture, configs=None
-) -> tuple[list[Launch], tuple[torch.Tensor | None, ...]]:
-    """(launches, (grad_x, fp32 parts of grad_weight, dots of past_scale, of last_scale, grad_history)).
+) -> tuple[
+    list[Launch],
+    torch.Tensor | None,
+    list[torch.Tensor],
+    torch.Tensor | None,
+    torch.Tensor | None,
+    torch.Tensor | None,
+]:
+    """(launches, grad_x, fp32 parts of grad_weight, of past_scale's gradient, of last_scale's, grad_history).
 
     `configs` maps directions to configurations that replace the chosen ones.
     """
@@ -478,19 +484,17 @@ def plan_backward(
         last_dot = launch.args["dot_ptr"].unflatten(1, (B, F, Y * X)) if need_last_scale else None
         launches.append(launch)
     if grad_history is not None and kt > 1:
-        launches.append(
-            _convolution(
-                "dgrad", total, None, None, weight, past=grad_history, frames=kt - 1, first_frame=1 - kt,
-                architecture=architecture, config=configs.get("dgrad"),
-            )  # fmt: skip
-        )
-    parts = None
+        launch = _convolution(
+            "dgrad", total, None, None, weight, past=grad_history, frames=kt - 1, first_frame=1 - kt,
+            architecture=architecture, config=configs.get("dgrad"),
+        )  # fmt: skip
+        launches.append(launch)
+    parts: list[torch.Tensor] = []
     if need_weight:
-        parts = []
         if kt > 1:
             launches.append(_weight_gradient(total, clean, source, weight, parts, True, architecture, configs))
         launches.append(_weight_gradient(scaled, x, None, weight, parts, False, architecture, configs))
-    return launches, (grad_x, parts, past_dot, last_dot, grad_history)
+    return launches, grad_x, parts, past_dot, last_dot, grad_history
 
 
 def plan_past_term(history, weight, architecture, config=None) -> tuple[list[Launch], torch.Tensor]:
@@ -505,22 +509,21 @@ def plan_past_term(history, weight, architecture, config=None) -> tuple[list[Lau
 
 def plan_past_term_backward(
     grad, history, weight, mask, architecture, configs=None
-) -> tuple[list[Launch], torch.Tensor | None, list[torch.Tensor] | None]:
+) -> tuple[list[Launch], torch.Tensor | None, list[torch.Tensor]]:
     """(launches, grad_history, fp32 parts of grad_weight); grad is (B, Cout, 1, Y, X)."""
     configs = configs or {}
     history, grad = _channels_last(history), _channels_last(grad)
-    launches, grad_history, parts = [], None, None
+    launches, grad_history = [], None
+    parts: list[torch.Tensor] = []
     if mask[0]:
         grad_history = _video(history, history.shape)
         frames = history.shape[2]
-        launches.append(
-            _convolution(
-                "dgrad", grad, None, None, weight, past=grad_history, frames=frames, first_frame=-frames,
-                architecture=architecture, config=configs.get("dgrad"),
-            )  # fmt: skip
-        )
+        launch = _convolution(
+            "dgrad", grad, None, None, weight, past=grad_history, frames=frames, first_frame=-frames,
+            architecture=architecture, config=configs.get("dgrad"),
+        )  # fmt: skip
+        launches.append(launch)
     if mask[1]:
-        parts = []
         launches.append(_weight_gradient(grad, history, history, weight, parts, True, architecture, configs))
     return launches, grad_history, parts
 
@@ -642,9 +645,9 @@ WEIGHT_PROGRAMS = 528
 SPLIT_BLOCKS = 4  # least tiles of pixels in a part
 
 
-def _sum_parts(parts: list[torch.Tensor] | None, weight: torch.Tensor) -> torch.Tensor | None:
-    """The weight's gradient from its parts, like the weight; taps without a part are zero."""
-    if parts is None:
+def _sum_parts(parts: list[torch.Tensor], weight: torch.Tensor) -> torch.Tensor | None:
+    """The weight's gradient from its parts, like the weight; last taps without a part are zero."""
+    if not parts:
         return None
     kt, ky, kx = weight.shape[2:]
     sums = [part.sum(0) for part in parts]
@@ -722,7 +725,8 @@ def _check_rows(rows: int) -> int:
 
 def _precision(dtype: torch.dtype) -> str:
     """TF32 where PyTorch's own convolutions would use it."""
-    return "tf32" if dtype == torch.float32 and torch.backends.cudnn.conv.fp32_precision == "tf32" else "ieee"
+    convolutions = getattr(torch.backends.cudnn, "conv")  # noqa: B009 (unknown to the type checker)
+    return "tf32" if dtype == torch.float32 and convolutions.fp32_precision == "tf32" else "ieee"
 
 
 def _launch(kernel, programs: int, args: dict, config) -> Launch:

@@ -6,6 +6,9 @@ sizes share need only be listed once.
 
 from __future__ import annotations
 
+import functools
+from dataclasses import replace
+
 import torch
 
 from sae_kernels import FrameLayout
@@ -39,4 +42,66 @@ def frame_attention(architecture: int) -> dict[str, Launch]:
     return launches
 
 
-OPS = {"frame_attention": frame_attention}
+def causal_conv3d(architecture: int) -> dict[str, Launch]:
+    from sae_kernels.causal_conv3d import triton as kernels
+
+    # (dtype, Cin, Cout, Y and X, scales): with scales dgrad makes last_scale's gradient too.
+    cases = [(torch.bfloat16, 128, 128, 16, True), (torch.bfloat16, 128, 128, 16, False)]
+    if architecture == 90:
+        cases += [(torch.bfloat16, 64, 64, 8, False), (torch.bfloat16, 5, 64, 32, False)]
+        cases += [(torch.bfloat16, 64, 4, 32, False), (torch.float32, 64, 64, 16, True)]
+    layout = FrameLayout(4, 1)
+    launches, seen = {}, set()
+    for dtype, Cin, Cout, size, scales in cases:
+        video = functools.partial(_video, size, dtype)
+        weight = torch.empty(Cout, Cin, 3, 3, 3, dtype=dtype, device="meta")
+        history = video(Cin, 2) if architecture == 90 and Cin == Cout else None
+        scale = torch.empty(2, 8, dtype=dtype, device="meta") if scales else None
+        operands = (video(Cin, 8), weight, scale, scale, history)
+        plan, _, past = kernels.plan_forward(*operands, 1.0, layout, architecture, keep_past=scales)
+        # An odd number of image channels is the network's first layer: nothing asks for its data gradient.
+        mask = (Cin > 5, True, scales, scales, history is not None)
+        plan += kernels.plan_backward(video(Cout, 8), *operands, past, 1.0, layout, mask, architecture)[0]
+        for launch in plan:
+            args = launch.args
+            direction = {0: "fwd", 1: "dgrad"}.get(args.get("DIRECTION"), "")
+            direction += (
+                "_dot" if args.get("DOT") and direction else "_history" if direction and not args["LAST"] else ""
+            )
+            tile = "x".join(str(args[key]) for key in ("BM", "BN", "BK") if key in args)
+            name = f"{launch.kernel.__name__}-{direction or args.get('PAST')}-{str(dtype)[6:]}-{tile}"
+            name += f"-w{launch.num_warps}-s{launch.num_stages}"
+            # One pass over streams, one of history and one wide pair of weight gradients stand for all.
+            whole = "DIRECTION" in args and "history" not in name
+            twin = name if whole else (dtype, launch.kernel.__name__, args.get("PAST"), args.get("DIRECTION"))
+            if twin in seen:
+                continue
+            seen.add(twin)
+            if dtype == torch.float32 and "PRECISION" in args:
+                # Without TF32, products are FMAs of registers.
+                launch = replace(launch, args=args | {"PRECISION": "ieee"})
+            launches[name + ("" if Cin > 5 and Cout > 5 else "-unaligned")] = launch
+    return launches
+
+
+def _video(size: int, dtype: torch.dtype, channels: int, frames: int) -> torch.Tensor:
+    shape = (2, channels, frames, size, size)
+    return torch.empty(shape, dtype=dtype, device="meta", memory_format=torch.channels_last_3d)
+
+
+def least_copies(op: str, launch: Launch, architecture: int) -> int:
+    """16-byte asynchronous copies that a thread issues if every tile of a loop with matrix products is pipelined."""
+    args = launch.args
+    if op != "causal_conv3d":
+        return 1
+    if "BK" not in args:
+        return 0
+    size = args["w_ptr" if "w_ptr" in args else "g_ptr"].element_size()
+    # Before wgmma, a first operand that lies transposed goes through registers.
+    lines = args["BN"] if "g_ptr" in args and architecture != 90 else args["BM"] + args["BN"]
+    one_stage = lines * args["BK"] * size // (16 * 32 * launch.num_warps)
+    loops = int(args["PAST"]) + int(args["LAST"]) if "LAST" in args else 1
+    return one_stage * loops * launch.num_stages
+
+
+OPS = {"frame_attention": frame_attention, "causal_conv3d": causal_conv3d}
