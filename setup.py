@@ -43,6 +43,10 @@ class Unavailable(Exception):
     """A library that is not built, and why."""
 
 
+def jobs() -> int:
+    return int(os.environ.get("MAX_JOBS") or os.cpu_count() or 1)
+
+
 def run_all(commands: list[list[str]]) -> str:
     """Run compilers in parallel; returns what they printed."""
 
@@ -55,7 +59,7 @@ def run_all(commands: list[list[str]]) -> str:
             raise Unavailable(f"{' '.join(command)}\n{(done.stderr or done.stdout).strip()[-2000:]}")
         return done.stdout + done.stderr
 
-    with ThreadPoolExecutor(int(os.environ.get("MAX_JOBS") or os.cpu_count() or 1)) as pool:
+    with ThreadPoolExecutor(jobs()) as pool:
         return "".join(pool.map(run, commands))
 
 
@@ -120,11 +124,14 @@ def build_cuda(library: Path, scratch: Path) -> str:
         raise Unavailable("torch was a CPU build when it was built (SAE_BUILD_CUDA=1 builds it all the same)")
     archs = (os.environ.get("SAE_CUDA_ARCHS") or CUDA_ARCHS).split(";")
     gencode = [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in archs]
-    flags = ["-std=c++20", "-O3", "-Xcompiler=-fPIC,-fvisibility=hidden", "-Xptxas=-v,-warn-spills", *gencode]
+    # PTX of the first, for devices between and after those named.
+    gencode.append(f"-gencode=arch=compute_{archs[0]},code=compute_{archs[0]}")
+    flags = ["-std=c++20", "-O3", "--fmad=false", "-Xcompiler=-fPIC,-fvisibility=hidden", "-Xptxas=-v,-warn-spills",
+             f"--threads={jobs()}"]  # fmt: skip
     objects = [str(scratch / f"{source.stem}.cu.o") for source in sources]
     log = run_all(
         [
-            [nvcc, *flags, *includes, "-c", str(source), "-o", target]
+            [nvcc, *flags, *gencode, *includes, "-c", str(source), "-o", target]
             for source, target in zip(sources, objects, strict=True)
         ]
     )

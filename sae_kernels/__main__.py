@@ -53,7 +53,7 @@ def report() -> dict:
             "cudnn": str(torch.backends.cudnn.version() or "none"),
         },
         "platform": platform.platform(),
-        "extension": {name: _extension.why_not(name) or "loaded" for name in ("cpu", "cuda")},
+        "extension": {name: _extension.library(name) or "loaded" for name in ("cpu", "cuda")},
         "devices": {str(device): describe_device(device) for device in devices()},
         "ops": ops,
     }

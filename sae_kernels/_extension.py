@@ -11,6 +11,8 @@ from pathlib import Path
 
 import torch
 
+from . import _library
+
 NAMESPACE = "sae_kernels_native"
 _HERE = Path(__file__).parent
 
@@ -51,6 +53,19 @@ if _REASONS["cpu"] is None:
     _register_fakes()
 
 
-def why_not(device_type: str) -> str | None:
-    """Why the extension cannot run on a device of this type; None if it can."""
-    return _REASONS.get(device_type, f"it has no code for {device_type} devices")
+def library(name: str) -> str | None:
+    """Why the "cpu" or "cuda" library cannot be used; None if it is loaded."""
+    return _REASONS[name]
+
+
+@_library.constant_in_graphs
+def why_not(device: torch.device) -> str | None:
+    """Why the extension cannot run on this device; None if it can."""
+    if device.type not in _REASONS:
+        return f"it has no code for {device.type} devices"
+    reason = _REASONS[device.type]
+    if reason is None and device.type == "cuda":
+        major, minor = torch.cuda.get_device_capability(device)
+        if major < 8:
+            return f"it needs compute capability 8.0 or newer, this device has {major}.{minor}"
+    return reason

@@ -18,7 +18,7 @@ MAX_DIMS = 9
 def implementations(device: torch.device, ndim: int = 5) -> tuple[list[str], dict[str, str]]:
     """(those that run on this device, fastest first; those that do not, with the reason)."""
     available, why_not = ["composed", "reference"], {"triton": "there is no Triton kernel for this op yet"}
-    reason = _extension.why_not(device.type)
+    reason = _extension.why_not(device)
     if reason is None and device.type != "cpu":
         reason = "there is no CUDA C++ kernel for this op yet"
     if reason is None and ndim > MAX_DIMS:

@@ -40,7 +40,8 @@ def backward(
     """Write those gradients that are not None. eps is made again, not stored."""
     wanted = [grad for grad in (grad_signal, grad_noise) if grad is not None]
     largest = max((grad.numel() for grad in wanted), default=1)
-    slabs = max(1, min(SLABS, grad_out.numel() // largest))
+    # On CUDA one block sums one element of a gradient; threads of the CPU each fill a slab.
+    slabs = 1 if x.is_cuda else max(1, min(SLABS, grad_out.numel() // largest))
     sum_signal, sum_noise = (
         None if grad is None else torch.zeros((slabs, *grad.shape), dtype=torch.float64, device=grad.device)
         for grad in (grad_signal, grad_noise)

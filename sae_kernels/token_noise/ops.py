@@ -20,7 +20,7 @@ MAX_DIMS = 9
 def implementations(device: torch.device, ndim: int = 2) -> tuple[list[str], dict[str, str]]:
     """(those that run on this device, fastest first; those that do not, with the reason)."""
     available, why_not = ["composed", "reference"], {"triton": "there is no Triton kernel for this op yet"}
-    reason = _extension.why_not(device.type)
+    reason = _extension.why_not(device)
     if reason is None and ndim > MAX_DIMS:
         reason = f"it takes up to {MAX_DIMS} dimensions, got {ndim}"
     if reason is None:

@@ -12,6 +12,7 @@ import zipfile
 from pathlib import Path
 
 import pytest
+import torch
 
 from sae_kernels import _extension
 
@@ -61,7 +62,7 @@ import json, pathlib, torch, sae_kernels, sae_diffusion
 from sae_kernels import _extension
 assert sae_kernels.token_noise_eps((9,), seed=1, impl="cuda").isfinite().all()
 home = pathlib.Path(sae_kernels.__file__).parent
-print(home, _extension.why_not("cpu"), json.loads((home / "_build.json").read_text())["cuda"], sep="\\n")
+print(home, _extension.library("cpu"), json.loads((home / "_build.json").read_text())["cuda"], sep="\\n")
 """
     home, why_not, cuda = run(sys.executable, "-c", code, cwd=tmp_path, PYTHONPATH=str(clean)).splitlines()
     assert Path(home) == clean / "sae_kernels"
@@ -114,13 +115,21 @@ def test_cuda_compiles_for_hopper_without_spills(tmp_path):
     spills = re.findall(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", log)
     assert len(spills) >= len(CUDA_SOURCES), log
     assert set(spills) == {("0", "0", "0")}, log
+    # It names no symbol that a CPU build of torch lacks, so one wheel serves both.
+    code = f"""
+import torch, sae_kernels
+torch.ops.load_library({str(tmp_path / "sae_kernels" / "_cuda.so")!r})
+print(torch._C._dispatch_has_kernel_for_dispatch_key("sae_kernels_native::token_noise_fwd", "CUDA"))
+"""
+    if _extension.library("cpu") is None and torch.version.cuda is None:
+        assert run(sys.executable, "-c", code, cwd=ROOT).strip() == "True"
 
 
 def test_extension_names_devices_it_has_no_code_for():
-    assert _extension.why_not("mps") == "it has no code for mps devices"
+    assert _extension.why_not(torch.device("mps")) == "it has no code for mps devices"
 
 
-@pytest.mark.skipif(_extension.why_not("cpu") is not None, reason=str(_extension.why_not("cpu")))
+@pytest.mark.skipif(_extension.library("cpu") is not None, reason=str(_extension.library("cpu")))
 @pytest.mark.parametrize("capability", ["baseline", "avx2"])
 def test_lesser_instruction_sets_agree(capability):
     """The words are the same; logarithm and sine may differ in the last places, where no fused multiply-add is."""

@@ -15,7 +15,7 @@ from sae_kernels import FrameLayout, _extension, edm_loss, token_noise
 from sae_kernels.edm_loss import composed, ops
 from sae_kernels.testing import assert_within_budget, noncontiguous
 
-WHY_NOT = _extension.why_not("cpu")
+WHY_NOT = _extension.library("cpu")
 IMPLS = ("composed",) if WHY_NOT else ("composed", "cuda")
 NAMES = ("loss", "draw")
 

@@ -373,7 +373,7 @@ def test_bad_input_names_argument_rule_and_value(call, error, message):
 
 
 WEIGHT_SHAPES = [(8, 4, 3, 3, 3), (5, 7), (1, 1), (3, 2000, 3, 3), (300, 513)]
-FORCED = ("composed",) if _extension.why_not("cpu") else ("composed", "cuda")
+FORCED = ("composed",) if _extension.library("cpu") else ("composed", "cuda")
 
 
 def weights_of(dtype=torch.float32):

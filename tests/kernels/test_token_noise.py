@@ -17,7 +17,7 @@ from sae_kernels import FrameLayout, _extension, token_noise, token_noise_eps
 from sae_kernels.testing import assert_within_budget, noncontiguous
 from sae_kernels.token_noise import composed, ops, reference
 
-WHY_NOT = _extension.why_not("cpu")
+WHY_NOT = _extension.library("cpu")
 IMPLS = ("composed",) if WHY_NOT else ("composed", "cuda")
 needs_extension = pytest.mark.skipif(WHY_NOT is not None, reason=str(WHY_NOT))
 NAMES = ("out", "dx", "dsignal", "dnoise")
@@ -533,6 +533,41 @@ def test_extension_ops_check_what_they_write_to():
     torch.library.opcheck(
         native.token_noise_bwd.default, (torch.ones(2, 6, 4), x, scale, torch.empty(2, 3, 4), sums, None, 2, 1, 2)
     )
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64], ids=str)
+@pytest.mark.parametrize("rest", [(4, 8), (3, 5), (1 << 16,)])
+@pytest.mark.parametrize("per", ["frame", "last", "channel", "element"])
+def test_gpu_gives_the_numbers_of_the_cpu(per, rest, dtype):
+    """Bit for bit: the same source, every fused multiply-add written out."""
+    if per == "element" and len(rest) == 1:
+        per = "frame of any clip"
+    tensors, layout = make(2, 3, 2, rest, per=per, dtype=dtype)
+    options = {"seed": -5, "offset": 2**40}
+    cpu, gpu = (run([t.to(d) for t in tensors], layout, dtype, **options, impl="cuda") for d in ("cpu", "cuda"))
+    assert torch.equal(cpu[0], gpu[0].cpu())
+    for name, g, c in zip(NAMES[1:], gpu[1:], cpu[1:], strict=True):
+        torch.testing.assert_close(g.cpu(), c, msg=name)
+    eps = [token_noise_eps((5, 7, 1001), **options, dtype=dtype, device=d, impl="cuda") for d in ("cpu", "cuda")]
+    assert torch.equal(eps[0], eps[1].cpu())
+
+
+@pytest.mark.gpu
+def test_gpu_on_a_side_stream_and_in_a_graph():
+    (x, signal, noise, _), layout = make(2, 3, 1, (512,))
+    x, signal, noise = x.cuda(), signal.cuda(), noise.cuda()
+    want = token_noise(x, signal, noise, layout, seed=1, impl="cuda")
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        assert torch.equal(token_noise(x, signal, noise, layout, seed=1, impl="cuda"), want)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = token_noise(x, signal, noise, layout, seed=1, impl="cuda")
+    out.zero_()
+    graph.replay()
+    assert torch.equal(out, want)
 
 
 FAULTS = {
