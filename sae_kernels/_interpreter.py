@@ -41,6 +41,8 @@ def correct() -> None:
             return None
         patched.add(id(fn.__globals__))
         scope = patch_lang(fn)
+        # Triton 3.6 takes int() of an array of one element, which NumPy has stopped to allow.
+        scope.set_attr(tl.tensor, "__index__", lambda self: int(self.handle.data.item()))
         restore = scope.restore
 
         def restore_all():

@@ -232,6 +232,7 @@ def test_tensor_of_more_than_2_to_the_31_elements():
     assert torch.equal(out, frame_attention(*small[:3], layout, impl="triton"))
 
 
+@pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")
 def test_infinities_and_nans_stay_where_the_mask_keeps_them():
     """What a row does not see cannot reach it, not even as 0 * nan; tiles read past a stream's end all the same."""
     layout = FrameLayout(4, 9, noisy_copies=2)
