@@ -23,7 +23,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--list", action="store_true", help="print the cases and leave")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--threads", type=int, default=os.cpu_count(), help="CPU threads (default: all cores)")
-    parser.add_argument("--seconds", type=float, help="of timing for each case and direction (default 4, quick 2)")
+    parser.add_argument("--seconds", type=float, help="of timing for each case and direction (default 3, quick 1.5)")
     parser.add_argument("--budget", type=float, help="seconds for everything; most important cases first")
     parser.add_argument("--json", type=Path, help="result file (default benchmarks/results/<date>-<machine>.json)")
     parser.add_argument("--no-plots", action="store_true")
@@ -79,7 +79,7 @@ def _run(argv: Sequence[str]) -> int:
     )
     if not cases:
         raise ValueError(f"no case for {device} matches")
-    seconds = options.seconds or (2.0 if options.quick else 4.0)
+    seconds = options.seconds or (1.5 if options.quick else 3.0)
     with measure.threads(options.threads):
         path = options.json or _default_path(device)
         result = run.run_all(cases, device, run.Options(seconds, options.dry, options.budget), path, show=report.show)

@@ -133,8 +133,8 @@ def exact(
 ) -> dict[str, torch.Tensor]:
     """out, dq, dk, dv of some query heads (G, S, D) that share one key head k, v (S, D), by dense masked softmax.
 
-    Row chunks of at most `rows` scores (more on a GPU than on a CPU by default) bound memory at any length. Every intermediate has the dtype of q, as in eager
-    PyTorch; sums over chunks are kept in fp32 or wider.
+    Row chunks of at most `rows` scores (by default more on a GPU) bound memory. Every intermediate has the
+    dtype of q, as in eager PyTorch; sums over chunks are kept in fp32 or wider.
     """
     S, D = k.shape
     scale, mask_mod = D**-0.5, layout.mask_mod()

@@ -130,13 +130,19 @@ def _check(make_inputs: Callable[[int], Inputs], layout: FrameLayout) -> Callabl
             launch = gate.directions(
                 lambda x, w, p=None, s=None: reference.causal_conv3d(x, w, layout, p, s, None, PAD)
             )["fwd+bwd"]
-            for key, cast in (("eager", lambda t: t), ("gold", torch.Tensor.double)):
+            for key, cast in (
+                ("eager", lambda t: t),
+                ("gold", torch.Tensor.double),
+                ("absolute", lambda t: t.double().abs()),
+            ):
                 given = [cast(t.detach()).requires_grad_() for t in (x[-1:], weight, *(s[-1:] for s in scales))]
                 made[key] = dict(zip(names, launch(Inputs(tuple(given), cast(inputs.grad[-1:])))))
+            made["roundings"] = gate.roundings_of_sums(made["gold"], made["absolute"], x.dtype)
             made["inputs"] = inputs
         given = made["inputs"] if contender.adapt is None else contender.adapt(made["inputs"])
         results = dict(zip(names, contender.launch[direction](given)))
-        gate.hold(contender, {n: last_item(n, r) for n, r in results.items()}, made["gold"], made["eager"])
+        compared = {n: last_item(n, r) for n, r in results.items()}
+        gate.hold(contender, compared, made["gold"], made["eager"], roundings=made["roundings"])
 
     return check
 

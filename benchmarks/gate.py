@@ -44,14 +44,26 @@ def hold(
     gold: Mapping[str, torch.Tensor],
     eager: Mapping[str, torch.Tensor],
     *,
-    roundings: float = 4.0,
+    roundings: float | Mapping[str, float] = 4.0,
 ) -> None:
     """Compare named results: ours to the error of `eager` against fp64 `gold`, a peer to half its digits."""
     for name, actual in results.items():
         if contender.kind == "ours":
-            assert_within_budget(actual, gold[name], eager[name], name, roundings=roundings)
+            granted = roundings[name] if isinstance(roundings, Mapping) else roundings
+            assert_within_budget(actual, gold[name], eager[name], name, roundings=granted)
         else:
             assert_half_the_digits(actual, gold[name], name)
+
+
+def roundings_of_sums(
+    gold: Mapping[str, torch.Tensor], absolute: Mapping[str, torch.Tensor], dtype: torch.dtype
+) -> dict[str, float]:
+    """Roundings to grant to long sums: four, and an fp32 one of the summed absolute terms, however far they cancel.
+
+    `absolute` is gold with the absolute values of all inputs; an fp32 sum in another order may differ by that.
+    """
+    unit = torch.finfo(torch.float32).eps / torch.finfo(dtype).eps
+    return {name: 4 + unit * (absolute[name].mean() / gold[name].abs().mean()).item() for name in gold}
 
 
 @dataclass

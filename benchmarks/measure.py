@@ -113,7 +113,7 @@ def summary(times: Sequence[float]) -> dict[str, float | int]:
 
 
 def peak_memory(call: Callable[[], Any], device: str) -> tuple[int, int | None]:
-    """(bytes allocated at the peak of one call beyond what was there before, launches in it or None if nobody can tell).
+    """(bytes allocated at the peak of one call beyond what was there before; launches in it, None if unknown).
 
     On a GPU from PyTorch's allocator and the profiler's kernels; on the CPU from the profiler's allocation events, and
     a launch is a PyTorch operation that calls no other. Scratch memory that a library takes from elsewhere is not seen.
@@ -175,19 +175,19 @@ def _leaves(events: Sequence[dict[str, Any]]) -> int:
 def ceilings(device: str, dtypes: Sequence[str], *, small: bool = False) -> dict[str, Any]:
     """What this machine does at best: FLOP/s of a square matmul in each dtype, bytes/s (read plus written) of a copy.
 
-    Medians of random data; `small` shrinks both for dry runs.
+    The best of some calls on random data, as a ceiling is; `small` shrinks both for dry runs.
     """
     n = 256 if small else 8192 if device == "cuda" else 2048
     found: dict[str, Any] = {"matmul_size": n, "matmul_flops_per_s": {}}
     for dtype in dtypes:
         a, b = (torch.randn(n, n, device=device).to(DTYPES[dtype]) for _ in range(2))
         times = interleaved({"matmul": [lambda a=a, b=b: a @ b]}, device, 1.0, max_rounds=30)["matmul"]
-        found["matmul_flops_per_s"][dtype] = 2 * n**3 / statistics.median(times)
+        found["matmul_flops_per_s"][dtype] = 2 * n**3 / min(times)
     size = 1 << (20 if small else 30 if device == "cuda" else 28)
-    source = torch.randint(-128, 127, (size,), dtype=torch.int8, device=device)
+    source = torch.randn(size // 4, device=device)
     target = torch.empty_like(source)
     times = interleaved({"copy": [lambda: target.copy_(source)]}, device, 1.0, max_rounds=30)["copy"]
-    return found | {"copy_size": size, "copy_bytes_per_s": 2 * size / statistics.median(times)}
+    return found | {"copy_size": size, "copy_bytes_per_s": 2 * size / min(times)}
 
 
 def cache_bytes(device: str) -> int:
@@ -204,7 +204,7 @@ def cache_bytes(device: str) -> int:
 
 def number_of_sets(bytes_of_one: int, device: str, at_most: int) -> int:
     """Input sets to rotate over so that none is in the cache when its turn comes, within a quarter of free memory."""
-    wanted = 1 + -(-2 * cache_bytes(device) // max(bytes_of_one, 1))
+    wanted = 1 + -(-4 * cache_bytes(device) // max(bytes_of_one, 1))
     if device == "cuda":
         free = torch.cuda.mem_get_info()[0]
     else:

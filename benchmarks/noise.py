@@ -51,6 +51,9 @@ def build(shape: Mapping[str, Any], device: str) -> Problem:
     contenders = gate.ours(ops, device, lambda impl: {"fwd": lambda i: ours(i, impl)})
     contenders.append(Contender("eager randn, cat, mul, add", plain(eager)))
     contenders.append(Contender("the same, compiled", plain(torch.compile(eager, dynamic=False)), compiled=True))
+    # Inductor's own random numbers are slow on a CPU.
+    with_eager_numbers = torch.compile(eager, dynamic=False, options={"fallback_random": True})
+    contenders.append(Contender("the same, compiled around eager randn", plain(with_eager_numbers), compiled=True))
 
     made: dict[str, Any] = {}
 

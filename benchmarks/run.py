@@ -28,7 +28,7 @@ class Options:
         budget: seconds for everything; no case is begun that would not end within it, judged by the longest so far.
     """
 
-    seconds: float = 4.0
+    seconds: float = 3.0
     dry: bool = False
     budget: float | None = None
 

@@ -111,7 +111,7 @@ def test_leaves_are_operations_that_call_no_other():
 
 def test_input_sets_outgrow_the_cache_and_fit_in_memory():
     cache = measure.cache_bytes("cpu")
-    assert measure.number_of_sets(cache // 4, "cpu", 64) == 9
+    assert measure.number_of_sets(cache // 4, "cpu", 64) == 17
     assert measure.number_of_sets(8 * cache, "cpu", 64) == 2
     assert measure.number_of_sets(1, "cpu", 64) == 64
     assert measure.number_of_sets(1 << 60, "cpu", 64) == 1
