@@ -309,7 +309,7 @@ def causal_conv3d_weight_kernel(
             g = tl.load(g_ptr + g_rows[:, None] + co[None, :], mask=ok[:, None] & (co[None, :] < K * UNIT_K), other=0.0)
             a = tl.load(x_ptr + x_rows[:, None] + ci[None, :], mask=ok[:, None] & (ci[None, :] < N * UNIT_N), other=0.0)
         acc = tl.dot(tl.trans(g), a, acc, input_precision=PRECISION)
-    pointers = part_ptr + ((split.to(tl.int64) * (K * UNIT_K) + co[:, None]) * (KT * KY * KX) + tap) * (N * UNIT_N)
+    pointers = part_ptr + ((split.to(tl.int64) * (K * UNIT_K) + co[:, None]) * TAPS + tap - FIRST_TAP) * (N * UNIT_N)
     tl.store(pointers + ci[None, :], acc, mask=(co[:, None] < K * UNIT_K) & (ci[None, :] < N * UNIT_N))
 
 
@@ -413,7 +413,7 @@ def plan_forward(
     x, weight, past_scale, last_scale, history, pad_value, layout, architecture, config=None, keep_past=True
 ) -> tuple[list[Launch], torch.Tensor, torch.Tensor | None]:
     """(the launches of `forward`, out, past) for an architecture; tensors may be meta tensors."""
-    x = _channels_last(x)
+    x, weight = _channels_last(x), _packed(weight)
     B, _, _, Y, X = x.shape
     Cout, kt = weight.shape[0], weight.shape[2]
     T = layout.frames
@@ -443,7 +443,7 @@ def plan_backward(
     """
     need_x, need_weight, need_past_scale, need_last_scale, need_history = mask
     configs = configs or {}
-    x, grad = _channels_last(x), _channels_last(grad)
+    x, grad, weight = _channels_last(x), _channels_last(grad), _packed(weight)
     B, Cin, F, Y, X = x.shape
     Cout, kt = weight.shape[0], weight.shape[2]
     T, streams = layout.frames, layout.streams
@@ -499,7 +499,7 @@ def plan_backward(
 
 def plan_past_term(history, weight, architecture, config=None) -> tuple[list[Launch], torch.Tensor]:
     """(launches, past (B, Cout, 1, Y, X))."""
-    history = _channels_last(history)
+    history, weight = _channels_last(history), _packed(weight)
     past = _video(history, (history.shape[0], weight.shape[0], 1, *history.shape[3:]))
     launch = _convolution(
         "fwd", history, history, None, weight, frames=1, past=past, architecture=architecture, config=config
@@ -512,7 +512,7 @@ def plan_past_term_backward(
 ) -> tuple[list[Launch], torch.Tensor | None, list[torch.Tensor]]:
     """(launches, grad_history, fp32 parts of grad_weight); grad is (B, Cout, 1, Y, X)."""
     configs = configs or {}
-    history, grad = _channels_last(history), _channels_last(grad)
+    history, grad, weight = _channels_last(history), _channels_last(grad), _packed(weight)
     launches, grad_history = [], None
     parts: list[torch.Tensor] = []
     if mask[0]:
@@ -553,13 +553,13 @@ def _convolution(
     config = config or _configs.conv_config(
         architecture, like.dtype, K, N, Y * X, direction if dot_with is None else "dgrad_dot"
     )
-    rows = _check_rows(B * frames * Y * X)
+    rows = _rows_of(B, frames, Y, X, streams)
     tiles_n = triton.cdiv(N, config.block_n)
     args = {
         "p_ptr": videos["p"] if has_past else none,
         "h_ptr": none if history is None else history,
         "x_ptr": none if source is None else source,
-        "w_ptr": _packed(weight),
+        "w_ptr": weight,
         "z_ptr": none if dot_with is None else dot_with,
         "past_scale_ptr": none if past_scale is None else past_scale.contiguous(),
         "last_scale_ptr": none if last_scale is None else last_scale.contiguous(),
@@ -590,7 +590,7 @@ def _streams_pass(
     none = grad.new_empty(0)
     B, N, F, Y, X = grad.shape
     config = config or _configs.conv_config(architecture, grad.dtype, N, N, Y * X, "streams")
-    rows = _check_rows(B * frames * Y * X)
+    rows = _rows_of(B, frames, Y, X, streams)
     tiles_n = triton.cdiv(N, config.block_n)
     dot = None if past is None else grad.new_empty(tiles_n, rows * streams, dtype=torch.float32)
     unit_k, unit_n = _unit(N, grad), _unit(N, dtype=grad.dtype)
@@ -611,13 +611,13 @@ def _streams_pass(
 
 
 def _weight_gradient(grad, source, history, weight, parts, past, architecture, configs) -> Launch:
-    """Past taps or last taps; appends the fp32 buffer (splits, Cout, taps, Cin) of which it fills its taps to parts."""
+    """Past taps or last taps; appends its fp32 buffer (splits, Cout, taps, Cin) to parts."""
     B, _, frames, Y, X = grad.shape
     Cout, Cin, kt, ky, kx = weight.shape
     history = source if history is None else history
     unit_k, unit_n = _unit(Cout, grad), _unit(Cin, source, history)
     config = configs.get("wgrad") or _configs.conv_config(architecture, grad.dtype, Cout, Cin, Y * X, "wgrad")
-    rows = _check_rows(B * frames * Y * X)
+    rows = _rows_of(B, frames, Y, X)
     taps = ky * kx * ((kt - 1) if past else 1)
     programs = taps * triton.cdiv(Cout, config.block_m) * triton.cdiv(Cin, config.block_n)
     blocks = triton.cdiv(rows, config.block_k)
@@ -625,9 +625,8 @@ def _weight_gradient(grad, source, history, weight, parts, past, architecture, c
     splits = max(1, min(triton.cdiv(WEIGHT_PROGRAMS, programs), blocks // SPLIT_BLOCKS))
     chunk = triton.cdiv(blocks, splits) * config.block_k
     splits = triton.cdiv(rows, chunk)
-    part = grad.new_empty(splits, Cout, kt * ky * kx, Cin, dtype=torch.float32)
-    first = 0 if past else (kt - 1) * ky * kx
-    parts.append(part[:, :, first : first + taps])
+    part = grad.new_empty(splits, Cout, taps, Cin, dtype=torch.float32)
+    parts.append(part)
     args = {
         "g_ptr": grad, "x_ptr": source, "h_ptr": history, "part_ptr": part,
         **_strides("g", grad, unit_k), **_strides("x", source, unit_n), **_strides("h", history, unit_n),
@@ -717,10 +716,14 @@ def _wide(*tensors: torch.Tensor | None) -> bool:
     )
 
 
-def _check_rows(rows: int) -> int:
-    if rows >= 2**31 - 1024:
-        raise ValueError(f"x: B * F * Y * X must be below 2**31 - 1024 for impl='triton', got {rows}")
-    return rows
+def _rows_of(B: int, frames: int, Y: int, X: int, streams: int = 1) -> int:
+    """Pixel rows of one stream; those of all streams are counted in 32 bits."""
+    if B * frames * streams * Y * X >= 2**31 - 1024:
+        raise ValueError(
+            "x: B * F * Y * X must be below 2**31 - 1024 for impl='triton', "
+            f"got {B} * {frames * streams} * {Y} * {X} = {B * frames * streams * Y * X}"
+        )
+    return B * frames * Y * X
 
 
 def _precision(dtype: torch.dtype) -> str:
