@@ -82,8 +82,8 @@ def _default(
 
 # 227 KB of shared memory. A warpgroup instruction has 64 rows, so block_m is 64 (one warpgroup, 4 warps) or 128 (two).
 # Forward: head dim 64 has room for three stages of 128 keys (112 KB), 128 for two (160 KB), 256 for two of 64 (192 KB).
-# dk/dv: two fp32 accumulators [block_n, D] take half of the registers; 64 rows x 128 keys at D = 128 spill 27 of the
-# loop's 509 instructions, yet halve the shared-memory reads of the spill-free 32 x 128.
+# dk/dv: two fp32 accumulators [block_n, D] take half of the registers; 64 rows x 128 keys at D = 128 spill in 13 of
+# the loop's 494 instructions, yet halve the shared-memory reads of the spill-free 32 x 128.
 _HOPPER = {
     ("fwd", 64, False): AttentionConfig(128, 128, 8, 3),
     ("fwd", 64, True): AttentionConfig(64, 64, 4, 3),
@@ -175,6 +175,7 @@ class ConvConfig:
                 raise ValueError(f"{name}: must be a power of two, got {value}")
 
 
+@functools.cache
 def conv_config(
     architecture: int, dtype: torch.dtype, reduced: int, produced: int, pixels: int, direction: str
 ) -> ConvConfig:

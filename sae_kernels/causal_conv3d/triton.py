@@ -554,7 +554,7 @@ def _convolution(
         architecture, like.dtype, K, N, Y * X, direction if dot_with is None else "dgrad_dot"
     )
     rows = _rows_of(B, frames, Y, X, streams)
-    tiles_n = triton.cdiv(N, config.block_n)
+    tiles_n = _ceil(N, config.block_n)
     args = {
         "p_ptr": videos["p"] if has_past else none,
         "h_ptr": none if history is None else history,
@@ -581,7 +581,7 @@ def _convolution(
         "WHOLE": K % config.block_k == 0 and N % config.block_n == 0,
         "WIDE": _wide(*videos.values(), weight, out), "PRECISION": _precision(like.dtype),
     }  # fmt: skip
-    return _launch(causal_conv3d_kernel, triton.cdiv(rows, config.block_m) * tiles_n, args, config)
+    return _launch(causal_conv3d_kernel, _ceil(rows, config.block_m) * tiles_n, args, config)
 
 
 def _streams_pass(
@@ -591,7 +591,7 @@ def _streams_pass(
     B, N, F, Y, X = grad.shape
     config = config or _configs.conv_config(architecture, grad.dtype, N, N, Y * X, "streams")
     rows = _rows_of(B, frames, Y, X, streams)
-    tiles_n = triton.cdiv(N, config.block_n)
+    tiles_n = _ceil(N, config.block_n)
     dot = None if past is None else grad.new_empty(tiles_n, rows * streams, dtype=torch.float32)
     unit_k, unit_n = _unit(N, grad), _unit(N, dtype=grad.dtype)
     args = {
@@ -606,7 +606,7 @@ def _streams_pass(
         "HAS_PAST_SCALE": past_scale is not None, "SUM": total is not None, "SCALED": scaled is not None,
         "DOT": dot is not None, "WIDE": _wide(grad),
     }  # fmt: skip
-    launch = _launch(causal_conv3d_streams_kernel, triton.cdiv(rows, config.block_m) * tiles_n, args, config)
+    launch = _launch(causal_conv3d_streams_kernel, _ceil(rows, config.block_m) * tiles_n, args, config)
     return launch, None if dot is None else dot.unflatten(1, (B, F, Y * X))
 
 
@@ -619,12 +619,12 @@ def _weight_gradient(grad, source, history, weight, parts, past, architecture, c
     config = configs.get("wgrad") or _configs.conv_config(architecture, grad.dtype, Cout, Cin, Y * X, "wgrad")
     rows = _rows_of(B, frames, Y, X)
     taps = ky * kx * ((kt - 1) if past else 1)
-    programs = taps * triton.cdiv(Cout, config.block_m) * triton.cdiv(Cin, config.block_n)
-    blocks = triton.cdiv(rows, config.block_k)
+    programs = taps * _ceil(Cout, config.block_m) * _ceil(Cin, config.block_n)
+    blocks = _ceil(rows, config.block_k)
     # Enough programs for a large GPU, but no part shorter than its own cost of being written and read again.
-    splits = max(1, min(triton.cdiv(WEIGHT_PROGRAMS, programs), blocks // SPLIT_BLOCKS))
-    chunk = triton.cdiv(blocks, splits) * config.block_k
-    splits = triton.cdiv(rows, chunk)
+    splits = max(1, min(_ceil(WEIGHT_PROGRAMS, programs), blocks // SPLIT_BLOCKS))
+    chunk = _ceil(blocks, splits) * config.block_k
+    splits = _ceil(rows, chunk)
     part = grad.new_empty(splits, Cout, taps, Cin, dtype=torch.float32)
     parts.append(part)
     args = {
@@ -714,6 +714,10 @@ def _wide(*tensors: torch.Tensor | None) -> bool:
         for t in tensors
         if t is not None
     )
+
+
+def _ceil(a: int, b: int) -> int:
+    return -(-a // b)
 
 
 def _rows_of(B: int, frames: int, Y: int, X: int, streams: int = 1) -> int:
