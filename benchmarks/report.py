@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from . import measure
+from . import measure, registry
 
 BEGIN, END = "<!-- benchmarks:begin -->", "<!-- benchmarks:end -->"
 HEADER = (
@@ -78,26 +78,22 @@ def rows(record: Mapping[str, Any]) -> list[tuple[str, ...]]:
 
 def remarks(record: Mapping[str, Any]) -> list[str]:
     """What a table of figures does not show: a red gate, wrong or missing contenders, set-up costs, yardsticks."""
-    name = f"{record['op']}/{record['case']}"
     if not record["gate"]["ok"]:
-        return [f"{name}: RED, no figures: {record['gate']['reason']}"]
-    found = [f"{name}, {w['contender']}, {w['direction']}: WRONG, no figure: {w['reason']}" for w in record["wrong"]]
+        return [f"RED, no figures: {record['gate']['reason']}"]
+    found = [f"{w['contender']}, {w['direction']}: WRONG, no figure: {w['reason']}" for w in record["wrong"]]
     for missing in record["missing"]:
         where = "" if missing["direction"] is None else f", {missing['direction']}"
-        found.append(f"{name}, {missing['contender']}{where}: not there: {missing['reason']}")
-    said = set()
-    for result in record["results"]:
-        key = result["contender"]
-        if key in said:
-            continue
-        said.add(key)
+        found.append(f"{missing['contender']}{where}: not there: {missing['reason']}")
+    first = {result["contender"]: result for result in reversed(record["results"])}
+    for name, result in reversed(first.items()):
         if result["kind"] == "other":
-            found.append(f"{name}, {key} *: {result['note']}")
-        setup = result["setup"]
-        if setup:
-            parts = [duration(v) if k.endswith("seconds") else size(v) for k, v in setup.items()]
-            text = ", ".join(f"{k.rsplit('_', 1)[0].replace('_', ' ')} {v}" for k, v in zip(setup, parts))
-            found.append(f"{name}, {key}: set-up not in the time: {text}")
+            found.append(f"{name} *: {result['note']}")
+        if result["setup"]:
+            parts = [
+                f"{key.rsplit('_', 1)[0].replace('_', ' ')} {(duration if key.endswith('seconds') else size)(value)}"
+                for key, value in result["setup"].items()
+            ]
+            found.append(f"{name}: set-up not in the time: {', '.join(parts)}")
     return found
 
 
@@ -123,7 +119,7 @@ def show(record: Mapping[str, Any]) -> None:
             [line[1:] for line in lines], HEADER[1:], f"{lines[0][0]} ({record['about']}), per {record['unit']}"
         )
     for remark in remarks(record):
-        print(remark)
+        print(f"{record['op']}/{record['case']}: {remark}")
     print(flush=True)
 
 
@@ -176,7 +172,7 @@ def _section(result: Mapping[str, Any]) -> list[str]:
     if env["device"] == "cpu" and load > 0.5:
         parts.append(f"Other processes were running (load average before: {env['load_average']:.1f}).")
     by_op: dict[str, list[Mapping[str, Any]]] = {}
-    for record in result["cases"]:
+    for record in _in_order(result):
         by_op.setdefault(record["op"], []).append(record)
     for op, records in by_op.items():
         lines = [
@@ -186,12 +182,28 @@ def _section(result: Mapping[str, Any]) -> list[str]:
         for record in records:
             lines += _ratio_lines(record)
         parts += [f"**{op}**", "\n".join(lines)]
-        notes = "\n".join(f"- {remark}" for record in records for remark in remarks(record))
+        notes = _notes(records)
         if notes:
             parts.append(f"<details><summary>Notes and what is missing</summary>\n\n{notes}\n\n</details>")
     for skipped in result.get("not_run", []):
         parts.append(f"{skipped['op']}/{skipped['case']} was not run: {skipped['reason']}.")
     return parts
+
+
+def _in_order(result: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    """Cases by op; they were run by importance."""
+    return sorted(result["cases"], key=lambda record: registry.OPS.index(record["op"]))
+
+
+def _notes(records: Sequence[Mapping[str, Any]]) -> str:
+    """The remarks of an op's cases, what holds for all of them said once."""
+    cases: dict[str, list[str]] = {}
+    for record in records:
+        for remark in remarks(record):
+            cases.setdefault(remark, []).append(record["case"])
+    everywhere = [f"- {remark}" for remark, names in cases.items() if len(names) == len(records)]
+    somewhere = [f"- {', '.join(names)}: {remark}" for remark, names in cases.items() if len(names) < len(records)]
+    return "\n".join(everywhere + somewhere)
 
 
 def _ratio_lines(record: Mapping[str, Any]) -> list[str]:
@@ -260,7 +272,7 @@ def _title(result: Mapping[str, Any]) -> str:
 
 def _draw_ratios(pyplot, result):
     bars = []
-    for record in result["cases"]:
+    for record in _in_order(result):
         if record["op"] == "scaling":
             continue
         for entry in record["results"]:
@@ -308,7 +320,7 @@ def _draw_scaling(pyplot, result):
 
 def _draw_roofline(pyplot, result):
     points = []
-    for record in result["cases"]:
+    for record in _in_order(result):
         for entry in record["results"]:
             if entry["kind"] == "ours" and entry.get("flops_per_s") and entry.get("bytes_per_s"):
                 points.append((f"{record['op']}/{record['case']}, {entry['direction']}", record["dtype"], entry))

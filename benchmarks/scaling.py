@@ -1,8 +1,8 @@
 """Cost of one training frame against the length of its context, for three ways to train on clips.
 
 One clean-and-noisy pass gives T training frames, each with all frames before it as context. One pass per frame (as with
-cross-attention to a context) gives one, from T - 1 clean frames and a noisy one. Frame stacking gives one as well: its
-T - 1 context frames are channels of a spatial network's input.
+cross-attention to a context) gives one, from T - 1 clean frames and a noisy one. So does a frame of frame stacking,
+whose T - 1 context frames are channels of a spatial network's input; T of them are run together.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from sae_diffusion.model import Denoiser
 from sae_diffusion.model.conv import CausalConv
 from sae_diffusion.model.frame_pass import FramePass
@@ -64,13 +65,12 @@ def build(shape: Mapping[str, Any], device: str) -> Problem:
         return network(batch["x0"], labels, batch["actions"], noisy_copies=0)[:, -1:]
 
     def stack(batch: Mapping[str, Any]) -> torch.Tensor:
-        x = batch["x0"].flatten(1, 2).unsqueeze(1)
-        c_noise = batch["sigmas"][:, -1:].log() / 4
-        frames = FramePass(config, "spatial", 1, c_noise)
-        inputs = torch.nn.functional.pixel_unshuffle(x, config.patch_size) if config.patch_size > 1 else x
-        return stacked(
-            inputs.transpose(1, 2), batch["actions"] if batch["actions"] is None else batch["actions"][:, -1:], frames
-        )
+        """(1, C, T, Y, X): T frames, as many as one pass of ours trains, each with T frames as channels."""
+        x = batch["x0"].flatten(1, 2).unsqueeze(1).repeat(1, T, 1, 1, 1)
+        frames = FramePass(config, "spatial", T, batch["sigmas"][:, T:].log() / 4)
+        if config.patch_size > 1:
+            x = F.pixel_unshuffle(x, config.patch_size)
+        return stacked(x.transpose(1, 2), batch["actions"], frames)
 
     def launch(forward: Callable[[Mapping[str, Any]], torch.Tensor], network: torch.nn.Module) -> dict[str, Callable]:
         def run(batch: Mapping[str, Any]) -> None:
@@ -88,6 +88,7 @@ def build(shape: Mapping[str, Any], device: str) -> Problem:
             launch(stack, stacked),
             "other",
             "another function: the context enters as channels of the first convolution, and no layer looks back",
+            units=T,
         ),
     ]
     made: dict[str, torch.Tensor] = {}

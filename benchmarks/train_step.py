@@ -150,8 +150,8 @@ def _check(config: ModelConfig, shape: Mapping[str, Any], device: str) -> Callab
     """Loss and gradients of one clip of gate_T frames.
 
     Gold is the network on separate past taps and a dense mask in fp64, eager the same at its dtype. All gradients
-    as one vector are held to the budget, four roundings for each convolution; loss, each parameter's gradient, and those
-    of all small parameters together (one sum may cancel and keep few digits) to half the digits.
+    as one vector are held to the budget, with four roundings for each convolution. The loss, each weight's gradient,
+    and those of all gains together (a single sum may cancel and keep few digits) are held to half the digits.
     """
     made: dict[str, Any] = {}
     dtype = measure.DTYPES[shape["dtype"]]

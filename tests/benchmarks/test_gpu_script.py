@@ -31,6 +31,8 @@ def test_dry_run_takes_every_step_home(tmp_path):
     assert summary["budget_s"] == 400 and summary["torch"] and summary["compute_sanitizer"]
     result = json.loads((out / "benchmarks.json").read_text())
     assert result["complete"] and all(c["gate"]["ok"] and c["results"] for c in result["cases"])
+    reasons = [m["reason"] for c in result["cases"] for m in c["missing"]]
+    assert not [r for r in reasons if r.startswith("could not run")] and not any(c["wrong"] for c in result["cases"])
     assert {c["op"] for c in result["cases"]} == {
         "attention", "convolution", "train-step", "noise", "magnitude", "sampling", "scaling",
     }  # fmt: skip
