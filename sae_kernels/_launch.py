@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+
+from . import _library
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET", "0") == "1"
 
@@ -87,3 +90,30 @@ def signature(launch: Launch) -> tuple[dict[str, str], dict[str, Any], dict[tupl
             assert param.do_not_specialize and param.annotation_type, f"{launch.kernel.__name__}: {param.name}"
             types[param.name] = param.annotation_type
     return types, constants, attributes
+
+
+def run_on(launches: list[Launch], device: torch.device) -> None:
+    """Run launches on this device and its current stream; on the CPU only interpreted."""
+    if device.type == "cuda":
+        with torch.cuda.device(device):
+            for launch in launches:
+                launch.run()
+    elif INTERPRETED:
+        for launch in launches:
+            launch.run()
+    else:
+        raise ValueError(f"impl: 'triton' needs a CUDA tensor or TRITON_INTERPRET=1, got a tensor on {device}")
+
+
+@_library.constant_in_graphs
+def why_not(device: torch.device) -> str | None:
+    """Why Triton kernels cannot run on this device; None if they can."""
+    if importlib.util.find_spec("triton") is None:
+        return "the package triton is not installed"
+    if device.type == "cuda":
+        major, minor = torch.cuda.get_device_capability(device)
+        if major < 8:
+            return f"it needs compute capability 8.0 or newer, this device has {major}.{minor}"
+    elif os.environ.get("TRITON_INTERPRET", "0") != "1":
+        return "it needs a CUDA device, or TRITON_INTERPRET=1 from the start to be interpreted on the CPU"
+    return None

@@ -40,8 +40,8 @@ def token_noise(
             seed with different offsets never share a counter.
         dtype: of the output, that of x by default.
         return_noise: also return eps, of the output's shape and dtype, without gradient.
-        impl: "auto", "reference", "composed", or "cuda" (the C++ extension, also on the CPU). A named one is used or
-            refused, never replaced.
+        impl: "auto", "reference", "composed", "triton", or "cuda" (the C++ extension, also on the CPU). A named one is
+            used or refused, never replaced.
 
     Returns:
         (B, F, ...), contiguous; with `return_noise` the pair (out, eps). Gradients flow to x and both scales.
@@ -66,7 +66,7 @@ def token_noise(
     signal_scale = _scale("signal_scale", signal_scale, x, shape)
     noise_scale = _scale("noise_scale", noise_scale, x, shape)
 
-    available, why_not = ops.implementations(x.device, x.ndim)
+    available, why_not = ops.implementations(x.device, x.ndim, (x.dtype, dtype))
     chosen = _checks.choose_implementation("token_noise", impl, x.device, available, why_not)
     if chosen == "reference":
         out, noise = reference.token_noise(x, signal_scale, noise_scale, layout.streams, seed, offset, dtype)
@@ -102,7 +102,7 @@ def token_noise_eps(
     if any(size < 0 for size in shape):
         raise ValueError(f"shape: sizes must be >= 0, got {shape}")
     like = torch.empty(0, dtype=dtype, device=device)
-    available, why_not = ops.implementations(like.device)
+    available, why_not = ops.implementations(like.device, dtypes=(dtype,))
     chosen = _checks.choose_implementation("token_noise_eps", impl, like.device, available, why_not)
     if chosen == "reference":
         return reference.token_noise_eps(shape, seed, offset, like.device, dtype)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import torch
 
-from .. import _extension, _library
+from .. import _extension, _launch, _library
 from . import composed, cuda
 
 _OPTIONS = "SymInt seed, SymInt offset, str impl"
@@ -17,9 +17,19 @@ _OPTIONS = "SymInt seed, SymInt offset, str impl"
 MAX_DIMS = 9
 
 
-def implementations(device: torch.device, ndim: int = 2) -> tuple[list[str], dict[str, str]]:
+def implementations(
+    device: torch.device, ndim: int = 2, dtypes: tuple[torch.dtype, ...] = ()
+) -> tuple[list[str], dict[str, str]]:
     """(those that run on this device, fastest first; those that do not, with the reason)."""
-    available, why_not = ["composed", "reference"], {"triton": "there is no Triton kernel for this op yet"}
+    available, why_not = ["composed", "reference"], {}
+    reason = _launch.why_not(device)
+    if reason is None and torch.float64 in dtypes:
+        reason = "it computes in float32; float64 is for the others"
+    if reason is not None:
+        why_not["triton"] = reason
+    else:
+        # The interpreter serves tests: never the choice of "auto".
+        available.insert(0 if device.type == "cuda" else len(available), "triton")
     reason = _extension.why_not(device)
     if reason is None and ndim > MAX_DIMS:
         reason = f"it takes up to {MAX_DIMS} dimensions, got {ndim}"
@@ -35,6 +45,10 @@ def _backend(impl: str):
         return composed
     if impl == "cuda":
         return cuda
+    if impl == "triton":
+        from . import triton
+
+        return triton
     raise ValueError(f"impl: token_noise has no registered implementation {impl!r}")
 
 

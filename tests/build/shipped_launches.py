@@ -104,4 +104,20 @@ def least_copies(op: str, launch: Launch, architecture: int) -> int:
     return one_stage * loops * launch.num_stages
 
 
-OPS = {"frame_attention": frame_attention, "causal_conv3d": causal_conv3d}
+def token_noise(architecture: int) -> dict[str, Launch]:
+    from sae_kernels.token_noise import triton as kernels
+
+    launches = {}
+    for label, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16), ("fp16", torch.float16)):
+        out = torch.empty(2, 6, 4096, dtype=dtype, device="meta")
+        (launches[f"token_noise_eps_kernel-{label}"],) = kernels.plan_eps(out, 1, 2)
+        for inner, per_pixel in ((4096, False), (4095, True)):
+            x = torch.empty(2, 3, inner, dtype=dtype, device="meta")
+            scale = torch.empty(1, 6, inner if per_pixel else 1, device="meta")
+            out = torch.empty(2, 6, inner, dtype=dtype, device="meta")
+            (launch,) = kernels.plan_forward(x, scale, scale, out, out if per_pixel else None, 2, 1, 2)
+            launches[f"token_noise_fwd_kernel-{label}{'-unaligned' if per_pixel else ''}"] = launch
+    return launches
+
+
+OPS = {"frame_attention": frame_attention, "causal_conv3d": causal_conv3d, "token_noise": token_noise}

@@ -13,12 +13,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
 
-from sae_kernels import FrameLayout, _extension, token_noise, token_noise_eps
+from sae_kernels import FrameLayout, _extension, _launch, token_noise, token_noise_eps
 from sae_kernels.testing import assert_within_budget, noncontiguous
 from sae_kernels.token_noise import composed, ops, reference
 
 WHY_NOT = _extension.library("cpu")
-IMPLS = ("composed",) if WHY_NOT else ("composed", "cuda")
+FP64_IMPLS = ("composed",) if WHY_NOT else ("composed", "cuda")
+IMPLS = FP64_IMPLS if _launch.why_not(torch.device("cpu")) else (*FP64_IMPLS, "triton")
 needs_extension = pytest.mark.skipif(WHY_NOT is not None, reason=str(WHY_NOT))
 NAMES = ("out", "dx", "dsignal", "dnoise")
 WORD = 0xFFFFFFFF
@@ -87,7 +88,7 @@ def run(tensors, layout, dtype, **options):
     return [out, *torch.autograd.grad(out, inputs, grad.to(dtype))]
 
 
-def compare(tensors, layout, *, impls=IMPLS, **options):
+def compare(tensors, layout, *, impls=FP64_IMPLS, **options):
     options = {"seed": 11, "offset": 5} | options
     dtype = tensors[0].dtype
     gold = run(tensors, layout, torch.float64, **options, impl="reference")
@@ -220,6 +221,26 @@ def test_composed_is_the_reference(per, K, noisy_first, dtype):
     compare(tensors, layout)
 
 
+@pytest.mark.skipif("triton" not in IMPLS, reason=str(_launch.why_not(torch.device("cpu"))))
+@pytest.mark.parametrize(
+    ("per", "K", "rest", "dtype"),
+    [
+        ("frame", 1, (4, 6), torch.float32),
+        ("frame of any clip", 0, (7,), torch.float32),
+        ("clip", 2, (3, 5), torch.bfloat16),
+        ("all", 1, (2051,), torch.float16),
+        ("first", 1, (4, 5, 3), torch.float32),
+        ("channel", 3, (4, 5), torch.bfloat16),
+        ("last", 1, (4, 16), torch.float16),
+        ("element", 2, (1030,), torch.float32),
+        ("frame", 1, (), torch.float32),
+    ],
+)
+def test_triton_is_the_reference(per, K, rest, dtype):
+    tensors, layout = make(2, 3, K, rest, per=per, dtype=dtype, noisy_first=K == 2)
+    compare(tensors, layout, impls=("triton",), seed=-7, offset=2**40 + 1)
+
+
 @given(
     B=st.integers(1, 3),
     T=st.integers(1, 5),
@@ -239,7 +260,7 @@ def test_any_shape(B, T, K, rest, per, dtype, seed, offset):
 def test_gradients_are_those_of_finite_differences():
     tensors, layout = make(1, 2, 2, (3,))
     inputs = [x.double().requires_grad_() for x in tensors[:3]]
-    for impl in ("reference", *IMPLS):
+    for impl in ("reference", *FP64_IMPLS):
         assert torch.autograd.gradcheck(lambda *a: token_noise(*a, layout, seed=3, impl=impl), inputs)  # noqa: B023
 
 
@@ -432,7 +453,10 @@ BAD = {
     r"offset: must be in \[-2\^63, 2\^63\), got -9223372036854775809": ({"offset": -(2**63) - 1}, ValueError),
     "dtype: must be float32, .*, got torch.int32": ({"dtype": torch.int32}, TypeError),
     "impl: must be one of .*, got 'magic'": ({"impl": "magic"}, ValueError),
-    "impl: token_noise cannot run 'triton' on cpu: ": ({"impl": "triton"}, ValueError),
+    "impl: token_noise cannot run 'triton' on cpu: ": (
+        {"impl": "triton", "x": torch.ones(2, 3, 4).double()},
+        ValueError,
+    ),
 }
 
 
@@ -458,12 +482,13 @@ def test_bad_shape_of_eps():
         token_noise_eps((3,), seed=0, dtype=torch.int64)
 
 
-@needs_extension
-def test_extension_is_within_four_ulp_of_the_reference():
-    """Relative to the number itself, also where the sine crosses zero; every bit position of u is met."""
+@pytest.mark.parametrize("impl", [impl for impl in IMPLS if impl != "composed"])
+def test_normals_are_within_four_ulp_of_the_reference(impl):
+    """Relative to the number itself, also where the sine crosses zero."""
+    count = 1 << 15 if impl == "triton" else 1 << 21
     for seed, offset in ((2, 1), (-(2**63), 2**63 - 1)):
-        want = token_noise_eps((1 << 21,), seed=seed, offset=offset, impl="reference")
-        got = token_noise_eps((1 << 21,), seed=seed, offset=offset, impl="cuda")
+        want = token_noise_eps((count,), seed=seed, offset=offset, impl="reference")
+        got = token_noise_eps((count,), seed=seed, offset=offset, impl=impl)
         ulp = torch.ldexp(torch.ones_like(want), torch.frexp(want).exponent - 24)
         assert ((got - want).abs() / ulp).max() <= 4
 
