@@ -60,7 +60,7 @@ def _rows(batch, frame, y, x, stride_b, stride_f, stride_y, stride_x, UNIT: tl.c
 
 @triton.jit
 def _distance(to_ptr, from_ptr, UNIT: tl.constexpr):
-    """Units from one tensor to another, so that offsets from one pointer reach both; exact, since `_unit` aligns both."""
+    """Units from one tensor to another, for offsets from one pointer to reach both; exact, as `_unit` sees to it."""
     BYTES: tl.constexpr = to_ptr.dtype.element_ty.primitive_bitwidth // 8
     return (to_ptr.to(tl.int64) - from_ptr.to(tl.int64)) // (BYTES * UNIT)
 
