@@ -18,7 +18,7 @@ CASES = [c for c in registry.select("cpu", ops=OPS) if c.name != "weights"]
 
 @pytest.fixture(autouse=True)
 def only_when_asked(request: pytest.FixtureRequest, poison: None):
-    if not request.config.getoption("benchmark_only"):
+    if not request.config.getoption("benchmark_only", default=False):
         pytest.skip("runs under --benchmark-only")
     # Filling memory with NaN is for tests.
     torch.use_deterministic_algorithms(False)
