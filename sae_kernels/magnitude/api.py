@@ -2,7 +2,8 @@
 
 Each keeps a unit root mean square where its inputs have one. All of them take float32, bfloat16, float16 and float64 on
 any device, compute in fp32 (fp64 for fp64) also under autocast, keep the memory order of their (first) input, and are
-deterministic. `impl` is "auto", "reference" or "composed"; a named one is used or refused, never replaced.
+deterministic. `impl` is "auto", "reference", "composed", or "triton" (mp_silu, mp_sum with a number, pixel_norm); a
+named one is used or refused, never replaced.
 """
 
 from __future__ import annotations
@@ -52,7 +53,7 @@ def mp_sum(a: torch.Tensor, b: torch.Tensor, t: float | torch.Tensor, *, impl: s
             raise ValueError(f"t: must broadcast to the shape of a {tuple(a.shape)}, got {_checks.describe(t)}")
     else:
         t = _check_number("t", t)
-    chosen = _choose("mp_sum", impl, a)
+    chosen = _choose("mp_sum", impl, a, "mp_sum_tensor" if isinstance(t, torch.Tensor) else "mp_sum")
     if chosen == "reference":
         return reference.mp_sum(a, b, t)
     return ops.mp_sum_tensor(a, b, t, chosen) if isinstance(t, torch.Tensor) else ops.mp_sum(a, b, t, chosen)
@@ -207,6 +208,6 @@ def _check_dim(dim: int, x: torch.Tensor) -> int:
     return dim % x.ndim
 
 
-def _choose(op: str, impl: str, x: torch.Tensor) -> str:
-    available, why_not = ops.implementations(x.device)
+def _choose(op: str, impl: str, x: torch.Tensor, function: str | None = None) -> str:
+    available, why_not = ops.implementations(x.device, function or op, x.dtype)
     return _checks.choose_implementation(op, impl, x.device, available, why_not)

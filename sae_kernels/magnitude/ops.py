@@ -11,21 +11,39 @@ from collections.abc import Sequence
 
 import torch
 
-from .. import _extension, _library
+from .. import _extension, _launch, _library
 from . import composed, cuda
 
+# Functions with a Triton kernel; the others are a library call or two.
+TRITON = ("mp_silu", "mp_sum", "pixel_norm")
 
-def implementations(device: torch.device) -> tuple[list[str], dict[str, str]]:
-    """(those that run on this device, fastest first; those that do not, with the reason)."""
-    return ["composed", "reference"], {
-        "triton": "there is no Triton kernel for this op yet",
-        "cuda": "there is no CUDA C++ kernel for this op yet",
-    }
+
+def implementations(
+    device: torch.device, function: str = "pixel_norm", dtype: torch.dtype = torch.float32
+) -> tuple[list[str], dict[str, str]]:
+    """(those that run this function on this device, fastest first; those that do not, with the reason)."""
+    available = ["composed", "reference"]
+    why_not = {"cuda": "the C++ extension has no code for it but for normalize_weights_"}
+    reason = _launch.why_not(device)
+    if function not in TRITON:
+        reason = "there is no Triton kernel for this function"
+    elif reason is None and dtype == torch.float64:
+        reason = "it computes in float32; float64 is for composed and reference"
+    if reason is not None:
+        why_not["triton"] = reason
+    else:
+        # The interpreter serves tests: never the choice of "auto".
+        available.insert(0 if device.type == "cuda" else len(available), "triton")
+    return available, why_not
 
 
 def _backend(impl: str):
     if impl == "composed":
         return composed
+    if impl == "triton":
+        from . import triton
+
+        return triton
     raise ValueError(f"impl: the magnitude functions have no registered implementation {impl!r}")
 
 

@@ -108,7 +108,7 @@ def token_noise(architecture: int) -> dict[str, Launch]:
     from sae_kernels.token_noise import triton as kernels
 
     launches = {}
-    for label, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16), ("fp16", torch.float16)):
+    for label, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16)):
         out = torch.empty(2, 6, 4096, dtype=dtype, device="meta")
         (launches[f"token_noise_eps_kernel-{label}"],) = kernels.plan_eps(out, 1, 2)
         for inner, per_pixel in ((4096, False), (4095, True)):
@@ -120,4 +120,34 @@ def token_noise(architecture: int) -> dict[str, Launch]:
     return launches
 
 
-OPS = {"frame_attention": frame_attention, "causal_conv3d": causal_conv3d, "token_noise": token_noise}
+def magnitude(architecture: int) -> dict[str, Launch]:
+    from sae_kernels.magnitude import triton as kernels
+
+    launches = {}
+    for label, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16)):
+        x = _video(8, dtype, 256, 4)
+        plans = kernels.plan_elementwise(kernels.mp_silu_fwd_kernel, x, x_ptr=x, gain=1.0)
+        plans += kernels.plan_elementwise(kernels.mp_silu_bwd_kernel, x, grad_ptr=x, x_ptr=x, gain=1.0)
+        plans += kernels.plan_elementwise(kernels.mp_sum_fwd_kernel, x, a_ptr=x, b_ptr=x, weight_a=1.0, weight_b=1.0)
+        for launch in plans:
+            launches[f"{launch.kernel.__name__}-{label}"] = launch
+        channels_last, first = torch.channels_last_3d, torch.contiguous_format
+        sizes = ((512, channels_last), (5000, first)) if label == "fp32" else ((64, channels_last), (512, first))
+        for channels, memory_format in sizes:
+            x = torch.empty(2, channels, 4, 8, 8, dtype=dtype, device="meta", memory_format=memory_format)
+            rms = torch.empty(2, 1, 4, 8, 8, device="meta")
+            for kernel, inputs in (
+                (kernels.pixel_norm_fwd_kernel, {"x_ptr": x}),
+                (kernels.pixel_norm_bwd_kernel, {"grad_ptr": x, "y_ptr": x}),
+            ):
+                (launch,) = kernels.plan_norm(kernel, 1, 1e-4, out_ptr=x, rms_ptr=rms, **inputs)
+                launches[f"{kernel.__name__}-{label}-{channels}"] = launch
+    return launches
+
+
+OPS = {
+    "frame_attention": frame_attention,
+    "causal_conv3d": causal_conv3d,
+    "token_noise": token_noise,
+    "magnitude": magnitude,
+}

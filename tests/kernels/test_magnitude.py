@@ -12,7 +12,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sae_kernels import _extension, mp_cat, mp_silu, mp_sum, normalize_weight, normalize_weights_, pixel_norm
+from sae_kernels import _extension, _launch, mp_cat, mp_silu, mp_sum, normalize_weight, normalize_weights_, pixel_norm
 from sae_kernels.magnitude import composed, ops
 from sae_kernels.testing import assert_within_budget, noncontiguous
 
@@ -58,9 +58,9 @@ def run(function, inputs, grad, dtype, **options):
     return [out, *torch.autograd.grad(out, inputs, grad.to(dtype))]
 
 
-def compare(function, inputs, grad, name):
+def compare(function, inputs, grad, name, impl="composed"):
     dtype = inputs[0].dtype
-    actual = run(function, inputs, grad, dtype, impl="composed")
+    actual = run(function, inputs, grad, dtype, impl=impl)
     gold = run(function, inputs, grad, torch.float64, impl="reference")
     eager = run(function, inputs, grad, dtype, impl="reference")
     for index, results in enumerate(zip(actual, gold, eager, strict=True)):
@@ -73,6 +73,48 @@ def compare(function, inputs, grad, name):
 def test_composed_is_the_reference(name, dtype):
     inputs, grad = make(name, dtype)
     compare(CASES[name][0], inputs, grad, name)
+
+
+needs_triton = pytest.mark.skipif(
+    _launch.why_not(torch.device("cpu")) is not None, reason=str(_launch.why_not(torch.device("cpu")))
+)
+
+
+@needs_triton
+@pytest.mark.parametrize("dtype", LOW, ids=str)
+@pytest.mark.parametrize("channels_last", [False, True])
+@pytest.mark.parametrize("name", ["mp_silu", "mp_sum", "mp_sum t=0", "pixel_norm", "pixel_norm last"])
+def test_triton_is_the_reference(name, channels_last, dtype):
+    inputs, grad = make(name, dtype)
+    inputs[0].flatten()[:: max(1, inputs[0][0].numel() // 3)] *= 30
+    if channels_last and grad.ndim == 5:
+        inputs, grad = [x.contiguous(memory_format=CL3D) for x in inputs], grad.contiguous(memory_format=CL3D)
+    compare(CASES[name][0], inputs, grad, name, impl="triton")
+    # Mixed orders of memory, and a slice of a larger tensor.
+    mixed = [noncontiguous(inputs[0], 1), *[x.contiguous() for x in inputs[1:]]]
+    compare(CASES[name][0], mixed, grad.contiguous(), name, impl="triton")
+
+
+@needs_triton
+@pytest.mark.parametrize(
+    ("shape", "dim"), [((2, 5000), 1), ((3, 4100, 2), 1), ((5, 4, 7), 1), ((6, 3, 2), 0), ((4,), 0)]
+)
+def test_triton_pixel_norm_of_any_width(shape, dim):
+    x, grad = torch.randn(shape), torch.randn(shape)
+    compare(lambda x, **o: pixel_norm(x, dim, **o), [x], grad, "pixel_norm", impl="triton")
+    permuted = torch.randn(4, 3, 2, 5).permute(2, 0, 3, 1)
+    compare(lambda x, **o: pixel_norm(x, 1, **o), [permuted], torch.randn(permuted.shape), "permuted", impl="triton")
+
+
+@needs_triton
+def test_triton_of_zeros_and_nothing():
+    x = torch.zeros(2, 8, 3, requires_grad=True)
+    pixel_norm(x, impl="triton").sum().backward()
+    assert torch.equal(x.grad, torch.full_like(x, 1e4))
+    for function in (mp_silu, pixel_norm):
+        assert function(torch.empty(0, 4), impl="triton").shape == (0, 4)
+    with pytest.raises(ValueError, match="cannot run 'triton' on cpu: there is no Triton kernel for this function"):
+        mp_sum(x, x, torch.tensor(0.5), impl="triton")
 
 
 @given(
