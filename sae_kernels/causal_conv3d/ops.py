@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import importlib.util
-import os
-
 import torch
 
-from .. import _library
+from .. import _launch, _library
 from ..layout import FrameLayout
 from . import composed
 
@@ -24,7 +21,7 @@ def implementations(
     """(those that run on this device, fastest first; those that do not, with the reason)."""
     available = ["composed", "reference"]
     why_not = {"cuda": "there is no CUDA C++ kernel for this op; use triton"}
-    reason = _why_not_triton(device)
+    reason = _launch.why_not(device)
     if reason is None and dtype == torch.float64:
         reason = "it computes in float32; float64 is for composed and reference"
     elif reason is None and frames_per_block > 1 and noisy_copies > 0:
@@ -36,19 +33,6 @@ def implementations(
     # On the CPU it is interpreted, which serves tests: never the choice of "auto".
     available.insert(0 if device.type == "cuda" else len(available), "triton")
     return available, why_not
-
-
-@_library.constant_in_graphs
-def _why_not_triton(device: torch.device) -> str | None:
-    if importlib.util.find_spec("triton") is None:
-        return "the package triton is not installed"
-    if device.type == "cuda":
-        major, minor = torch.cuda.get_device_capability(device)
-        if major < 8:
-            return f"it needs compute capability 8.0 or newer, this device has {major}.{minor}"
-    elif os.environ.get("TRITON_INTERPRET", "0") != "1":
-        return "it needs a CUDA device, or TRITON_INTERPRET=1 from the start to be interpreted on the CPU"
-    return None
 
 
 def _backend(impl: str):

@@ -404,7 +404,7 @@ def test_choice_of_implementation(monkeypatch):
     with pytest.raises(ValueError, match="cannot run 'triton' on cpu: it computes in float32"):
         causal_conv3d(tensors["x"].double(), tensors["weight"].double(), FrameLayout(3, 1), impl="triton")
 
-    monkeypatch.setattr(ops, "_why_not_triton", lambda device: None)
+    monkeypatch.setattr(ops._launch, "why_not", lambda device: None)
     assert ops.implementations(cuda, torch.bfloat16)[0] == ["triton", "composed", "reference"]
     assert ops.implementations(cuda, torch.bfloat16, 2, 1)[0] == ["composed", "reference"]
     assert ops.implementations(cuda, torch.bfloat16, 2, 0)[0][0] == "triton"
