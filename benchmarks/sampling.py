@@ -14,16 +14,16 @@ from sae_diffusion.diffusion.sampler import SamplerConfig, generate
 from sae_diffusion.model import Denoiser
 from sae_diffusion.model.cache import ConvEntry
 
-from . import gate, naive, train_step
+from . import gate, measure, naive, train_step
 from .registry import Case, Contender, Problem
 
 # preset, B videos, context frames, steps (noise levels; a frame costs 2 steps - 1 evaluations, and one for the cache).
 CASES = [
     Case("sampling", "lunar-lander", "the lunar-lander preset after 15 frames of context",
-         {"preset": "lunar-lander", "B": 1, "context": 15, "steps": 16},
+         {"preset": "lunar-lander", "B": 1, "context": 15, "steps": 16, "dtype": "bf16"},
          {"preset": "lunar-lander", "B": 1, "context": 15, "steps": 2}, 7, True),
     Case("sampling", "tiny", "the preset of the demo after 15 frames of context",
-         {"preset": "tiny", "B": 1, "context": 15, "steps": 16},
+         {"preset": "tiny", "B": 1, "context": 15, "steps": 16, "dtype": "bf16"},
          {"preset": "tiny", "B": 1, "context": 15, "steps": 8}, 36),
     Case("sampling", "smoke", "a second for everything", None,
          {"preset": "nano", "B": 1, "context": 2, "steps": 1}, dry=True),
@@ -72,7 +72,7 @@ def past_recomputed():
 
 def build(shape: Mapping[str, Any], device: str) -> Problem:
     naive.forget()
-    context, B = shape["context"], shape["B"]
+    context, B, dtype = shape["context"], shape["B"], shape.get("dtype", "fp32")
     # A window as long as the context keeps the cost of a frame the same from call to call.
     config = dataclasses.replace(train_step.config_of(shape), window=context)
     model = train_step.network(config, device).eval()
@@ -85,8 +85,10 @@ def build(shape: Mapping[str, Any], device: str) -> Problem:
         def run(_: Any) -> torch.Tensor:
             if name not in caches:
                 caches[name] = denoiser.new_cache(B)
-                denoiser.prefill(frames, labels, None, caches[name])
-            return generate(denoiser, None, None, 1, sampler, cache=caches[name], batch=B)
+                with train_step.precision(device, dtype):
+                    denoiser.prefill(frames, labels, None, caches[name])
+            with train_step.precision(device, dtype):
+                return generate(denoiser, None, None, 1, sampler, cache=caches[name], batch=B)
 
         return run
 
@@ -110,18 +112,19 @@ def build(shape: Mapping[str, Any], device: str) -> Problem:
         x = torch.randn(B, 1, *frames.shape[2:], generator=torch.Generator().manual_seed(1)).to(device)
         sigma = torch.ones(B, 1, device=device)
 
-        def one(denoiser: Any, dtype: torch.dtype) -> torch.Tensor:
-            cache = denoiser.new_cache(B)
-            denoiser.prefill(frames.to(dtype), labels.to(dtype), None, cache)
-            return denoiser.denoise(x.to(dtype), sigma.to(dtype), None, cache)
+        def one(denoiser: Any, precision: str) -> torch.Tensor:
+            cache, wide = denoiser.new_cache(B), torch.float64 if precision == "fp64" else torch.float32
+            with train_step.precision(device, precision):
+                denoiser.prefill(frames.to(wide), labels.to(wide), None, cache)
+                return denoiser.denoise(x.to(wide), sigma.to(wide), None, cache)
 
         if not made:
             wide = train_step.network(config, device).eval().double()
-            made["gold"] = one(Recomputing(wide, context), torch.float64)
-            made["eager"] = one(recomputing, torch.float32)
+            made["gold"] = one(Recomputing(wide, context), "fp64")
+            made["eager"] = one(recomputing, dtype)
         layers = sum(isinstance(m, naive.model_conv.CausalConv) for m in model.modules())
         with past_recomputed() if "without" in contender.name else contextlib.nullcontext():
-            out = one(recomputing if contender.name == "no cache" else model, torch.float32)
+            out = one(recomputing if contender.name == "no cache" else model, dtype).to(measure.DTYPES[dtype])
         gate.hold(contender, {"D": out}, {"D": made["gold"]}, {"D": made["eager"]}, roundings=4.0 * layers)
 
-    return Problem(lambda i: {}, contenders, check, "fp32", unit="frame", largest_sets=1)
+    return Problem(lambda i: {}, contenders, check, dtype, unit="frame", largest_sets=1)

@@ -46,9 +46,6 @@ def build(shape: Mapping[str, Any], device: str) -> Problem:
     def make_inputs(index: int) -> dict[str, torch.Tensor]:
         return train_step.clips(config, 1, T, 1, device, index)
 
-    def autocast():
-        return torch.autocast(device, measure.DTYPES[dtype], enabled=dtype in ("bf16", "fp16"))
-
     def backward(loss: torch.Tensor, network: torch.nn.Module) -> None:
         loss.backward()
         network.zero_grad(set_to_none=True)
@@ -74,7 +71,7 @@ def build(shape: Mapping[str, Any], device: str) -> Problem:
 
     def launch(forward: Callable[[Mapping[str, Any]], torch.Tensor], network: torch.nn.Module) -> dict[str, Callable]:
         def run(batch: Mapping[str, Any]) -> None:
-            with autocast():
+            with train_step.precision(device, dtype):
                 loss = forward(batch).square().mean()
             backward(loss, network)
 
@@ -99,9 +96,9 @@ def build(shape: Mapping[str, Any], device: str) -> Problem:
         if not made:
             wide = {k: v.double() if torch.is_tensor(v) and v.is_floating_point() else v for k, v in batch.items()}
             made["gold"] = per_frame(train_step.network(config, device).double(), wide)
-            with autocast(), naive.swapped(naive.TWO_PASSES, naive.dense_attention):
+            with train_step.precision(device, dtype), naive.swapped(naive.TWO_PASSES, naive.dense_attention):
                 made["eager"] = per_frame(model, batch)
-        with autocast():
+        with train_step.precision(device, dtype):
             out = per_frame(model, batch) if contender.kind == "peer" else one_pass(batch)[:, -1:]
         layers = sum(isinstance(m, CausalConv) for m in model.modules())
         results = {"D": out.to(measure.DTYPES[dtype])}

@@ -69,10 +69,15 @@ def clips(config: ModelConfig, B: int, T: int, K: int, device: str, index: int) 
     return {"x0": x0.to(device), "sigmas": sigmas.to(device), "actions": actions, "K": K, "seed": index}
 
 
+def precision(device: str, dtype: str) -> contextlib.AbstractContextManager:
+    """Autocast for bf16 and fp16, nothing for the rest."""
+    if dtype in ("bf16", "fp16"):
+        return torch.autocast(device, measure.DTYPES[dtype])
+    return contextlib.nullcontext()
+
+
 def loss_of(model: Denoiser, batch: Mapping[str, Any], dtype: str) -> torch.Tensor:
-    device = batch["x0"].device.type
-    autocast = dtype in ("bf16", "fp16")
-    with torch.autocast(device, measure.DTYPES[dtype]) if autocast else contextlib.nullcontext():
+    with precision(batch["x0"].device.type, dtype):
         return denoising_loss(
             model,
             batch["x0"],
