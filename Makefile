@@ -26,7 +26,7 @@ check: setup
 	$(BIN)/mypy
 
 bench: setup
-	$(BIN)/python -m benchmarks
+	$(BIN)/python -m benchmarks --budget 500
 	$(BIN)/python -m pytest tests/benchmarks --benchmark-only --benchmark-autosave
 
 # On a machine as found: no virtual environment, nothing installed. GPU_BUDGET_S seconds, results in GPU_OUT.
