@@ -30,6 +30,7 @@ from .train.evaluate import one_step_psnr, validate
 
 METRICS = "metrics.json"
 CURVE = "metrics.jsonl"
+SIGMAS = (0.5, 1.0, 2.0, 5.0, 10.0, 20.0, 40.0)
 
 
 @dataclass(frozen=True)
@@ -93,8 +94,9 @@ def run(config: DemoConfig, preset: Preset) -> dict[str, Any]:
         paths = rollout.write(config.out, fps=fps)
     with stage("evaluate", seconds):
         losses = validate(
-            model, heldout, stats, clips=config.eval_clips, context_sigma=preset.sampler.context_sigma, seed=config.seed
-        )
+            model, heldout, stats, SIGMAS,
+            clips=config.eval_clips, context_sigma=preset.sampler.context_sigma, seed=config.seed,
+        )  # fmt: skip
         psnr = one_step_psnr(model, heldout, stats, preset.sampler, clips=config.eval_clips, seed=config.seed)
     paths.append(loss_curve(config.out))
     metrics = {

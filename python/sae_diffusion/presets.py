@@ -39,18 +39,24 @@ class Preset:
 
 
 MODELS = {
-    # 64x64 pixels as 32x32x12: a step of 4 clips of 8 to 12 frames takes about a second on two CPU cores.
+    # 64x64 pixels as 32x32x12, made for some hundred training steps on two CPU cores. Given the past, little of a
+    # frame is unknown: with sigma_data 0.3 D takes the network's own picture wherever sigma is above about that, and
+    # need not wait until the network has learned to subtract the noise it is shown (one-step PSNR after 170 steps:
+    # 10.3 dB with 1, 22.9 dB with 0.3). The window is the clip length of training less one.
     "tiny": ModelConfig(
         height=64,
         width=64,
         channels=3,
         patch_size=2,
-        model_channels=16,
-        channel_mult=(1, 2, 4),
+        model_channels=32,
+        channel_mult=(1, 1, 2),
         blocks_per_level=1,
         video_attention=(8,),
         head_dim=32,
+        kernel_frames=2,
         num_actions=4,
+        sigma_data=0.3,
+        window=7,
     ),
     "lunar-lander": ModelConfig(
         height=32,
@@ -80,11 +86,11 @@ PRESETS = {
     "tiny": Preset(
         MODELS["tiny"],
         TrainConfig(
-            clip_length=8, batch_size=4, noisy_copies=2, steps=2000, noise=NoiseConfig(mean=0.0, std=1.6),
-            lr=1e-2, lr_ref_steps=200, lr_ramp_steps=20, checkpoint_every=200, snapshot_every=200, log_every=20,
+            clip_length=8, batch_size=2, noisy_copies=2, steps=4000, noise=NoiseConfig(mean=1.2, std=1.0),
+            lr=2e-2, lr_ref_steps=100, lr_ramp_steps=20, checkpoint_every=200, snapshot_every=200, log_every=20,
             num_workers=1,
         ),
-        SamplerConfig(steps=12, rho=5.0),
+        SamplerConfig(steps=8, sigma_min=1.0, sigma_max=40.0, rho=2.0),
         ClipConfig(clip_stride=2),
     ),
     "lunar-lander": Preset(

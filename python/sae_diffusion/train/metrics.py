@@ -48,11 +48,11 @@ class Reporter:
         self._progress: Any = None
         if sys.stderr.isatty():
             from rich.console import Console
-            from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeElapsedColumn, TimeRemainingColumn
+            from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeElapsedColumn
 
             self._progress = Progress(
-                "train", BarColumn(), MofNCompleteColumn(), "{task.fields[note]}", TimeElapsedColumn(), "elapsed,",
-                TimeRemainingColumn(), "left", console=Console(stderr=True),
+                "train", BarColumn(), MofNCompleteColumn(), "{task.fields[note]}", TimeElapsedColumn(), "elapsed",
+                console=Console(stderr=True),
             )  # fmt: skip
             self._task = self._progress.add_task("train", total=total_steps, completed=start_step, note="")
             self._progress.start()
@@ -69,16 +69,13 @@ class Reporter:
             for name, value in record.items():
                 if name not in ("step", "clips", "seconds") and value is not None:
                     self._writer.add_scalar(name, value, record["step"])
-        note = f"loss {record['loss']:.4f}  {record['clips_per_second']:.1f} clips/s"
+        minutes, seconds = divmod(int(seconds_left), 60)
+        rate = f"{record['clips_per_second']:.1f} clips/s"
+        note = f"loss {record['loss']:.4f}  {rate}  {minutes}:{seconds:02d} left"
         if self._progress is not None:
             self._progress.update(self._task, note=note)
         else:
-            minutes, seconds = divmod(int(seconds_left), 60)
-            print(
-                f"step {record['step']}/{self.total_steps}  {note}  {minutes}:{seconds:02d} left",
-                file=sys.stderr,
-                flush=True,
-            )
+            print(f"step {record['step']}/{self.total_steps}  {note}", file=sys.stderr, flush=True)
 
     def add_image(self, name: str, image: Any, step: int) -> None:
         """An image (Y, X, C) uint8 beside the curves."""

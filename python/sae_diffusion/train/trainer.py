@@ -257,7 +257,7 @@ class Trainer:
                     self._train_step(batches)
                     elapsed = time.monotonic() - start
                     self.seconds = seconds_before + elapsed
-                    self._after_step(elapsed / (self.step - start_step))
+                    self._after_step(elapsed, elapsed / (self.step - start_step))
                     stop = self._agree_to_stop(elapsed)
                     if stop is not None:
                         reason = stop
@@ -270,7 +270,7 @@ class Trainer:
                     self.reporter = None
         return TrainResult(self.step, reason, checkpoint)
 
-    def _after_step(self, seconds_per_step: float) -> None:
+    def _after_step(self, elapsed: float, seconds_per_step: float) -> None:
         config = self.config
 
         def due(every: int) -> bool:
@@ -279,7 +279,7 @@ class Trainer:
         if self.reporter is not None:
             self.reporter.advance(self.step)
         if due(config.log_every) or self.step == config.steps:
-            self._log(seconds_per_step)
+            self._log(elapsed, seconds_per_step)
         if due(config.snapshot_every) and self.rank == 0:
             self.ema.save_snapshot(self.run_dir / "ema")
         if due(config.sample_every) and self.on_sample is not None and self.rank == 0:
@@ -290,7 +290,7 @@ class Trainer:
         if due(config.checkpoint_every):
             self.save()
 
-    def _log(self, seconds_per_step: float) -> None:
+    def _log(self, elapsed: float, seconds_per_step: float) -> None:
         sums = {kind: running.tolist() for kind, running in self._running.items()}
         for running in self._running.values():
             running.zero_()
@@ -317,7 +317,10 @@ class Trainer:
             "seconds": self.seconds,
         }
         if self.reporter is not None:
-            self.reporter.log(record, seconds_per_step * (self.config.steps - self.step))
+            left = seconds_per_step * (self.config.steps - self.step)
+            if self.config.max_seconds is not None:
+                left = min(left, max(self.config.max_seconds - elapsed, 0.0))
+            self.reporter.log(record, left)
 
     @contextlib.contextmanager
     def ema_weights(self, std: float) -> Iterator[nn.Module]:
