@@ -9,7 +9,7 @@ import sys
 
 import torch
 
-from . import _extension
+from . import __version__, _extension
 
 OPS = ("frame_attention", "causal_conv3d", "token_noise", "edm_loss", "magnitude")
 
@@ -45,7 +45,7 @@ def report() -> dict:
     return {
         "versions": {
             "python": platform.python_version(),
-            "sae-kernels": version_of("sae-kernels"),
+            "sae-kernels": __version__,
             "torch": torch.__version__,
             "triton": version_of("triton"),
             "numpy": version_of("numpy"),

@@ -171,27 +171,14 @@ def backward(
         mask = edge_mask(group, layout, q)
         if mask is not None:
             mask = mask.repeat(streams.query_groups, 1)
-        tensors = (grads, rows, outs)
-        dq_part, dk_part, dv_part = _attend_backward(
-            *(x.flatten(3, 4).flatten(1, 2) for x in tensors),
-            row_lse.flatten(3, 4).flatten(1, 2),
-            edge_k.flatten(1, 2),
-            edge_v.flatten(1, 2),
-            mask,
-            scale,
-        )
+        edge = [x.flatten(3, 4).flatten(1, 2) for x in (grads, rows, outs, row_lse)]
+        dq_part, dk_part, dv_part = _attend_backward(*edge, edge_k.flatten(1, 2), edge_v.flatten(1, 2), mask, scale)
         streams.add_edge_grad(dk_sum, dk_part.reshape(edge_k.shape), group)
         streams.add_edge_grad(dv_sum, dv_part.reshape(edge_v.shape), group)
         dq_rows = dq_part.reshape(rows.shape).to(wide)
+        every = [x.flatten(2, 4) for x in (grads, rows, outs, row_lse)]
         for a, b in group.full:
-            dq_part, dk_part, dv_part = _attend_backward(
-                *(x.flatten(2, 4) for x in tensors),
-                row_lse.flatten(2, 4),
-                clean_k[:, :, a:b],
-                clean_v[:, :, a:b],
-                None,
-                scale,
-            )
+            dq_part, dk_part, dv_part = _attend_backward(*every, clean_k[:, :, a:b], clean_v[:, :, a:b], None, scale)
             dk_clean[:, :, a:b] += dk_part
             dv_clean[:, :, a:b] += dv_part
             dq_rows += dq_part.reshape(rows.shape)
