@@ -172,13 +172,13 @@ def backward(
         if mask is not None:
             mask = mask.repeat(streams.query_groups, 1)
         edge = [x.flatten(3, 4).flatten(1, 2) for x in (grads, rows, outs, row_lse)]
-        dq_part, dk_part, dv_part = _attend_backward(*edge, edge_k.flatten(1, 2), edge_v.flatten(1, 2), mask, scale)
+        dq_part, dk_part, dv_part = _attend_backward(edge, edge_k.flatten(1, 2), edge_v.flatten(1, 2), mask, scale)
         streams.add_edge_grad(dk_sum, dk_part.reshape(edge_k.shape), group)
         streams.add_edge_grad(dv_sum, dv_part.reshape(edge_v.shape), group)
         dq_rows = dq_part.reshape(rows.shape).to(wide)
         every = [x.flatten(2, 4) for x in (grads, rows, outs, row_lse)]
         for a, b in group.full:
-            dq_part, dk_part, dv_part = _attend_backward(*every, clean_k[:, :, a:b], clean_v[:, :, a:b], None, scale)
+            dq_part, dk_part, dv_part = _attend_backward(every, clean_k[:, :, a:b], clean_v[:, :, a:b], None, scale)
             dk_clean[:, :, a:b] += dk_part
             dv_clean[:, :, a:b] += dv_part
             dq_rows += dq_part.reshape(rows.shape)
@@ -220,8 +220,9 @@ def _attend(q, k, v, mask, scale):
     return torch.matmul(scores.sub_(lse.unsqueeze(-1)).exp_().to(v.dtype), v), lse
 
 
-def _attend_backward(grad_out, q, out, lse, k, v, mask, scale):
-    """(dq, dk, dv) of one part, from out and lse of the whole rows."""
+def _attend_backward(rows, k, v, mask, scale):
+    """(dq, dk, dv) of one part; rows: (grad_out, q, out, lse) of the whole rows."""
+    grad_out, q, out, lse = rows
     if _flash_cpu(q):
         return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
             grad_out, q, k, v, out, lse, 0.0, False, attn_mask=mask, scale=scale
