@@ -130,7 +130,7 @@ _FLOAT32 = {
     ("fwd", 64): AttentionConfig(32, 32, 4, 1),
     ("fwd", 128): AttentionConfig(32, 32, 8, 1),
     ("fwd", 256): AttentionConfig(16, 16, 8, 1),
-    ("dkdv", 64): AttentionConfig(32, 32, 4, 1),
+    ("dkdv", 64): AttentionConfig(32, 32, 8, 1),
     ("dkdv", 128): AttentionConfig(16, 32, 8, 1),
     ("dkdv", 256): AttentionConfig(16, 16, 8, 1),
     ("dq", 64): AttentionConfig(32, 32, 4, 1),

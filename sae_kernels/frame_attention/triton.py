@@ -460,11 +460,13 @@ def frame_attention_bwd_dkdv_kernel(
         member = member.to(tl.int64)
         q = _load(q_base + (member * stride_qh + row * stride_qs) * UNIT, q_rows, key_ok, dims, D, BD, False)
         grad = _load(grad_base + (member * stride_gh + row * stride_gs) * UNIT, grad_rows, key_ok, dims, D, BD, False)
+        # lse and delta are read where they are used: read earlier, they cost 32 registers a thread.
+        scores = tl.dot(k, tl.trans(q), input_precision=PRECISION)
         lse2 = tl.load(lse_ptr + statistics + member * rows + row + row_index) * LOG2E
-        delta = tl.load(delta_ptr + statistics + member * rows + row + row_index)
-        p = tl.exp2(tl.dot(k, tl.trans(q), input_precision=PRECISION) * qk_scale - lse2[None, :])
-        dp = tl.dot(v, tl.trans(grad), input_precision=PRECISION)
+        p = tl.exp2(scores * qk_scale - lse2[None, :])
         dv = tl.dot(p.to(grad.dtype), grad, dv, input_precision=PRECISION)
+        dp = tl.dot(v, tl.trans(grad), input_precision=PRECISION)
+        delta = tl.load(delta_ptr + statistics + member * rows + row + row_index)
         ds = p * (dp - delta[None, :])
         dk = tl.dot(ds.to(q.dtype), q, dk, input_precision=PRECISION)
 
@@ -490,16 +492,16 @@ def frame_attention_bwd_dkdv_kernel(
         member = member.to(tl.int64)
         q = _load(q_base + (member * stride_qh + row * stride_qs) * UNIT, q_rows, row_ok, dims, D, BD, True)
         grad = _load(grad_base + (member * stride_gh + row * stride_gs) * UNIT, grad_rows, row_ok, dims, D, BD, True)
+        scores = tl.dot(k, tl.trans(q), input_precision=PRECISION)
         lse2 = tl.load(lse_ptr + statistics + member * rows + row + row_index, mask=row_ok, other=0.0) * LOG2E
-        delta = tl.load(delta_ptr + statistics + member * rows + row + row_index, mask=row_ok, other=0.0)
-        p = tl.exp2(tl.dot(k, tl.trans(q), input_precision=PRECISION) * qk_scale - lse2[None, :])
         lower = key_block + tl.where(is_y, U, 0)
         visible = (row_in_stream[None, :] >= lower[:, None]) & (
             row_in_stream[None, :] < tl.minimum(upper, end)[:, None]
         )
-        p = tl.where(visible, p, 0.0)
-        dp = tl.dot(v, tl.trans(grad), input_precision=PRECISION)
+        p = tl.where(visible, tl.exp2(scores * qk_scale - lse2[None, :]), 0.0)
         dv = tl.dot(p.to(grad.dtype), grad, dv, input_precision=PRECISION)
+        dp = tl.dot(v, tl.trans(grad), input_precision=PRECISION)
+        delta = tl.load(delta_ptr + statistics + member * rows + row + row_index, mask=row_ok, other=0.0)
         ds = p * (dp - delta[None, :])
         dk = tl.dot(ds.to(q.dtype), q, dk, input_precision=PRECISION)
 

@@ -19,8 +19,9 @@ def frame_attention(architecture: int) -> dict[str, Launch]:
     from sae_kernels.frame_attention import triton as kernels
 
     cases = [(torch.bfloat16, D, P, None) for D in (64, 128, 256) for P in (200, 16)]
+    cases += [(torch.float32, D, 200, None) for D in (64, 128, 256)]
     if architecture == 90:
-        cases += [(torch.bfloat16, 128, 200, 2), (torch.float16, 64, 200, None), (torch.float32, 64, 200, None)]
+        cases += [(torch.bfloat16, 128, 200, 2), (torch.float16, 64, 200, None)]
     launches, seen = {}, set()
     for dtype, D, P, window in cases:
         layout = FrameLayout(3, P, window=window)
