@@ -39,6 +39,35 @@ inline void check_contiguous(const char* name, const Tensor& t) {
   STD_TORCH_CHECK(t.is_contiguous(), name, ": must be contiguous, got strides that are not, shape ", shape_of(t));
 }
 
+// Weights (Cout, ...) in fp32 with their copies, none or one of each; those without elements are left out.
+inline std::vector<Weight> weights_of(const std::vector<Tensor>& weights, const std::vector<Tensor>& copies,
+                                      const std::vector<double>& gains) {
+  STD_TORCH_CHECK(copies.empty() || copies.size() == weights.size(), "copies: must be none or as many as weights = ",
+                  weights.size(), ", got ", copies.size());
+  STD_TORCH_CHECK(copies.empty() || gains.size() == weights.size(), "gains: must be as many as weights = ",
+                  weights.size(), ", got ", gains.size());
+  std::vector<Weight> result;
+  for (size_t i = 0; i < weights.size(); ++i) {
+    const Tensor& w = weights[i];
+    check_contiguous("weights", w);
+    STD_TORCH_CHECK(type_of("weights", w) == Type::f32, "weights: dtype must be float32");
+    STD_TORCH_CHECK(w.dim() >= 2, "weights: must have shape (Cout, ...), got ", shape_of(w));
+    if (w.numel() == 0) continue;
+    Weight weight{static_cast<float*>(w.mutable_data_ptr()), nullptr, Type::f32, 1.0f, w.size(0), 0};
+    weight.fan_in = w.numel() / weight.rows;
+    if (!copies.empty()) {
+      check_contiguous("copies", copies[i]);
+      STD_TORCH_CHECK(copies[i].numel() == w.numel(), "copies: must have the shapes of the weights, got ",
+                      shape_of(copies[i]), " for ", shape_of(w));
+      weight.copy = copies[i].mutable_data_ptr();
+      weight.copy_type = type_of("copies", copies[i]);
+      weight.gain = static_cast<float>(gains[i]);
+    }
+    result.push_back(weight);
+  }
+  return result;
+}
+
 // The index space of an output (B, R T, rest...) over data x (B, T, rest...).
 class Frames {
  public:

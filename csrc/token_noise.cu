@@ -3,86 +3,17 @@
 // The fast kernel moves 16 bytes of output at a time, for scales that are constant along the innermost dim (one for each
 // frame, say); the general one takes any strides and scales, one element at a time. Both give the numbers of the CPU: the
 // build turns contraction off, and madd is a fused multiply-add.
-#include <cuda_bf16.h>
-#include <cuda_fp16.h>
-#include <cuda_runtime.h>
-#include <dlfcn.h>
-#include <torch/csrc/stable/accelerator.h>
-
 #include <algorithm>
 
-#include "check.h"
-#include "philox.h"
+#include "device.cuh"
 
 namespace sae {
 namespace {
-
-constexpr int kThreads = 256;
 
 struct Task {
   Space space;
   Operand x, signal, noise_scale, out, noise;
 };
-
-__device__ __forceinline__ float widen(float x) { return x; }
-__device__ __forceinline__ float widen(__nv_bfloat16 x) { return __bfloat162float(x); }
-__device__ __forceinline__ float widen(__half x) { return __half2float(x); }
-template <class T>
-__device__ __forceinline__ T narrow(float x);
-template <>
-__device__ __forceinline__ float narrow<float>(float x) { return x; }
-template <>
-__device__ __forceinline__ __nv_bfloat16 narrow<__nv_bfloat16>(float x) { return __float2bfloat16_rn(x); }
-template <>
-__device__ __forceinline__ __half narrow<__half>(float x) { return __float2half_rn(x); }
-
-template <class C>
-__device__ __forceinline__ C read(const Operand& from, int64_t at) {
-  switch (from.type) {
-    case Type::f32: return static_cast<C>(static_cast<const float*>(from.data)[at]);
-    case Type::bf16: return static_cast<C>(widen(static_cast<const __nv_bfloat16*>(from.data)[at]));
-    case Type::f16: return static_cast<C>(widen(static_cast<const __half*>(from.data)[at]));
-    default: return static_cast<C>(static_cast<const double*>(from.data)[at]);
-  }
-}
-template <class C>
-__device__ __forceinline__ void write(const Operand& to, int64_t at, C value) {
-  switch (to.type) {
-    case Type::f32: static_cast<float*>(to.data)[at] = static_cast<float>(value); break;
-    case Type::bf16: static_cast<__nv_bfloat16*>(to.data)[at] = __float2bfloat16_rn(static_cast<float>(value)); break;
-    case Type::f16: static_cast<__half*>(to.data)[at] = __float2half_rn(static_cast<float>(value)); break;
-    default: static_cast<double*>(to.data)[at] = static_cast<double>(value);
-  }
-}
-
-// Offset of index j along the inner dims. A frame usually has fewer than 2^32 elements: then the division is a short one.
-__device__ __forceinline__ int64_t inner_offset(const Space& space, const Operand& operand, int64_t j) {
-  int64_t at = 0;
-#pragma unroll 1
-  for (int d = space.dims - 1; d > 0; --d) {
-    const int64_t size = space.sizes[d];
-    int64_t quotient;
-    if ((j | size) >> 32) quotient = j / size;
-    else quotient = static_cast<uint32_t>(j) / static_cast<uint32_t>(size);
-    at += (j - quotient * size) * operand.inner[d];
-    j = quotient;
-  }
-  return at + j * operand.inner[0];
-}
-
-__device__ __forceinline__ void four_normals(const Space& space, uint64_t group, float* z) {
-  const Words w = philox(group, space.offset, space.seed);
-  box_muller(w.w0, w.w1, z[0], z[1]);
-  box_muller(w.w2, w.w3, z[2], z[3]);
-}
-
-__device__ __forceinline__ float one_normal(const Space& space, int64_t element) {
-  const Words w = philox(static_cast<uint64_t>(element) / 4, space.offset, space.seed);
-  const bool second = element & 2;
-  float z0, z1;
-  box_muller(second ? w.w2 : w.w0, second ? w.w3 : w.w1, z0, z1);
-  return element & 1 ? z1 : z0;
-}
 
 template <class T, int kWidth>
 struct alignas(sizeof(T) * kWidth <= 16 ? sizeof(T) * kWidth : 16) Pack {
@@ -200,7 +131,6 @@ __global__ void __launch_bounds__(kThreads, 2)  // without the 2, ptxas spills o
     token_noise_grad_scale_kernel(const __grid_constant__ Space space, const __grid_constant__ Cut kept,
                                   const __grid_constant__ Cut summed, const __grid_constant__ Operand grad_out,
                                   const __grid_constant__ Operand other, double* sums) {
-  __shared__ double partial[kThreads];
   for (int64_t target = blockIdx.x; target < kept.count; target += gridDim.x) {
     const Place base = place(kept, target);
     double sum = 0;
@@ -211,47 +141,12 @@ __global__ void __launch_bounds__(kThreads, 2)  // without the 2, ptxas spills o
                                   : static_cast<C>(one_normal(space, base.element + at.element));
       sum += static_cast<double>(grad * factor);
     }
-    partial[threadIdx.x] = sum;
-    __syncthreads();
-    for (int half = kThreads / 2; half > 0; half /= 2) {
-      if (threadIdx.x < half) partial[threadIdx.x] += partial[threadIdx.x + half];
-      __syncthreads();
-    }
-    if (threadIdx.x == 0) sums[base.target] = partial[0];
-    __syncthreads();
+    sum = block_sum(sum);
+    if (threadIdx.x == 0) sums[base.target] = sum;
   }
 }
 
 // ---- host
-
-// torch's current stream. The function lives in libtorch_cuda, which a CPU build of torch, against which this is linked
-// too, does not have: so it is looked up among the libraries already loaded.
-cudaStream_t current_stream(int32_t device) {
-  using Getter = AOTITorchError (*)(int32_t, void**);
-  static const Getter getter = [] {
-    void* library = dlopen("libtorch_cuda.so", RTLD_LAZY | RTLD_NOLOAD);
-    return library ? reinterpret_cast<Getter>(dlsym(library, "aoti_torch_get_current_cuda_stream")) : nullptr;
-  }();
-  STD_TORCH_CHECK(getter, "libtorch_cuda.so is not loaded, or does not tell its current stream");
-  void* stream = nullptr;
-  STABLE_TORCH_ERROR_CODE_CHECK(getter(device, &stream));
-  return static_cast<cudaStream_t>(stream);
-}
-
-struct Launch {
-  explicit Launch(const Tensor& t) : guard(t.get_device_index()), stream(current_stream(t.get_device_index())) {}
-  static unsigned blocks(int64_t threads) {
-    const int64_t count = (threads + kThreads - 1) / kThreads;
-    STD_TORCH_CHECK(count < (int64_t{1} << 31), "x: too many elements for one launch, got ", threads);
-    return static_cast<unsigned>(count);
-  }
-  static void check() {
-    const cudaError_t error = cudaGetLastError();
-    STD_TORCH_CHECK(error == cudaSuccess, "token_noise: the launch failed: ", cudaGetErrorString(error));
-  }
-  torch::stable::accelerator::DeviceGuard guard;
-  cudaStream_t stream;
-};
 
 int64_t bytes_of(Type type) { return type == Type::f64 ? 8 : type == Type::f32 ? 4 : 2; }
 

@@ -151,7 +151,7 @@ def normalize_weights_(
         weights: each (Cout, ...), at least two dimensions, of one device.
         copies: contiguous tensors of the weights' shapes; None for none.
         gains: of the copies; None for 1.
-        impl: "auto", "composed", or "cuda" (the C++ extension: contiguous float32 on the CPU).
+        impl: "auto", "composed", or "cuda" (the C++ extension, also on the CPU: contiguous float32).
 
     Raises:
         TypeError: not a tensor, or not a supported dtype.

@@ -327,8 +327,6 @@ _library.register_autograd(normalize_weight, _weight_gradient, _weight_context)
 def weight_implementations(weights: Sequence[torch.Tensor]) -> tuple[list[str], dict[str, str]]:
     """(those that normalise these weights in place, fastest first; those that do not, with the reason)."""
     reason = _extension.why_not(weights[0].device)
-    if reason is None and weights[0].device.type != "cpu":
-        reason = "it has no kernel for it on this device yet"
     for w in weights:
         if reason is None and (w.dtype != torch.float32 or not w.is_contiguous()):
             reason = "it takes contiguous float32 weights"

@@ -468,6 +468,17 @@ def test_forced_normalisation_of_other_dtypes_strides_and_parameters():
     normalize_weights_([torch.empty(0, 3)])
 
 
+@pytest.mark.gpu
+def test_forced_normalisation_on_the_gpu_agrees():
+    cpu, gpu = weights_of(), [w.cuda() for w in weights_of()]
+    copies = [torch.empty_like(w, dtype=torch.bfloat16) for w in gpu]
+    normalize_weights_(cpu, impl="composed")
+    normalize_weights_(gpu, copies=copies, impl="cuda")
+    for c, g, copy in zip(cpu, gpu, copies, strict=True):
+        torch.testing.assert_close(g.cpu(), c)
+        torch.testing.assert_close(copy.cpu(), normalize_weight(c).bfloat16())
+
+
 @pytest.mark.parametrize("impl", FORCED)
 def test_forced_normalisation_opcheck_and_errors(impl):
     w = weights_of()[:2]
