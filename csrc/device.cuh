@@ -46,7 +46,7 @@ __device__ __forceinline__ void write(const Operand& to, int64_t at, C value) {
   }
 }
 
-// Offset of index j along the inner dims. A frame usually has fewer than 2^32 elements: then the division is a short one.
+// Offset of index j along the inner dims. With fewer than 2^32 elements, as usual, the division is a short one.
 __device__ __forceinline__ int64_t inner_offset(const Space& space, const Operand& operand, int64_t j) {
   int64_t at = 0;
 #pragma unroll 1

@@ -1,44 +1,17 @@
-// edm_loss on the CPU, forward (grad_loss not given: out is the loss) and backward (out is the gradient of raw).
-#include "check.h"
+// edm_loss on the CPU: one row of the parallel loop is one noisy frame.
+#include "edm_loss.h"
+
 #include "ops.h"
 
 namespace sae {
 
 void edm_loss_cpu(const Tensor& raw, const Tensor& x0, const Tensor& sigma, Tensor out, std::optional<Tensor> grad_loss,
                   int64_t streams, int64_t first_stream, double sigma_data, int64_t seed, int64_t offset) {
-  const int64_t copies = streams - 1;
-  STD_TORCH_CHECK(copies >= 1 && first_stream >= 0 && first_stream <= 1, "streams, first_stream: must be >= 2 and 0 or 1, got ",
-                  streams, ", ", first_stream);
-  Frames frames(x0, copies, seed, offset);
-  EdmLoss args;
-  args.raw = frames.sequence("raw", raw, false);
-  args.x0 = frames.data("x0", x0);
-  args.frames = x0.size(1);
-  args.noisy_streams = copies;
-  args.first_stream = first_stream;
-  args.sigma_data = sigma_data;
-  const int64_t rows = x0.size(0) * copies * args.frames;
   if (raw.numel() == 0) return;
-  args.frame_size = raw.numel() / rows;
-  check_contiguous("sigma", sigma);
-  STD_TORCH_CHECK(type_of("sigma", sigma) == Type::f64 && sigma.numel() == rows, "sigma: must be float64 of ", rows,
-                  " elements, got ", shape_of(sigma));
-  args.sigma = static_cast<const double*>(sigma.data_ptr());
-  check_contiguous("out", out);
-  const Tensor& loss = grad_loss ? *grad_loss : out;
-  check_contiguous("grad_loss", loss);
-  STD_TORCH_CHECK(loss.numel() == rows, "loss: must have ", rows, " elements, got ", shape_of(loss));
-  args.loss.data = loss.data_ptr();
-  args.loss.type = type_of("loss", loss);
-  if (grad_loss) {
-    STD_TORCH_CHECK(out.numel() == raw.numel(), "out: must have the shape of raw, got ", shape_of(out));
-    args.grad_raw.data = out.data_ptr();
-    args.grad_raw.type = type_of("out", out);
-  }
-  frames.merge({&args.raw, &args.x0});
-  args.space = frames.space;
-  args.space.streams = streams;  // noise is counted over the whole sequence
-  const bool fp64 = type_of("raw", raw) == Type::f64;
+  const EdmLoss args =
+      edm_loss_args(raw, x0, sigma, out, grad_loss, streams, first_stream, sigma_data, seed, offset);
+  const int64_t rows = raw.numel() / args.frame_size;
+  const bool fp64 = args.raw.type == Type::f64;
   const Kernels& kernels = cpu_kernels();
   torch::stable::parallel_for(0, rows, 32768 / args.frame_size + 1, [&](int64_t begin, int64_t end) {
     kernels.edm_loss(args, fp64, begin, end);

@@ -1,8 +1,8 @@
 // The one random number generator: Philox4x32-10 on (element group, offset), key = seed, then Box-Muller.
 //
 // Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3". The same source on host and device, with every
-// fused multiply-add written out: where both have the instruction their normals agree bit for bit. No branches, so loops
-// over groups vectorise. Functions are static: each instruction set of the CPU build keeps its own.
+// fused multiply-add written out: where both have the instruction, their normals agree bit for bit. No branches, so
+// loops over groups vectorise. Functions are static: each instruction set of the CPU build keeps its own.
 #pragma once
 
 #include <cstdint>

@@ -1,8 +1,8 @@
 // token_noise on CUDA: one thread makes kWidth neighbouring elements of every stream, reading x once.
 //
-// The fast kernel moves 16 bytes of output at a time, for scales that are constant along the innermost dim (one for each
-// frame, say); the general one takes any strides and scales, one element at a time. Both give the numbers of the CPU: the
-// build turns contraction off, and madd is a fused multiply-add.
+// The fast kernel moves 16 bytes of output at a time, for scales that are constant along the innermost dim (one for
+// each frame, say); the general one takes any strides and scales, one element at a time. Both give the numbers of the
+// CPU: the build turns contraction off, and madd is a fused multiply-add.
 #include <algorithm>
 
 #include "device.cuh"

@@ -1,4 +1,4 @@
-"""edm_loss by the C++ extension (csrc/edm_loss.cpp): one pass over raw and x0, nothing stored between."""
+"""edm_loss by the C++ extension (csrc/edm_loss.cpp and .cu): one pass over raw and x0, nothing stored between."""
 
 from __future__ import annotations
 

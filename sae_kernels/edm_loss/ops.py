@@ -19,8 +19,6 @@ def implementations(device: torch.device, ndim: int = 5) -> tuple[list[str], dic
     """(those that run on this device, fastest first; those that do not, with the reason)."""
     available, why_not = ["composed", "reference"], {"triton": "there is no Triton kernel for this op yet"}
     reason = _extension.why_not(device)
-    if reason is None and device.type != "cpu":
-        reason = "there is no CUDA C++ kernel for this op yet"
     if reason is None and ndim > MAX_DIMS:
         reason = f"it takes up to {MAX_DIMS} dimensions, got {ndim}"
     if reason is None:

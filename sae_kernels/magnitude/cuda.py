@@ -1,4 +1,4 @@
-"""Forced weight normalisation by the C++ extension (csrc/weight_norm.cpp and .cu): all weights of a model in one pass."""
+"""Forced weight normalisation by the C++ extension (csrc/weight_norm.cpp, .cu): all weights of a model in one pass."""
 
 from __future__ import annotations
 

@@ -155,7 +155,7 @@ def plan_norm(kernel, dim: int, eps: float, **tensors: torch.Tensor) -> list[Lau
     N = out.shape[dim]
     width = min(triton.next_power_of_2(N), WIDEST)
     block = max(1, BLOCK // 2 // width)
-    args = {name: t if name in ("out_ptr", "rms_ptr") else _ordered_as(t, out) for name, t in tensors.items()}
+    args: dict = {name: t if name in ("out_ptr", "rms_ptr") else _ordered_as(t, out) for name, t in tensors.items()}
     args |= {"rows": rows, "N": N, "inner": inner, "eps": eps, "INNER_ONE": inner == 1, "ONE_TILE": width >= N}
     args |= {"BR": block, "BN": width}
     return [Launch(kernel, (-(-rows // block),), args, num_warps=4 if width * block <= 2048 else 8, num_stages=1)]

@@ -204,6 +204,15 @@ def test_bad_input_names_argument_rule_and_value(message):
         edm_loss(**(arguments | change))
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
+def test_gpu_agrees_with_the_cpu(dtype):
+    tensors, layout = make(2, 3, 2, (3, 5, 7), dtype=dtype)
+    cpu, gpu = (run([t.to(d) for t in tensors], layout, dtype, seed=-3, impl="cuda") for d in ("cpu", "cuda"))
+    for g, c in zip(gpu, cpu, strict=True):
+        torch.testing.assert_close(g.cpu(), c)
+
+
 FAULTS = {
     "noise of the clean stream": ("0 if noisy_first else frames, raw.shape[1]", "0, raw.shape[1]"),
     "noise of another draw": ("shape, seed, offset, ", "shape, seed, offset + 1, "),
