@@ -26,7 +26,7 @@ from .train.checkpoint import load_denoiser
 from .train.config import TrainConfig
 from .train.trainer import Trainer
 
-CLIPS_FILE = "clips.json"  # in a run folder: how its clips were cut, for `sae sample`
+RUN_FILE = "run.json"  # in a run folder: how its clips were cut and its sampler, for `sae sample`
 USER_ERRORS = (ValueError, TypeError, OSError, ImportError, RuntimeError, FloatingPointError)
 OPTIONAL = ("gymnasium", "av", "pillow", "safetensors", "tyro", "rich", "tensorboard", "matplotlib", "ale-py")
 
@@ -132,7 +132,7 @@ class Sample:
         ema: relative width of the average of weights; "None" takes the weights as trained.
         guide: checkpoint of the weaker network of --guidance-kind auto.
         guide_ema: as --ema, for the guide.
-        preset: where the sampler's defaults come from.
+        preset: where the sampler's defaults come from, if not from the run.
         sampler: the sampler.
         fps: of the written video.
         scale: enlargement of the pictures.
@@ -152,7 +152,7 @@ class Sample:
     ema: float | None = 0.05
     guide: Path | None = None
     guide_ema: float | None = 0.05
-    preset: str = "tiny"
+    preset: str | None = None
     sampler: Annotated[SamplerConfig, tyro.conf.arg(name="")] = field(default_factory=SamplerConfig)
     fps: float = 10.0
     scale: int = 4
@@ -191,11 +191,7 @@ class Sample:
 
     def heldout(self, data: Path, model: Denoiser, length: int) -> ClipDataset:
         """Clips cut as in training."""
-        clips = ClipConfig()
-        for folder in (self.run_dir, self.run_dir.parent):
-            if (folder / CLIPS_FILE).exists():
-                clips = ClipConfig(**json.loads((folder / CLIPS_FILE).read_text(encoding="utf-8")))
-                break
+        clips = ClipConfig(**run_settings(self.run_dir).get("clips", {}))
         return open_clips(data, dataclasses.replace(clips, on_error="skip"), model.config, length, "heldout")
 
 
@@ -276,6 +272,14 @@ def fit_to_data(model: ModelConfig, dataset: ClipDataset) -> ModelConfig:
     )
 
 
+def run_settings(path: Path) -> dict[str, Any]:
+    """What run.json of a run folder, or of a checkpoint's, holds; empty where there is none."""
+    for folder in (path, path.parent):
+        if (folder / RUN_FILE).exists():
+            return json.loads((folder / RUN_FILE).read_text(encoding="utf-8"))
+    return {}
+
+
 def spread(dataset: ClipDataset, count: int) -> list[int]:
     """Indices of up to `count` clips, evenly over the data set."""
     count = min(count, len(dataset))
@@ -283,7 +287,7 @@ def spread(dataset: ClipDataset, count: int) -> list[int]:
 
 
 def make_trainer(preset: Preset) -> Trainer:
-    """Data, statistics, network and trainer of one run; writes clips.json into its folder."""
+    """Data, statistics, network and trainer of one run; writes run.json into its folder."""
     train, clips = preset.train, preset.clips
     pick_device(train.device)
     dataset = open_clips(
@@ -295,7 +299,8 @@ def make_trainer(preset: Preset) -> Trainer:
     trainer = Trainer(train, model, dataset, FrameStats.estimate(dataset), on_sample=on_sample)
     if trainer.rank == 0:
         Path(train.run_dir).mkdir(parents=True, exist_ok=True)
-        (Path(train.run_dir) / CLIPS_FILE).write_text(json.dumps(dataclasses.asdict(clips)), encoding="utf-8")
+        settings = {"clips": dataclasses.asdict(clips), "sampler": dataclasses.asdict(preset.sampler)}
+        (Path(train.run_dir) / RUN_FILE).write_text(json.dumps(settings, indent=1), encoding="utf-8")
     return trainer
 
 
@@ -350,29 +355,27 @@ def progress_bar(name: str, total: int, unit: str) -> Iterator[Callable[..., Non
         yield lambda done, note="": progress.update(task, completed=done, note=note)
 
 
-def chosen_preset(arguments: Sequence[str]) -> Preset:
-    """The preset named by --preset, looked for before parsing because it sets the defaults that --help shows.
-
-    Raises:
-        ValueError: no such preset.
-    """
-    name = Train.preset
+def option(arguments: Sequence[str], name: str) -> str | None:
+    """The value of an option that sets the defaults of others, which --help shows, so it is looked for first."""
     for i, argument in enumerate(arguments):
-        if argument == "--preset" and i + 1 < len(arguments):
-            name = arguments[i + 1]
-        elif argument.startswith("--preset="):
-            name = argument.partition("=")[2]
-    if name not in PRESETS:
-        raise ValueError(f"preset: must be one of {', '.join(PRESETS)}, got {name!r}")
-    return PRESETS[name]
+        if argument == name and i + 1 < len(arguments):
+            return arguments[i + 1]
+        if argument.startswith(f"{name}="):
+            return argument.partition("=")[2]
+    return None
 
 
 def parse(arguments: Sequence[str]) -> Any:
     """The command that the arguments describe; exits with code 2 when they describe none."""
-    preset = chosen_preset(arguments)
+    name, run_dir = option(arguments, "--preset"), option(arguments, "--run-dir")
+    if name is not None and name not in PRESETS:
+        raise ValueError(f"preset: must be one of {', '.join(PRESETS)}, got {name!r}")
+    preset = PRESETS[name or Train.preset]
+    settings = run_settings(Path(run_dir)) if run_dir is not None and name is None else {}
+    sampler = SamplerConfig(**settings["sampler"]) if "sampler" in settings else preset.sampler
     train = Train(train=preset.train, model=preset.model, clips=preset.clips, sampler=preset.sampler)
     # A required field has no default; tyro takes the mark for one.
-    sample = dataclasses.replace(Sample(run_dir=Path()), run_dir=tyro.MISSING, sampler=preset.sampler)
+    sample = dataclasses.replace(Sample(run_dir=Path()), run_dir=tyro.MISSING, sampler=sampler)
     commands = (
         Annotated[Collect, tyro.conf.subcommand("collect")]
         | Annotated[Train, tyro.conf.subcommand("train", default=train)]

@@ -60,12 +60,12 @@ class DemoConfig:
     episodes: int = 120
     frame_skip: int = 4
     hold: int = 8
-    seconds: float = 300.0
+    seconds: float = 330.0
     context: int = 4
     frames: int = 14
     films: int = 4
     eval_clips: int = 24
-    ema: float = 0.10
+    ema: float = 0.05
     seed: int = 0
     device: str = "cpu"
     workers: int = 2

@@ -86,7 +86,8 @@ PRESETS = {
     "tiny": Preset(
         MODELS["tiny"],
         TrainConfig(
-            clip_length=8, batch_size=2, noisy_copies=2, steps=4000, noise=NoiseConfig(mean=1.2, std=1.0),
+            clip_length=8, batch_size=2, noisy_copies=2, steps=4000,
+            noise=NoiseConfig(mean=1.2, std=1.0, context_sigma_max=0.2),
             lr=2e-2, lr_ref_steps=100, lr_ramp_steps=20, checkpoint_every=200, snapshot_every=200, log_every=20,
             num_workers=1,
         ),

@@ -106,7 +106,12 @@ def test_debug_shows_the_traceback(tmp_path):
 def test_train_writes_checkpoint_strip_and_how_clips_were_cut(trained):
     state = json.loads((trained / "step-0000002" / "state.json").read_text())
     assert state["step"] == 2 and state["model_config"]["num_actions"] == 4 and state["model_config"]["height"] == 16
-    assert json.loads((trained / "clips.json").read_text())["heldout_fraction"] == 0.5
+    settings = json.loads((trained / "run.json").read_text())
+    assert settings["clips"]["heldout_fraction"] == 0.5
+    # `sae sample` takes the run's sampler, unless a preset or an option says otherwise.
+    assert settings["sampler"]["steps"] == cli.parse(["sample", f"--run-dir={trained}"]).sampler.steps == 2
+    assert cli.parse(words(f"sample --run-dir {trained}/step-0000002 --guidance 3")).sampler.steps == 2
+    assert cli.parse(words(f"sample --run-dir {trained} --preset tiny")).sampler == PRESETS["tiny"].sampler
     assert Image.open(trained / "samples" / "step-0000002.png").size[0] > 16
     assert len((trained / "metrics.jsonl").read_text().splitlines()) == 2
 
