@@ -92,19 +92,6 @@ def signature(launch: Launch) -> tuple[dict[str, str], dict[str, Any], dict[tupl
     return types, constants, attributes
 
 
-def run_on(launches: list[Launch], device: torch.device) -> None:
-    """Run launches on this device and its current stream; on the CPU only interpreted."""
-    if device.type == "cuda":
-        with torch.cuda.device(device):
-            for launch in launches:
-                launch.run()
-    elif INTERPRETED:
-        for launch in launches:
-            launch.run()
-    else:
-        raise ValueError(f"impl: 'triton' needs a CUDA tensor or TRITON_INTERPRET=1, got a tensor on {device}")
-
-
 @_library.constant_in_graphs
 def why_not(device: torch.device) -> str | None:
     """Why Triton kernels cannot run on this device; None if they can."""

@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 
 from .. import _configs
-from .._launch import INTERPRETED, Launch
+from .._launch import Launch, architecture, run
 from ..layout import FrameLayout
 
 LOG2E = tl.constexpr(math.log2(math.e))
@@ -550,7 +550,7 @@ class Geometry:
 
 def forward(q, k, v, out, lse, layout: FrameLayout, scale: float, noisy_queries_only: bool, config=None) -> None:
     """Fill out (like q) and lse (B, Hq, Sq)."""
-    _run(plan_forward(q, k, v, out, lse, layout, scale, noisy_queries_only, _architecture(q), config), q)
+    run(plan_forward(q, k, v, out, lse, layout, scale, noisy_queries_only, architecture(q.device), config), q.device)
 
 
 def backward(
@@ -574,9 +574,23 @@ def backward(
         grad_out = grad_out.contiguous()
     delta = torch.empty_like(lse)
     launches = plan_backward(
-        grad_out, q, k, v, out, lse, delta, dq, dk, dv, layout, scale, noisy_queries_only, _architecture(q), configs
+        grad_out,
+        q,
+        k,
+        v,
+        out,
+        lse,
+        delta,
+        dq,
+        dk,
+        dv,
+        layout,
+        scale,
+        noisy_queries_only,
+        architecture(q.device),
+        configs,
     )
-    _run(launches, q)
+    run(launches, q.device)
 
 
 def plan_forward(q, k, v, out, lse, layout, scale, noisy_queries_only, architecture, config=None) -> list[Launch]:
@@ -698,25 +712,5 @@ def _config(q, layout, architecture, direction):
     return _configs.attention_config(architecture, q.dtype, q.shape[-1], block, direction)
 
 
-def _architecture(q: torch.Tensor) -> int:
-    """Compute capability times ten; 0 for the interpreter."""
-    if q.device.type != "cuda":
-        return 0
-    major, minor = torch.cuda.get_device_capability(q.device)
-    return 10 * major + minor
-
-
 def _tf32_allowed() -> bool:
     return torch.backends.cuda.matmul.fp32_precision == "tf32"
-
-
-def _run(launches: list[Launch], q: torch.Tensor) -> None:
-    if q.device.type == "cuda":
-        with torch.cuda.device(q.device):
-            for launch in launches:
-                launch.run()
-        return
-    if not INTERPRETED:
-        raise ValueError(f"q: impl='triton' needs a CUDA tensor or TRITON_INTERPRET=1, got a tensor on {q.device}")
-    for launch in launches:
-        launch.run()

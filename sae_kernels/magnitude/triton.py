@@ -9,7 +9,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .._launch import Launch, run_on
+from .._launch import Launch, run
 
 SILU_GAIN = 1 / 0.596
 BLOCK = 4096  # elements of a program: 16 a thread, whole 16-byte accesses in every dtype
@@ -122,11 +122,11 @@ def plan_elementwise(kernel, out: torch.Tensor, **args) -> list[Launch]:
 
 
 def mp_silu(x: torch.Tensor, out: torch.Tensor) -> None:
-    run_on(plan_elementwise(mp_silu_fwd_kernel, out, x_ptr=x, gain=SILU_GAIN), x.device)
+    run(plan_elementwise(mp_silu_fwd_kernel, out, x_ptr=x, gain=SILU_GAIN), x.device)
 
 
 def mp_silu_backward(grad_out: torch.Tensor, x: torch.Tensor, grad_x: torch.Tensor) -> None:
-    run_on(plan_elementwise(mp_silu_bwd_kernel, grad_x, grad_ptr=grad_out, x_ptr=x, gain=SILU_GAIN), x.device)
+    run(plan_elementwise(mp_silu_bwd_kernel, grad_x, grad_ptr=grad_out, x_ptr=x, gain=SILU_GAIN), x.device)
 
 
 def scaled_copy(x: torch.Tensor, factor: float, out: torch.Tensor) -> None:
@@ -136,7 +136,7 @@ def scaled_copy(x: torch.Tensor, factor: float, out: torch.Tensor) -> None:
 def mp_sum(a: torch.Tensor, b: torch.Tensor, t: float, out: torch.Tensor) -> None:
     norm = math.hypot(1 - t, t)
     weights = {"weight_a": (1 - t) / norm, "weight_b": t / norm}
-    run_on(plan_elementwise(mp_sum_fwd_kernel, out, a_ptr=a, b_ptr=b, **weights), a.device)
+    run(plan_elementwise(mp_sum_fwd_kernel, out, a_ptr=a, b_ptr=b, **weights), a.device)
 
 
 def _rows(out: torch.Tensor, dim: int) -> tuple[int, int] | None:
@@ -165,7 +165,7 @@ def _norm(kernel, dim: int, eps: float, out: torch.Tensor, **tensors: torch.Tens
     if out.numel() == 0:
         return
     dense = out if _rows(out, dim) is not None else torch.empty(out.shape, dtype=out.dtype, device=out.device)
-    run_on(plan_norm(kernel, dim, eps, out_ptr=dense, **tensors), out.device)
+    run(plan_norm(kernel, dim, eps, out_ptr=dense, **tensors), out.device)
     if dense is not out:
         out.copy_(dense)
 

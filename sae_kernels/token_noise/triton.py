@@ -8,7 +8,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .._launch import Launch, run_on
+from .._launch import Launch, run
 
 BLOCK = 1024
 
@@ -199,7 +199,7 @@ def plan_forward(
 
 def eps(out: torch.Tensor, seed: int, offset: int) -> None:
     """Fill a contiguous tensor with standard normals."""
-    run_on(plan_eps(out, seed, offset), out.device)
+    run(plan_eps(out, seed, offset), out.device)
 
 
 def forward(
@@ -213,7 +213,7 @@ def forward(
     offset: int,
 ) -> None:
     """Write signal_scale x + noise_scale eps to `out` (B, F, ...), and eps to `noise` if given; both contiguous."""
-    run_on(plan_forward(x, signal_scale, noise_scale, out, noise, streams, seed, offset), x.device)
+    run(plan_forward(x, signal_scale, noise_scale, out, noise, streams, seed, offset), x.device)
 
 
 def backward(
