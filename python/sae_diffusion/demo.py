@@ -60,7 +60,7 @@ class DemoConfig:
     episodes: int = 120
     frame_skip: int = 4
     hold: int = 8
-    seconds: float = 330.0
+    seconds: float = 500.0
     context: int = 4
     frames: int = 14
     films: int = 4
