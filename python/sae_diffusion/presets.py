@@ -48,8 +48,8 @@ MODELS = {
         width=64,
         channels=3,
         patch_size=2,
-        model_channels=32,
-        channel_mult=(1, 1, 2),
+        model_channels=16,
+        channel_mult=(1, 2, 2),
         blocks_per_level=1,
         video_attention=(8,),
         head_dim=32,
@@ -86,12 +86,12 @@ PRESETS = {
     "tiny": Preset(
         MODELS["tiny"],
         TrainConfig(
-            clip_length=8, batch_size=2, noisy_copies=2, steps=4000,
+            clip_length=8, batch_size=2, noisy_copies=3, steps=4000,
             noise=NoiseConfig(mean=1.2, std=1.0, context_sigma_max=0.2),
             lr=2e-2, lr_ref_steps=100, lr_ramp_steps=20, checkpoint_every=200, snapshot_every=200, log_every=20,
             num_workers=1,
         ),
-        SamplerConfig(steps=8, sigma_min=1.0, sigma_max=40.0, rho=2.0),
+        SamplerConfig(steps=8, sigma_min=2.0, sigma_max=40.0, rho=2.0),
         ClipConfig(clip_stride=2),
     ),
     "lunar-lander": Preset(
