@@ -21,7 +21,7 @@ class Case:
         name: unique within the op; a shape's source, such as "wan-480p".
         about: where the shape comes from, one line.
         cuda, cpu: the size on either device, as the op's `build` takes it; None where it does not run.
-        priority: smaller ones first where time is short.
+        priority, cpu_priority: smaller ones first where time is short; the latter on the CPU, where it differs.
         quick: also part of `--quick`.
         dry: runs in a dry run; its CPU size takes milliseconds, and it is not listed otherwise.
     """
@@ -34,9 +34,13 @@ class Case:
     priority: int = 50
     quick: bool = False
     dry: bool = False
+    cpu_priority: int | None = None
 
     def shape(self, device: str) -> Mapping[str, Any] | None:
         return self.cuda if device == "cuda" else self.cpu
+
+    def order(self, device: str) -> int:
+        return self.cpu_priority if device == "cpu" and self.cpu_priority is not None else self.priority
 
 
 @dataclass
@@ -147,4 +151,4 @@ def select(
         for c in cases
         if c.shape(device) is not None and c.dry == dry and (c.quick or not quick) and contains in f"{c.op}/{c.name}"
     ]
-    return sorted(found, key=lambda c: c.priority)
+    return sorted(found, key=lambda c: c.order(device))
