@@ -102,13 +102,6 @@ class FrameLayout:
         """Whether a block may look back at an earlier clean block under window and sink."""
         return other < block and (self.window is None or other >= block - self.window or other < self.sink)
 
-    def past_intervals(self, block: int) -> tuple[tuple[int, int], tuple[int, int]]:
-        """Frames of the clean stream before `block` that it sees: the sink's interval, the window's; may be empty."""
-        first = 0 if self.window is None else max(0, block - self.window)
-        sink_end = min(self.sink, first)
-        f = self.frames_per_block
-        return (0, sink_end * f), (first * f, block * f)
-
     def dense_mask(self, device: torch.device | str | None = None) -> torch.Tensor:
         """Bool (S, S), True where a query row sees a key column. For tests and small sequences: it costs S^2 bytes."""
         index = torch.arange(self.sequence_length, device=device)

@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
-import sys
-import types
-
 import pytest
 import torch
 import torch.nn.functional as F
@@ -320,16 +316,9 @@ FAULTS = {
 
 
 @pytest.mark.parametrize("fault", FAULTS)
-def test_seeded_fault_is_caught(fault, monkeypatch):
+def test_seeded_fault_is_caught(fault, seed_fault):
     """Each fault, put into the source of the composed route, makes the comparison fail."""
-    old, new = FAULTS[fault]
-    source = inspect.getsource(composed)
-    assert old in source, "the seeded fault no longer matches the source"
-    module = types.ModuleType("sae_kernels.frame_attention.faulty")
-    module.__package__ = "sae_kernels.frame_attention"
-    monkeypatch.setitem(sys.modules, module.__name__, module)
-    exec(compile(source.replace(old, new), "faulty", "exec"), module.__dict__)
-    monkeypatch.setattr(ops, "composed", module)
+    seed_fault(ops, *FAULTS[fault])
     caught = 0
     for layout in (
         FrameLayout(20, 16, noisy_copies=2, noisy_first=True, window=3, sink=2),

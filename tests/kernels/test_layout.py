@@ -53,22 +53,6 @@ def test_dense_mask_is_the_definition(layout):
     assert layout.attended_pairs == int(expected.sum())
 
 
-@given(layouts)
-@settings(max_examples=50, deadline=None, derandomize=True)
-def test_past_intervals_are_the_clean_columns_of_the_mask(layout):
-    clean_columns = layout.split(layout.dense_mask(), 1)[0]
-    P, f = layout.tokens_per_frame, layout.frames_per_block
-    start = layout.clean_start * P
-    for block in range(layout.num_blocks):
-        row = clean_columns[start + block * f * P]
-        expected = torch.zeros_like(row)
-        for a, b in layout.past_intervals(block):
-            expected[a * P : b * P] = True
-        own = slice(block * f * P, (block * f + layout.block_frames(block)) * P)
-        expected[own] = True
-        assert torch.equal(row, expected)
-
-
 def test_mask_mod_drives_flex_attention():
     from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 

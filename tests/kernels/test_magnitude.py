@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import inspect
 import math
-import sys
-import types
 
 import pytest
 import torch
@@ -13,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sae_kernels import _extension, _launch, mp_cat, mp_silu, mp_sum, normalize_weight, normalize_weights_, pixel_norm
-from sae_kernels.magnitude import composed, ops
+from sae_kernels.magnitude import ops
 from sae_kernels.testing import assert_within_budget, noncontiguous
 
 LOW = [torch.float32, torch.bfloat16, torch.float16]
@@ -516,16 +513,9 @@ FAULTS = {
 
 
 @pytest.mark.parametrize("fault", FAULTS)
-def test_seeded_fault_is_caught(fault, monkeypatch):
+def test_seeded_fault_is_caught(fault, seed_fault):
     """Each fault, put into the source of the composed route, makes the comparison fail."""
-    old, new = FAULTS[fault]
-    source = inspect.getsource(composed)
-    assert source.count(old) == 1, "the seeded fault no longer matches the source"
-    module = types.ModuleType("sae_kernels.magnitude.faulty")
-    module.__package__ = "sae_kernels.magnitude"
-    monkeypatch.setitem(sys.modules, module.__name__, module)
-    exec(compile(source.replace(old, new), "faulty", "exec"), module.__dict__)
-    monkeypatch.setattr(ops, "composed", module)
+    seed_fault(ops, *FAULTS[fault])
 
     def compare_all():
         for name, (function, _) in CASES.items():

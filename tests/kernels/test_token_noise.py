@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import inspect
 import math
-import sys
-import types
 
 import pytest
 import torch
@@ -612,17 +609,9 @@ FAULTS = {
 
 
 @pytest.mark.parametrize("fault", FAULTS)
-def test_seeded_fault_is_caught(fault, monkeypatch):
+def test_seeded_fault_is_caught(fault, seed_fault):
     """Each fault, put into the source of the composed route, makes the comparison fail."""
-    old, new = FAULTS[fault]
-    source = inspect.getsource(composed)
-    assert source.count(old) == 1, "the seeded fault no longer matches the source"
-    source = source.replace(old, new).replace("PIECE = 1 << 20", "PIECE = 30")
-    module = types.ModuleType("sae_kernels.token_noise.faulty")
-    module.__package__ = "sae_kernels.token_noise"
-    monkeypatch.setitem(sys.modules, module.__name__, module)
-    exec(compile(source, "faulty", "exec"), module.__dict__)
-    monkeypatch.setattr(ops, "composed", module)
+    seed_fault(ops, *FAULTS[fault], "PIECE = 1 << 20", "PIECE = 30")
 
     def compare_both():
         for per in ("frame", "clip"):
