@@ -1,0 +1,1 @@
+"""Time series by per-token diffusion."""
