@@ -1,0 +1,379 @@
+"""Sampling with a noise level per token: one loop, seven solvers, any schedule and scaling.
+
+A network is `denoise(x, log_snr) -> x0_hat` with x (B, *shape, ...), log_snr (B, *schedule.shape) in the dtype of x. A step
+goes from t to the earlier time p; a, s are signal and noise, lambda their log-SNR, c = 1 - exp(lambda_t - lambda_p). All
+coefficients are made in fp64 per token, then rounded to the dtype of x. Tokens whose lambda is the same at t and p keep
+their bits.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+
+from sae_kernels import token_noise_eps
+
+from .noise import derive_seed
+from .schedules import Rolling, Schedule, expand_to, scales_of
+
+Denoise = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+
+SOLVERS = ("ancestral", "ddpm", "ddim", "euler", "heun", "dpm++2m", "stochastic-heun")
+KINDS = ("x0", "eps", "v", "flow")
+_START, _STEPS, _FORGET = 0, 1, 2  # purposes of random numbers
+
+
+def to_x0(
+    prediction: torch.Tensor, x: torch.Tensor, signal: torch.Tensor, noise: torch.Tensor, kind: str
+) -> torch.Tensor:
+    """x0_hat from what a network predicts; signal and noise broadcast to x (use `expand_to`).
+
+    kind: "x0"; "eps"; "v" = signal eps - noise x0 (Salimans and Ho 2022, here with any scaling); "flow" = eps - x0.
+    """
+    _check_kind(kind)
+    if kind == "x0":
+        return prediction
+    if kind == "eps":
+        return (x - noise * prediction) / signal
+    if kind == "v":
+        return (signal * x - noise * prediction) / (signal.square() + noise.square())
+    return (x - noise * prediction) / (signal + noise)
+
+
+def from_x0(x0: torch.Tensor, x: torch.Tensor, signal: torch.Tensor, noise: torch.Tensor, kind: str) -> torch.Tensor:
+    """The inverse of `to_x0`: what a network of this kind would have to predict for x0_hat = x0."""
+    _check_kind(kind)
+    eps = (x - signal * x0) / noise
+    if kind == "x0":
+        return x0
+    if kind == "eps":
+        return eps
+    return signal * eps - noise * x0 if kind == "v" else eps - x0
+
+
+def guided(strong: Denoise, weak: Denoise, weight: float) -> Denoise:
+    """weak + weight (strong - weak): classifier-free guidance when `weak` ignores the label, context guidance when it
+    ignores the context (`without_context`), autoguidance when it is a worse network.
+
+    At weight 1 only `strong` is evaluated, at weight 0 only `weak`. In x0 this is the same as guidance of eps or score.
+    """
+    if not math.isfinite(weight):
+        raise ValueError(f"weight: must be finite, got {weight}")
+    if weight in (0, 1):
+        return strong if weight == 1 else weak
+
+    def denoise(x: torch.Tensor, log_snr: torch.Tensor) -> torch.Tensor:
+        low = weak(x, log_snr)
+        return low + weight * (strong(x, log_snr) - low)
+
+    return denoise
+
+
+def without_context(denoise: Denoise, schedule: Schedule, *, threshold: float | None = None, seed: int = 0) -> Denoise:
+    """The weak network of context guidance: tokens that are (nearly) clean are hidden behind full noise.
+
+    A token whose lambda is at least `threshold` (by default its lambda at t = 0, up to rounding) is shown to the network
+    as x_1 at the level of t = 1. Its own x0_hat is that of the blinded network.
+    """
+    ends = schedule.log_snr(torch.tensor([0.0, 1.0], dtype=torch.float64))
+
+    def weak(x: torch.Tensor, log_snr: torch.Tensor) -> torch.Tensor:
+        clean, noisy = ends.to(log_snr)
+        hidden = log_snr >= (clean - 1e-5 if threshold is None else threshold)
+        shown = torch.where(hidden, noisy, log_snr)
+        return denoise(torch.where(expand_to(hidden, x), start(x.shape, schedule, seed=seed, like=x), x), shown)
+
+    return weak
+
+
+def start(
+    shape: tuple[int, ...],
+    schedule: Schedule,
+    *,
+    seed: int = 0,
+    like: torch.Tensor | None = None,
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | str | None = None,
+) -> torch.Tensor:
+    """x at t = 1: normals of variance signal^2 + noise^2, the marginal of data with mean 0 and variance 1.
+
+    `like` gives dtype and device.
+    """
+    if like is not None:
+        dtype, device = like.dtype, like.device
+    eps = token_noise_eps(tuple(shape), seed=derive_seed(seed, _START), device=device, dtype=dtype)
+    signal, noise = schedule.scales(torch.ones(1, dtype=torch.float64))
+    return eps * expand_to((signal.square() + noise.square()).sqrt(), eps).to(eps)
+
+
+@dataclass(frozen=True)
+class Churn:
+    """Noise added before a step of "stochastic-heun" (EDM, algorithm 2), token by token.
+
+    Args:
+        amount: S_churn, spread over the steps in which a token moves.
+        least, greatest: S_tmin, S_tmax, on sigma = noise / signal of the token.
+        factor: S_noise.
+    """
+
+    amount: float = 40.0
+    least: float = 0.0
+    greatest: float = math.inf
+    factor: float = 1.0
+
+    def __post_init__(self) -> None:
+        for name in ("amount", "least", "factor"):
+            if not 0 <= getattr(self, name) < math.inf:
+                raise ValueError(f"{name}: must be finite and >= 0, got {getattr(self, name)}")
+        if not self.greatest >= self.least:
+            raise ValueError(f"greatest: must be at least least = {self.least}, got {self.greatest}")
+
+
+@torch.no_grad()
+def sample(
+    denoise: Denoise,
+    x_start: torch.Tensor,
+    schedule: Schedule,
+    times: torch.Tensor,
+    *,
+    solver: str = "ancestral",
+    eta: float = 0.0,
+    churn: Churn | None = None,
+    seed: int = 0,
+    offset: int = 0,
+    final: str = "auto",
+    callback: Callable[[int, torch.Tensor, torch.Tensor], None] | None = None,
+) -> torch.Tensor:
+    """Carry x from times[0] to times[-1].
+
+    Solvers, with eps_hat = (x - a x0_hat) / s:
+
+    * "ancestral": draw from q(x_p | x_t, x0_hat), mean (a_p / a_t) (1 - c) x + a_p c x0_hat, variance s_p^2 c.
+    * "ddpm": the same mean with the greater variance beta = 1 - vp_t^2 / vp_p^2 of Ho et al. 2020, in units of
+      a_p^2 + s_p^2; exact for data N(0, 1).
+    * "ddim": a_p x0_hat + sqrt(s_p^2 - v) eps_hat plus noise of variance v = eta^2 s_p^2 c; eta = 1 is "ancestral".
+    * "euler": a step of the probability-flow ODE dx = x0_hat da + eps_hat ds; the same as "ddim" with eta = 0.
+    * "heun": the trapezoidal rule for this ODE, two evaluations a step; EDM's for "ve", flow matching's for "flow".
+    * "dpm++2m": DPM-Solver++(2M) (Lu et al. 2022) with a history per token: a token whose last step was empty takes a first-
+      order step, and a history much shorter than the step (a window that began inside the last step) counts at most twice.
+    * "stochastic-heun": "heun" after `churn`.
+
+    Args:
+        x_start: (B, *shape, ...), x at times[0]; `start` draws it. fp64 is solved in fp64.
+        times: (steps + 1,) non-increasing, or (steps + 1, *schedule.shape) for every token's own times.
+        eta: for "ddim".
+        churn: for "stochastic-heun"; `Churn()` by default.
+        seed, offset: the normals of step i are token_noise_eps(x.shape, seed=derive_seed(seed, 1), offset=offset + i).
+        final: "state" returns x at times[-1], which at t = 0 still holds the schedule's least noise; "data" returns x0_hat of
+            that state, one evaluation more; "auto" is "data" when times end at 0, else "state".
+        callback: called after step i with (i, x, x0_hat).
+
+    Raises:
+        ValueError: shapes that do not agree, times that increase, or an unknown solver.
+    """
+    if solver not in SOLVERS:
+        raise ValueError(f"solver: must be one of {', '.join(SOLVERS)}, got {solver!r}")
+    if final not in ("auto", "state", "data"):
+        raise ValueError(f"final: must be 'auto', 'state' or 'data', got {final!r}")
+    if not 0 <= eta <= 1:
+        raise ValueError(f"eta: must lie in [0, 1], got {eta}")
+    if not x_start.is_floating_point():
+        raise TypeError(f"x_start: must be a float tensor, got {x_start.dtype}")
+    levels = _levels(schedule, times)
+    expand_to(levels[:1], x_start)
+    if final == "auto":
+        final = "data" if bool((times[-1] == 0).all()) else "state"
+
+    run = _Run(denoise, schedule.scaling, solver, eta, churn or Churn(), derive_seed(seed, _STEPS), offset, levels)
+    x = x_start
+    for i in range(len(levels) - 1):
+        x, x0 = run.step(i, x)
+        if callback is not None:
+            callback(i, x, x0)
+    return run.x0_hat(x, levels[-1:]) if final == "data" else x
+
+
+@torch.no_grad()
+def roll(
+    denoise: Denoise,
+    schedule: Rolling,
+    shape: tuple[int, ...],
+    steps_per_token: int,
+    *,
+    solver: str = "ancestral",
+    eta: float = 0.0,
+    churn: Churn | None = None,
+    seed: int = 0,
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | str | None = None,
+) -> Iterator[torch.Tensor]:
+    """Yield tokens (B, ...) without end, with a window of W tokens in flight; shape is (B, W, ...).
+
+    The run-in (`Rolling(first=True)`) takes W * steps_per_token steps, every further token steps_per_token. A token leaves as
+    the network's x0_hat of its last state.
+    """
+    if not isinstance(schedule, Rolling) or schedule.first:
+        raise ValueError(f"schedule: must be a Rolling with first=False, got {type(schedule).__name__}")
+    if len(shape) < 2 or shape[1] != schedule.window:
+        raise ValueError(f"shape: must be (B, W = {schedule.window}, ...), got {tuple(shape)}")
+    options = dict(solver=solver, eta=eta, churn=churn, final="state")
+    run_in = Rolling(schedule.window, schedule.curve, first=True, scaling=schedule.scaling)
+    x = start(shape, run_in, seed=derive_seed(seed, 0), dtype=dtype, device=device)
+    x = sample(
+        denoise, x, run_in, run_in.times(schedule.window * steps_per_token), seed=derive_seed(seed, 0, 0), **options
+    )
+    times = schedule.times(steps_per_token)
+    clean = schedule.log_snr(times[-1:]).to(x).expand(shape[0], -1)
+    token = 0
+    while True:
+        yield denoise(x, clean)[:, 0]
+        token += 1
+        entering = start((shape[0], 1, *shape[2:]), _last_slot(schedule), seed=derive_seed(seed, token), like=x)
+        x = sample(
+            denoise,
+            torch.cat([x[:, 1:], entering], dim=1),
+            schedule,
+            times,
+            seed=derive_seed(seed, token, 0),
+            **options,
+        )
+
+
+def _last_slot(schedule: Rolling) -> Schedule:
+    return Rolling(1, schedule.curve, scaling=schedule.scaling)
+
+
+class _Run:
+    """One run of `sample`: what a step needs besides the state."""
+
+    def __init__(
+        self, denoise: Denoise, scaling: str, solver: str, eta: float, churn: Churn, seed: int, offset: int,
+        levels: torch.Tensor,
+    ) -> None:  # fmt: skip
+        self.denoise, self.scaling, self.solver, self.eta, self.churn = denoise, scaling, solver, eta, churn
+        self.seed, self.offset, self.levels = seed, offset, levels
+        self.moving_steps = (levels[1:] != levels[:-1]).sum(dim=0, keepdim=True)
+        self.last_x0: torch.Tensor | None = None
+
+    def step(self, i: int, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        level, target = self.levels[i : i + 1], self.levels[i + 1 : i + 2]
+        moves = expand_to(level != target, x).to(x.device)
+        if self.solver == "stochastic-heun":
+            raised, level = self.raise_noise(i, x, level, target)
+            state = torch.where(moves, raised, x)
+        else:
+            state = x
+        x0 = self.x0_hat(state, level)
+        new = {
+            "ancestral": self.ancestral, "ddpm": self.ddpm, "ddim": self.ddim, "euler": self.euler, "heun": self.heun,
+            "dpm++2m": self.multistep, "stochastic-heun": self.heun,
+        }[self.solver](i, state, x0, level, target, moves)  # fmt: skip
+        self.last_x0 = x0
+        return torch.where(moves, new, x), x0
+
+    def ancestral(self, i, x, x0, level, target, moves) -> torch.Tensor:
+        _, noise = self.scales(target)
+        return self.posterior_mean(x, x0, level, target) + self.normals(i, x, noise * self.fresh(level, target).sqrt())
+
+    def ddpm(self, i, x, x0, level, target, moves) -> torch.Tensor:
+        signal, noise = self.scales(target)
+        beta = -torch.expm1(torch.nn.functional.logsigmoid(level) - torch.nn.functional.logsigmoid(target))
+        spread = ((signal.square() + noise.square()) * beta).sqrt()
+        return self.posterior_mean(x, x0, level, target) + self.normals(i, x, spread)
+
+    def ddim(self, i, x, x0, level, target, moves) -> torch.Tensor:
+        signal, noise = self.scales(target)
+        fresh = self.eta**2 * self.fresh(level, target)
+        kept = noise * (1 - fresh).sqrt()
+        new = self.times(signal, x0) + self.times(kept, self.eps_hat(x, x0, level))
+        return new + self.normals(i, x, noise * fresh.sqrt()) if self.eta else new
+
+    def euler(self, i, x, x0, level, target, moves) -> torch.Tensor:
+        return self.flow_step(x, x0, self.eps_hat(x, x0, level), level, target)
+
+    def heun(self, i, x, x0, level, target, moves) -> torch.Tensor:
+        eps = self.eps_hat(x, x0, level)
+        ahead = torch.where(moves, self.flow_step(x, x0, eps, level, target), x)
+        x0_ahead = self.x0_hat(ahead, target)
+        eps_ahead = self.eps_hat(ahead, x0_ahead, target)
+        return self.flow_step(x, 0.5 * (x0 + x0_ahead), 0.5 * (eps + eps_ahead), level, target)
+
+    def multistep(self, i, x, x0, level, target, moves) -> torch.Tensor:
+        # h is the step in ln(signal / noise) = lambda / 2.
+        h = 0.5 * (target - level)
+        guess = x0
+        if i > 0:
+            h_last = 0.5 * (level - self.levels[i - 1 : i])
+            ahead = torch.where(h_last > 0, h / (2 * h_last), 0.0).clamp(max=2.0)
+            guess = x0 + self.times(ahead, x0 - self.last_x0)
+        signal, noise = self.scales(target)
+        return self.times(noise / self.scales(level)[1], x) - self.times(signal * torch.expm1(-h), guess)
+
+    def raise_noise(self, i, x, level, target) -> tuple[torch.Tensor, torch.Tensor]:
+        """State and levels after adding noise to the tokens that move."""
+        churn = self.churn
+        sigma = (-0.5 * level).exp()
+        gamma = (churn.amount / self.moving_steps.clamp(min=1)).clamp(max=math.sqrt(2) - 1)
+        churned = (level != target) & (sigma >= churn.least) & (sigma <= churn.greatest)
+        gamma = torch.where(churned, gamma, 0.0)
+        raised = level - 2 * torch.log1p(gamma)
+        signal, raised_signal = self.scales(level)[0], self.scales(raised)[0]
+        spread = raised_signal * sigma * ((1 + gamma).square() - 1).sqrt() * churn.factor
+        return self.times(raised_signal / signal, x) + self.normals(i, x, spread), raised
+
+    def posterior_mean(self, x, x0, level, target) -> torch.Tensor:
+        signal, target_signal = self.scales(level)[0], self.scales(target)[0]
+        fresh = self.fresh(level, target)
+        return self.times(target_signal / signal * (1 - fresh), x) + self.times(target_signal * fresh, x0)
+
+    def flow_step(self, x, x0, eps, level, target) -> torch.Tensor:
+        (signal, noise), (target_signal, target_noise) = self.scales(level), self.scales(target)
+        return x + self.times(target_signal - signal, x0) + self.times(target_noise - noise, eps)
+
+    def fresh(self, level: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+        """c: the part of the noise at the target that is new."""
+        return -torch.expm1(level - target)
+
+    def eps_hat(self, x, x0, level) -> torch.Tensor:
+        signal, noise = self.scales(level)
+        return self.times(1 / noise, x) - self.times(signal / noise, x0)
+
+    def x0_hat(self, x: torch.Tensor, level: torch.Tensor) -> torch.Tensor:
+        x0 = self.denoise(x, level.to(x).expand(x.shape[0], *level.shape[1:]))
+        if x0.shape != x.shape:
+            raise ValueError(f"denoise: must return the shape of x = {tuple(x.shape)}, got {tuple(x0.shape)}")
+        return x0
+
+    def normals(self, i: int, x: torch.Tensor, spread: torch.Tensor) -> torch.Tensor:
+        eps = token_noise_eps(tuple(x.shape), seed=self.seed, offset=self.offset + i, device=x.device, dtype=x.dtype)
+        return self.times(spread, eps)
+
+    def scales(self, level: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        return scales_of(level, self.scaling)
+
+    @staticmethod
+    def times(factor: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+        return expand_to(factor, x).to(x) * x
+
+
+def _levels(schedule: Schedule, times: torch.Tensor) -> torch.Tensor:
+    """lambda on the grid, fp64 (steps + 1, *shape), on the CPU."""
+    times = torch.as_tensor(times).detach().to("cpu", torch.float64)
+    if times.ndim not in (1, 1 + len(schedule.shape)) or len(times) < 1:
+        raise ValueError(f"times: must have shape (steps + 1,) or (steps + 1, *{schedule.shape}), got {times.shape}")
+    if bool((times[1:] > times[:-1]).any()):
+        raise ValueError("times: must not increase (sampling goes from t = 1 to t = 0)")
+    levels = schedule.log_snr(times)
+    if not bool(levels.isfinite().all()):
+        raise ValueError(f"schedule: log_snr of {type(schedule).__name__} must be finite at all times")
+    if bool((levels[:-1] - levels[1:] > 1e-9).any()):
+        raise ValueError(f"schedule: log_snr of {type(schedule).__name__} must not increase with t")
+    return levels.cummax(dim=0).values  # what falls by rounding would have a negative variance
+
+
+def _check_kind(kind: str) -> None:
+    if kind not in KINDS:
+        raise ValueError(f"kind: must be one of {', '.join(KINDS)}, got {kind!r}")
