@@ -1,0 +1,170 @@
+"""Bits per dimension on held-out images, and samples."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from sae_kernels import token_noise_eps
+
+from ..diffusion.likelihood import bits_per_dim, dequantise, dequantise_log_det, log_likelihood
+from ..diffusion.noise import derive_seed
+from ..diffusion.schedules import Schedule, sampling_times, scales_of
+from ..diffusion.solvers import sample
+from .components import gaussian_bits_per_dim
+from .data import quantise
+from .train import ImageModel
+
+# purposes of derived seeds, apart from those of training
+_CHOICE, _PIXELS, _PROBES, _START, _STEPS = range(100, 105)
+
+
+@dataclass(frozen=True)
+class EvaluateConfig:
+    """How bits per dimension are measured.
+
+    Args:
+        images: held-out images, the same ones for every model and seed of training; 0 takes all.
+        batch_size: images that share the solver's steps.
+        divergence: "rademacher" is unbiased and costs one backward pass per step and probe, "exact" one per component.
+        probes: random sign vectors per image.
+        tolerance: relative and absolute, of the adaptive solver.
+        seed: of the choice of images, dequantisation and probes.
+
+    Raises:
+        ValueError: a field breaks its rule; the message names field, rule and value.
+    """
+
+    images: int = 128
+    batch_size: int = 128
+    divergence: Literal["rademacher", "exact"] = "rademacher"
+    probes: int = 1
+    tolerance: float = 1e-3
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name, least in (("images", 0), ("batch_size", 1), ("probes", 1)):
+            if getattr(self, name) < least:
+                raise ValueError(f"{name}: must be at least {least}, got {getattr(self, name)}")
+        if not 0 < self.tolerance < 1:
+            raise ValueError(f"tolerance: must lie in (0, 1), got {self.tolerance}")
+
+
+@dataclass(frozen=True)
+class Bits:
+    """Bits per dimension of each image (N,) fp64, and those of independent normal components, the untrained model."""
+
+    bits: np.ndarray
+    gaussian: np.ndarray
+    evaluations: int
+
+    @property
+    def mean(self) -> float:
+        return float(self.bits.mean())
+
+    @property
+    def standard_error(self) -> float:
+        """Over images; the spread over training runs is not in it."""
+        return float(self.bits.std(ddof=1) / math.sqrt(len(self.bits))) if len(self.bits) > 1 else math.nan
+
+
+class _Smooth(Schedule):
+    """A schedule whose corners the solver is not told: one adaptive integration instead of one per piece.
+
+    A hundred components that stop at a hundred times would cost two hundred starts of the solver; its error control
+    steps over the corners, where log-SNR is beyond `least` or `most` and little moves.
+    """
+
+    def __init__(self, inner: Schedule) -> None:
+        self.inner, self.shape, self.scaling = inner, inner.shape, inner.scaling
+
+    def log_snr(self, t: Tensor) -> Tensor:
+        return self.inner.log_snr(t)
+
+    def log_snr_slope(self, t: Tensor) -> Tensor:
+        return self.inner.log_snr_slope(t)
+
+
+def choose_images(images: np.ndarray, count: int, seed: int) -> Tensor:
+    """`count` of the images (N, C, Y, X), all for 0, in an order that depends on the seed alone."""
+    order = np.random.default_rng(derive_seed(seed, _CHOICE)).permutation(len(images))
+    return torch.from_numpy(images[order[: count or len(images)]])
+
+
+def evaluate(model: ImageModel, images: np.ndarray, config: EvaluateConfig) -> Bits:
+    """Bits per dimension: an upper bound for the integer pixels, by uniform dequantisation with one draw per image.
+
+    The density is that which the probability flow carries from the normal prior at t = 1 to the components at t = 0;
+    images are put there without noise, so it is the model's own normalised density whatever the least noise is.
+
+    Args:
+        images: uint8 (N, C, Y, X) of the model's shape.
+
+    Raises:
+        ValueError: images of another shape.
+    """
+    if tuple(images.shape[1:]) != model.basis.shape:
+        raise ValueError(f"images: must be (N, {', '.join(map(str, model.basis.shape))}), got {images.shape}")
+    chosen = choose_images(images, config.images, config.seed)
+    x = dequantise(chosen, model.levels, seed=derive_seed(config.seed, _PIXELS), dtype=torch.float64)
+    gaussian = gaussian_bits_per_dim(model.basis, x, model.level_width)
+    bits, evaluations = [], 0
+
+    def denoise(z: Tensor, log_snr: Tensor) -> Tensor:
+        nonlocal evaluations
+        evaluations += 1
+        return model.denoise(z, log_snr)
+
+    dims = model.basis.size
+    for number, batch in enumerate(x.split(config.batch_size)):
+        log_density = log_likelihood(
+            denoise, batch, _Smooth(model.schedule), basis=model.basis, divergence=config.divergence,
+            probes=config.probes, seed=derive_seed(config.seed, _PROBES, number), rtol=config.tolerance,
+            atol=config.tolerance,
+        )  # fmt: skip
+        bits.append(bits_per_dim(log_density, dims, dequantise_log_det(model.levels, dims)))
+    return Bits(torch.cat(bits).numpy(), gaussian.numpy(), evaluations)
+
+
+@torch.no_grad()
+def sample_images(
+    model: ImageModel, count: int, *, steps: int = 64, solver: str = "ddim", seed: int = 0, start: Tensor | None = None
+) -> np.ndarray:
+    """uint8 images (count, C, Y, X).
+
+    Args:
+        steps: of equal length in t; one after another needs more of them than all together.
+        solver: of `diffusion.solvers.sample`.
+        start: components at t = 1 (count, C, Y, X); standard normals of the seed by default.
+
+    Raises:
+        ValueError: count below 1.
+    """
+    if count < 1:
+        raise ValueError(f"count: must be at least 1, got {count}")
+    if start is None:
+        start = token_noise_eps((count, *model.basis.shape), seed=derive_seed(seed, _START))
+        start = start * torch.hypot(*scales_of(torch.zeros(()), model.schedule.scaling))
+    times = sampling_times(model.schedule, steps)
+    z = sample(model.denoise, start, model.schedule, times, solver=solver, seed=derive_seed(seed, _STEPS))
+    return quantise(model.basis.inverse(z), model.levels).numpy()
+
+
+def contact_sheet(images: np.ndarray, levels: int, columns: int = 16, scale: int = 4) -> np.ndarray:
+    """One uint8 picture (Y, X, 3 or 1) of images (N, C, Y, X) with values 0 ... levels - 1, side by side."""
+    n, colours, height, width = images.shape
+    columns = min(columns, n)
+    rows = -(-n // columns)
+    sheet = np.zeros((rows, columns, height + 1, width + 1, colours), np.uint8)
+    shown = (images.astype(np.float64) * (255 / (levels - 1))).round().astype(np.uint8)
+    flat = sheet.reshape(rows * columns, height + 1, width + 1, colours)
+    flat[:, -1], flat[:, :, -1] = 96, 96
+    flat[:n, :height, :width] = shown.transpose(0, 2, 3, 1)
+    picture = sheet.transpose(0, 2, 1, 3, 4).reshape(rows * (height + 1), columns * (width + 1), colours)
+    picture = picture.repeat(scale, 0).repeat(scale, 1)
+    return picture if colours == 3 else picture.repeat(3, axis=2)

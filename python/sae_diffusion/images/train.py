@@ -1,0 +1,325 @@
+"""Training of a `ComponentUNet`: all randomness is a function of (seed, step), so a resumed run repeats the whole one."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from sae_kernels import FrameLayout, token_noise
+
+from ..diffusion.likelihood import dequantise
+from ..diffusion.noise import derive_seed
+from ..diffusion.schedules import Schedule
+from ..train.checkpoint import (
+    flatten_optimizer,
+    latest_checkpoint,
+    load_into,
+    read_state,
+    restore_optimizer,
+    save_checkpoint,
+    verify_checkpoint,
+)
+from ..train.ema import MAX_STD, PowerEMA
+from .components import Whitened, check_basis
+from .data import ImageSet, middle, open_images
+from .model import ComponentUNet, NetConfig
+from .schedule import ScheduleConfig, make_schedule
+
+# purposes of derived seeds
+_WEIGHTS, _BATCH, _PIXELS, _NOISE = range(4)
+
+
+@dataclass(frozen=True)
+class ImageTrainConfig:
+    """A training run.
+
+    Args:
+        data: digits, or cifar10 with `data_path`.
+        data_path: cifar-10-binary.tar.gz or its unpacked folder.
+        basis: in which noise levels differ.
+        schedule: noise levels of the components.
+        net: the network.
+        steps: optimizer steps; the learning rate falls to zero on the last one, along a cosine.
+        batch_size: images per step.
+        lr: largest learning rate of Adam.
+        warmup: steps of the linear ramp before it.
+        clip: largest norm of the gradient.
+        weighting: "elbo" weighs every component by - d log-SNR / dt, so that the loss is the variational bound up to a
+            constant; "eps" is the plain mean over components.
+        ema: relative width of the average of weights, over the whole of training.
+        seed: of weights, order of images, dequantisation, times and noise.
+
+    Raises:
+        ValueError: a field breaks its rule; the message names field, rule and value.
+    """
+
+    data: Literal["digits", "cifar10"] = "digits"
+    data_path: str | None = None
+    basis: Literal["identity", "pca", "dct", "fourier", "haar"] = "pca"
+    schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
+    net: NetConfig = field(default_factory=NetConfig)
+    steps: int = 3000
+    batch_size: int = 64
+    lr: float = 2e-3
+    warmup: int = 100
+    clip: float = 1.0
+    weighting: Literal["elbo", "eps"] = "elbo"
+    ema: float = 0.1
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name, least in (("steps", 1), ("batch_size", 1), ("warmup", 0)):
+            if getattr(self, name) < least:
+                raise ValueError(f"{name}: must be at least {least}, got {getattr(self, name)}")
+        for name in ("lr", "clip"):
+            if not 0 < getattr(self, name) < math.inf:
+                raise ValueError(f"{name}: must be positive and finite, got {getattr(self, name)}")
+        if not 0 < self.ema <= MAX_STD:
+            raise ValueError(f"ema: must be in (0, {MAX_STD:.4f}], got {self.ema}")
+        for name, choices in (("data", ("digits", "cifar10")), ("weighting", ("elbo", "eps"))):
+            if getattr(self, name) not in choices:
+                raise ValueError(f"{name}: must be one of {choices}, got {getattr(self, name)!r}")
+
+    def to_json(self) -> dict[str, Any]:
+        return json.loads(json.dumps(dataclasses.asdict(self)))
+
+    @classmethod
+    def from_json(cls, fields: dict[str, Any]) -> ImageTrainConfig:
+        net = {k: tuple(v) if isinstance(v, list) else v for k, v in fields["net"].items()}
+        return cls(**{**fields, "net": NetConfig(**net), "schedule": ScheduleConfig(**fields["schedule"])})
+
+
+@dataclass
+class ImageModel:
+    """All that sampling and likelihood need: a network with its basis, its schedule and its images' levels."""
+
+    net: ComponentUNet
+    basis: Whitened
+    schedule: Schedule
+    config: ImageTrainConfig
+    levels: int
+    step: int = 0
+
+    @property
+    def level_width(self) -> float:
+        return 2.0 / self.levels
+
+    def denoise(self, z: Tensor, log_snr: Tensor) -> Tensor:
+        """The interface of solvers, likelihood and guidance: x0_hat of components."""
+        return self.net(z, log_snr)
+
+
+def new_model(config: ImageTrainConfig, images: ImageSet) -> ImageModel:
+    """An untrained model: the Gaussian optimum for the training images' component variances."""
+    check_basis(config.basis, images.shape)
+    basis = Whitened.fit(config.basis, middle(torch.from_numpy(images.train), images.levels), images.step)
+    schedule = make_schedule(config.schedule, basis)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(derive_seed(config.seed, _WEIGHTS))
+        net = ComponentUNet(config.net, basis, images.levels)
+    return ImageModel(net, basis, schedule, config, images.levels)
+
+
+def component_loss(
+    net: ComponentUNet, z: Tensor, schedule: Schedule, t: Tensor, *, seed: int, offset: int, weighting: str = "elbo"
+) -> Tensor:
+    """Weighted mean over components of (eps_hat - eps)^2, one value per image (B,).
+
+    eps - eps_hat = signal (f* - f) with the residual f of the network and its target f* = noise z - signal eps: a
+    difference of numbers of size one at every log-SNR.
+
+    Args:
+        z: clean components (B, C, Y, X).
+        t: (B,), in [0, 1].
+        seed, offset: of the noise, as for `sae_kernels.token_noise`.
+        weighting: see `ImageTrainConfig`; weights have mean 1 over components and over t in [0, 1].
+    """
+    log_snr = schedule.log_snr(t).to(z.dtype).expand_as(z)
+    signal, noise = (s.to(z.dtype) for s in schedule.scales(t))
+    signal, noise = signal.expand_as(z), noise.expand_as(z)
+    size = z[0].numel()
+    noisy, eps = token_noise(
+        z.flatten(1), signal.flatten(1), noise.flatten(1),
+        FrameLayout(frames=size, tokens_per_frame=1, noisy_copies=0), seed=seed, offset=offset, return_noise=True,
+    )  # fmt: skip
+    target = noise * z - signal * eps.view_as(z)
+    error = (signal * (target - net.residual(noisy.view_as(z), log_snr))).square()
+    if weighting == "eps":
+        return error.flatten(1).mean(1)
+    slope = -schedule.log_snr_slope(t).to(z.dtype).expand_as(z)
+    span = _span(schedule, z)
+    return (error * slope).flatten(1).mean(1) / span
+
+
+def _span(schedule: Schedule, like: Tensor) -> float:
+    """Mean over components of log-SNR at t = 0 less that at t = 1: the integral of the slope."""
+    ends = schedule.log_snr(torch.tensor([0.0, 1.0], dtype=torch.float64))
+    return float((ends[0] - ends[1]).mean())
+
+
+def stratified_times(count: int, generator: torch.Generator) -> Tensor:
+    """(count,) times, one in each of `count` equal parts of [0, 1], with a common uniform offset."""
+    return (torch.arange(count) + torch.rand((), generator=generator)) / count
+
+
+class ImageTrainer:
+    """One run in a folder; the same call resumes it.
+
+    Raises:
+        ValueError: the folder holds a run with another configuration or other images.
+    """
+
+    def __init__(self, config: ImageTrainConfig, images: ImageSet, run_dir: Path | None = None) -> None:
+        self.config, self.images, self.run_dir = config, images, run_dir
+        self.model = new_model(config, images)
+        net = self.model.net
+        self.optimizer = torch.optim.Adam(net.parameters(), lr=config.lr, betas=(0.9, 0.99), foreach=True)
+        self.ema = PowerEMA(net, (config.ema,))
+        self.step = 0
+        self.seconds = 0.0
+        self._pixels = torch.from_numpy(images.train)
+        if run_dir is not None and (path := latest_checkpoint(run_dir)) is not None:
+            self._load(path)
+
+    def train(
+        self, until: int | None = None, *, checkpoint_every: int = 0, callback: Callable[[int, float], None] | None = None
+    ) -> None:
+        """Go on to step `until`, by default the last one; a checkpoint there and every `checkpoint_every` steps.
+
+        callback(step, loss) is called after each step.
+
+        Raises:
+            FloatingPointError: the loss is no longer finite; the last checkpoint stays.
+        """
+        until = self.config.steps if until is None else min(until, self.config.steps)
+        self.model.net.train()
+        while self.step < until:
+            start = time.perf_counter()
+            loss = self._one_step()
+            self.seconds += time.perf_counter() - start
+            if not math.isfinite(loss):
+                raise FloatingPointError(f"loss: became {loss} at step {self.step}; lower lr = {self.config.lr}")
+            if callback is not None:
+                callback(self.step, loss)
+            if checkpoint_every and self.step % checkpoint_every == 0:
+                self.save()
+        self.model.step = self.step
+        self.save()
+
+    def averaged(self) -> ImageModel:
+        """The model with its averaged weights, in place; training can go on only from a checkpoint then."""
+        if self.step:
+            self.ema.copy_to(self.model.net, self.config.ema)
+        self.model.net.eval().requires_grad_(False)
+        return self.model
+
+    def _one_step(self) -> float:
+        config = self.config
+        generator = torch.Generator().manual_seed(derive_seed(config.seed, _BATCH, self.step))
+        chosen = torch.randint(len(self._pixels), (config.batch_size,), generator=generator)
+        x = dequantise(self._pixels[chosen], self.images.levels, seed=derive_seed(config.seed, _PIXELS, self.step))
+        t = stratified_times(config.batch_size, generator)
+        z = self.model.basis.forward(x)
+        loss = component_loss(
+            self.model.net, z, self.model.schedule, t,
+            seed=derive_seed(config.seed, _NOISE), offset=self.step, weighting=config.weighting,
+        ).mean()  # fmt: skip
+        self.optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(self.model.net.parameters(), config.clip)
+        for group in self.optimizer.param_groups:
+            group["lr"] = learning_rate(config, self.step)
+        self.optimizer.step()
+        self.step += 1
+        self.ema.update(self.model.net, self.step)
+        return float(loss.detach())
+
+    def save(self) -> Path | None:
+        """A checkpoint in the run folder, whole or not at all."""
+        if self.run_dir is None:
+            return None
+        net = self.model.net
+        files = {
+            "model": net.state_dict(),
+            "average": self.ema.averages[self.config.ema],
+            "optimizer": flatten_optimizer(net, self.optimizer),
+            "components": self.model.basis.tensors(),
+        }
+        state = {
+            "kind": "images",
+            "config": self.config.to_json(),
+            "basis": self.model.basis.description(),
+            "levels": self.images.levels,
+            "images": self.images.fingerprint(),
+            "ema_seen": self.ema.clips_seen,
+            "seconds": self.seconds,
+        }
+        return save_checkpoint(self.run_dir, self.step, files, state)
+
+    def _load(self, path: Path) -> None:
+        state = read_state(path)
+        check_kind(path, state)
+        mine, theirs = self.config.to_json(), state["config"]
+        for name in sorted(mine.keys() | theirs.keys()):
+            # the place of the files may change, their content may not
+            if name != "data_path" and mine.get(name) != theirs.get(name):
+                raise ValueError(f"{name}: the run in {path.parent} has {theirs.get(name)!r}, got {mine.get(name)!r}")
+        if state["images"] != self.images.fingerprint():
+            raise ValueError(f"data: the run in {path.parent} was trained on other images")
+        load_into(path / "model.safetensors", self.model.net.state_dict())
+        load_into(path / "average.safetensors", self.ema.averages[self.config.ema])
+        restore_optimizer(path / "optimizer.safetensors", self.model.net, self.optimizer)
+        self.ema.clips_seen = state["ema_seen"]
+        self.step, self.seconds = state["step"], state["seconds"]
+
+
+def learning_rate(config: ImageTrainConfig, step: int) -> float:
+    """Of the step numbered from 0: a linear ramp, then half a cosine to zero."""
+    ramp = min((step + 1) / config.warmup, 1.0) if config.warmup else 1.0
+    return config.lr * ramp * 0.5 * (1 + math.cos(math.pi * step / config.steps))
+
+
+def check_kind(path: Path, state: dict[str, Any]) -> None:
+    if state.get("kind") != "images":
+        raise ValueError(f"{path}: is no checkpoint of `sae images`")
+
+
+def load_model(path: Path, *, average: bool = True) -> ImageModel:
+    """A trained model from a checkpoint, or from the latest good one of a run folder.
+
+    Raises:
+        FileNotFoundError: there is none.
+        ValueError: it is damaged, or of something else.
+    """
+    path = Path(path)
+    if not (path / "state.json").is_file():
+        found = latest_checkpoint(path)
+        if found is None:
+            raise FileNotFoundError(f"{path}: neither a checkpoint nor a run folder with one")
+        path = found
+    elif (reason := verify_checkpoint(path)) is not None:
+        raise ValueError(reason)
+    state = read_state(path)
+    check_kind(path, state)
+    config = ImageTrainConfig.from_json(state["config"])
+    basis = Whitened.load(state["basis"], load_file(path / "components.safetensors"))
+    net = ComponentUNet(config.net, basis, state["levels"])
+    load_into(path / "model.safetensors", net.state_dict())
+    if average and state["step"]:
+        load_into(path / "average.safetensors", dict(net.named_parameters()))
+    model = ImageModel(net.eval().requires_grad_(False), basis, make_schedule(config.schedule, basis), config, state["levels"], state["step"])
+    return model
+
+
+def open_training_images(config: ImageTrainConfig) -> ImageSet:
+    return open_images(config.data, config.data_path)
