@@ -238,6 +238,7 @@ def environment(device: str) -> dict[str, Any]:
         "cpu_count": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "load_average": os.getloadavg()[0],
+        "allocator": "memory is kept between calls" if os.environ.get("MALLOC_MMAP_MAX_") == "0" else "as found",
         "platform": platform.platform(),
         "python": platform.python_version(),
         "torch": torch.__version__,

@@ -388,25 +388,53 @@ void edm_loss(const EdmLoss& args, bool fp64, int64_t begin, int64_t end) {
 
 // ---- forced weight normalisation
 
+// Multiply a row by `scale` and return the sum of squares of the next one.
+// Sixty-four sums over sections of 4096, then fp64: one more rounding than a product for each section.
+template <bool kScale, bool kSum>
+double scale_and_square(float* row, float scale, const float* next, int64_t n) {
+  double total = 0;
+  for (int64_t p = 0; p < n; p += 4096) {
+    const int64_t m = n - p < 4096 ? n - p : 4096;
+    float* w = row + p;
+    const float* v = next + p;
+    float lanes[64] = {};
+    int64_t i = 0;
+    for (; i + 64 <= m; i += 64)
+      for (int lane = 0; lane < 64; ++lane) {
+        if constexpr (kSum) lanes[lane] = madd(v[i + lane], v[i + lane], lanes[lane]);
+        if constexpr (kScale) w[i + lane] *= scale;
+      }
+    for (int lane = 0; i + lane < m; ++lane) {
+      if constexpr (kSum) lanes[lane] = madd(v[i + lane], v[i + lane], lanes[lane]);
+      if constexpr (kScale) w[i + lane] *= scale;
+    }
+    if constexpr (kSum) {
+      // A tree: one chain of 64 additions took as long as the rest of a row of 1152.
+      double sums[32];
+      for (int lane = 0; lane < 32; ++lane) sums[lane] = static_cast<double>(lanes[lane]) + lanes[lane + 32];
+      for (int half = 16; half > 0; half /= 2)
+        for (int lane = 0; lane < half; ++lane) sums[lane] += sums[lane + half];
+      total += sums[0];
+    }
+  }
+  return total;
+}
+
 void weight_rows(const Weight& weight, float eps, int64_t begin, int64_t end) {
   const int64_t n = weight.fan_in;
-  for (int64_t row = begin; row < end; ++row) {
-    float* w = weight.data + row * n;
-    // Sixteen sums over sections of 4096, then fp64: one more rounding than a product for each section.
-    double total = 0;
-    for (int64_t p = 0; p < n; p += 4096) {
-      const int64_t m = n - p < 4096 ? n - p : 4096;
-      const float* v = w + p;
-      float lanes[64] = {};
-      int64_t i = 0;
-      for (; i + 64 <= m; i += 64)
-        for (int lane = 0; lane < 64; ++lane) lanes[lane] = madd(v[i + lane], v[i + lane], lanes[lane]);
-      for (; i < m; ++i) lanes[i % 64] = madd(v[i], v[i], lanes[i % 64]);
-      for (float lane : lanes) total += lane;
-    }
+  // While a row is scaled in the nearest cache, memory can fetch the next one: 7.4 -> 5.0 ms for 68 M elements in rows
+  // of 1152 on two cores. Two long rows leave that cache, and 4.5 became 6.0 ms for rows of 6912.
+  const bool overlap = n <= 4096;
+  float* w = weight.data + begin * n;
+  double total = 0;
+  for (int64_t row = begin; row < end; ++row, w += n) {
+    if (row == begin || !overlap) total = scale_and_square<false, true>(w, 1, w, n);
     const double rms = __builtin_sqrt(total / static_cast<double>(n));
     const float scale = static_cast<float>(1.0 / (rms + eps));
-    for (int64_t i = 0; i < n; ++i) w[i] *= scale;
+    if (overlap && row + 1 < end)
+      total = scale_and_square<true, true>(w, scale, w + n, n);
+    else
+      scale_and_square<true, false>(w, scale, w, n);
     if (weight.copy) {
       // The master now has RMS rms / (rms + eps); the copy is that normalised once more, times gain / sqrt(n).
       const double again = rms / (rms + eps);
