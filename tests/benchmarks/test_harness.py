@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import sys
 import time
 
 import pytest
@@ -207,3 +209,20 @@ def test_budget_leaves_out_what_would_not_end_in_time(toy):
     assert [n["case"] for n in result["not_run"]] == ["late"]
     assert result["not_run"][0]["reason"] == "5 s of the budget left"
     assert not result["complete"]
+
+
+def test_the_process_starts_again_with_a_warm_allocator_once(monkeypatch):
+    started = []
+    monkeypatch.setattr(os, "execve", lambda *arguments: started.append(arguments))
+    monkeypatch.setattr(sys, "argv", ["benchmarks", "--dry"])
+    monkeypatch.setattr(cli.platform, "libc_ver", lambda: ("glibc", "2.36"))
+    for name in cli.WARM_ALLOCATOR:
+        monkeypatch.delenv(name, raising=False)
+    cli._start_with_warm_allocator()
+    ((program, arguments, environment),) = started
+    assert program == sys.executable and arguments[1:] == ["-m", "benchmarks", "--dry"]
+    assert environment["MALLOC_MMAP_MAX_"] == "0" and environment["PATH"] == os.environ["PATH"]
+    for name, value in cli.WARM_ALLOCATOR.items():
+        monkeypatch.setenv(name, value)
+    cli._start_with_warm_allocator()
+    assert len(started) == 1
