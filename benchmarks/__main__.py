@@ -117,7 +117,7 @@ def _default_path(device: str) -> Path:
 
 def _start_with_warm_allocator() -> None:
     """Start this process again with `WARM_ALLOCATOR`, unless it runs with it already or there is no glibc."""
-    if not platform.libc_ver()[0] == "glibc" or WARM_ALLOCATOR.items() <= os.environ.items():
+    if platform.libc_ver()[0] != "glibc" or WARM_ALLOCATOR.items() <= os.environ.items():
         return
     arguments = [sys.executable, "-m", "benchmarks", *sys.argv[1:]]
     os.execve(sys.executable, arguments, os.environ | WARM_ALLOCATOR)
