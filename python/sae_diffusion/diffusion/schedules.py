@@ -1,7 +1,7 @@
 """Per-token noise schedules: every token (or component) of an example has its own log-SNR at the common time t.
 
-t runs from 0 (data) to 1 (noise); sampling goes from 1 to 0. The log-SNR is lambda = ln(signal^2 / noise^2), non-increasing
-in t; papers that write gamma mean -lambda. A scaling turns it into the two factors of x_t = signal x_0 + noise eps:
+t runs from 0 (data) to 1 (noise); sampling goes from 1 to 0. The log-SNR is lambda = ln(signal^2 / noise^2), which does
+not increase with t; papers that write gamma mean -lambda. A scaling turns it into x_t = signal x_0 + noise eps:
 
     "vp"    signal^2 = sigmoid(lambda), noise^2 = sigmoid(-lambda)     (variance preserving)
     "ve"    signal = 1, noise = exp(-lambda / 2)                       (EDM's sigma)
@@ -19,9 +19,9 @@ import torch
 from .curves import EDM, Cosine, Curve, Flow, LogLinear, VPLinear
 
 __all__ = [
-    "EDM", "SCALINGS", "Columns", "ComponentLinear", "Cosine", "Curve", "Flow", "Independent", "LogLinear", "PerPixel",
-    "Rolling", "Rows", "Schedule", "Staggered", "Together", "Triangular", "VPLinear", "check_schedule", "expand_to",
-    "sampling_times", "scales_of",
+    "EDM", "SCALINGS", "Columns", "ComponentLinear", "Cosine", "Curve", "Flow", "Given", "Independent", "LogLinear",
+    "PerPixel", "Rolling", "Rows", "Schedule", "Staggered", "Together", "Triangular", "VPLinear", "check_schedule",
+    "expand_to", "fraction_to_window", "sampling_times", "scales_of", "window_to_fraction",
 ]  # fmt: skip
 
 SCALINGS = ("vp", "ve", "flow")
@@ -183,9 +183,9 @@ class Independent(Together):
 class Staggered(_Windowed):
     """Tokens are generated one after another with overlapping windows (Unified Diffusion).
 
-    In generation time 1 - t the k-th token in the order moves from l_k = k / (N - 1 + w) to r_k = (k + w) / (N - 1 + w):
-    token 0 is generated first. w = 1 is autoregressive (disjoint windows), w = inf is joint diffusion; for w < 1 nothing
-    moves between two tokens.
+    In generation time 1 - t the k-th token in the order moves from l_k = k / v to r_k = (k + w) / v with v = N - 1 + w:
+    token 0 is generated first. w = 1 is autoregressive (disjoint windows), w = inf is joint diffusion; for w < 1
+    nothing moves between two tokens.
 
     Args:
         tokens: N.
@@ -212,13 +212,17 @@ class Staggered(_Windowed):
         delay = left.flip(0) if math.isfinite(window) else left
         super().__init__((tokens,), delay[torch.argsort(self.order)], float(right[0]), curve, scaling)
 
+    @property
+    def speed(self) -> float:
+        """v = N - 1 + w: tokens that start per unit of time."""
+        return self.tokens - 1 + self.window
+
     def windows(self) -> tuple[torch.Tensor, torch.Tensor]:
         """(l, r), each (N,) fp64: generation time at which the k-th token in the order starts and is done."""
         k = torch.arange(self.tokens, dtype=torch.float64)
         if math.isinf(self.window):
             return torch.zeros_like(k), torch.ones_like(k)
-        speed = self.tokens - 1 + self.window  # v, tokens per unit of time
-        return k / speed, (k + self.window) / speed
+        return k / self.speed, (k + self.window) / self.speed
 
 
 class Triangular(Staggered):
@@ -264,10 +268,10 @@ class Triangular(Staggered):
 class Rolling(_Windowed):
     """An endless sequence in a window of W tokens (rolling diffusion, Ruhe et al. 2024).
 
-    In global time g, counted in tokens, token k enters as noise at g = k and leaves clean at g = k + W. As a schedule it
-    is one shift of the window: slot j has progress (j + t) / W, so from t = 1 to t = 0 every slot takes the level of the
-    one before it, slot 0 becomes clean and leaves, and noise enters behind. `first=True` is the run-in that leads from
-    pure noise to the state at t = 0, progress min(1, j / W + t). `roll` in solvers.py samples with both.
+    In global time g, counted in tokens, token k enters as noise at g = k and leaves clean at g = k + W. As a schedule
+    it is one shift of the window: slot j has progress (j + t) / W, so from t = 1 to t = 0 every slot takes the level of
+    the one before it, slot 0 becomes clean and leaves, and noise enters behind. `first=True` is the run-in that leads
+    from pure noise to the state at t = 0, progress min(1, j / W + t). `roll` in solvers.py samples with both.
 
     Args:
         window: W >= 1 tokens.
@@ -347,7 +351,7 @@ class ComponentLinear(Schedule):
         log SNR_i(t) = start - a (l_i - l_max) - t (start - end + a (l_max - l_min)).
 
     The component with the greatest l is at `start` at t = 0, the one with the least l at `end` at t = 1: components
-    with small l are generated first. For l = -log Sigma (the default), a = 1 is standard diffusion (lambda the same for all)
+    with small l are generated first. For l = -log Sigma (the default), a = 1 is standard diffusion (one lambda for all)
     and a = 0 gives all components the same SNR at all times; large a generates one after another.
 
     Args:
@@ -414,6 +418,49 @@ class ComponentLinear(Schedule):
         return self.clean.to(t) - t * self.fall
 
 
+class Given(Schedule):
+    """Another schedule in which the tokens marked in `known` rest at the level of t = 0: data to continue or complete.
+
+    Put the known tokens into x at that level (`scales` at any t) before sampling; they keep their bits.
+
+    Args:
+        known: (*schedule.shape) bool.
+    """
+
+    def __init__(self, schedule: Schedule, known: torch.Tensor) -> None:
+        known = torch.as_tensor(known).detach().cpu()
+        if known.dtype != torch.bool:
+            raise TypeError(f"known: must be a bool tensor, got {known.dtype}")
+        if tuple(known.shape) != schedule.shape:
+            raise ValueError(f"known: must have shape {schedule.shape}, got {tuple(known.shape)}")
+        self.schedule, self.known = schedule, known
+        self.shape, self.scaling = schedule.shape, schedule.scaling
+
+    def log_snr(self, t: torch.Tensor) -> torch.Tensor:
+        return torch.where(self.known.to(t.device), self.schedule.log_snr(t.new_zeros(1)), self.schedule.log_snr(t))
+
+    def log_snr_slope(self, t: torch.Tensor) -> torch.Tensor:
+        return torch.where(self.known.to(t.device), 0.0, self.schedule.log_snr_slope(t))
+
+    def breakpoints(self) -> torch.Tensor:
+        return self.schedule.breakpoints()
+
+    def times(self, steps: int) -> torch.Tensor:
+        return self.schedule.times(steps)
+
+
+def window_to_fraction(window: float, tokens: int) -> float:
+    """w / (N - 1 + w): the part of the time in which a token of `Staggered` moves; 1 - b of `PerPixel`."""
+    return 1.0 if math.isinf(window) else window / (tokens - 1 + window)
+
+
+def fraction_to_window(fraction: float, tokens: int) -> float:
+    """w = fraction / (1 - fraction) (N - 1), the inverse of `window_to_fraction` for N > 1."""
+    if not 0 < fraction <= 1:
+        raise ValueError(f"fraction: must lie in (0, 1], got {fraction}")
+    return math.inf if fraction == 1 else fraction / (1 - fraction) * (tokens - 1)
+
+
 def sampling_times(schedule: Schedule, steps: int) -> torch.Tensor:
     """The grid that `schedule` is sampled on: fp64 (steps + 1,), decreasing from 1 to 0."""
     return schedule.times(steps)
@@ -442,6 +489,14 @@ def check_schedule(schedule: Schedule, points: int = 257) -> None:
     rounding = 16 * torch.finfo(torch.float64).eps * values.abs().amax().clamp(min=1.0)
     _refuse_where(rise > rounding, grid[1:], f"{name}.log_snr: must not increase with t", rise, "rise")
     _refuse_where(slopes > 0, grid, f"{name}.log_snr_slope: must be <= 0", slopes)
+    width = (grid[1:] - grid[:-1]).reshape(-1, *(1,) * len(schedule.shape))
+    middle = [
+        0.5 * (grid[1:] + grid[:-1]) + node * 0.5 * (grid[1:] - grid[:-1]) for node in (-(0.6**0.5), 0.0, 0.6**0.5)
+    ]
+    left, centre, right = (schedule.log_snr_slope(t) for t in middle)
+    off = (5 * left + 8 * centre + 5 * right) / 18 * width - rise  # Gauss-Legendre
+    bound = 0.01 * (values[0] - values[-1]).abs().amax().clamp(min=1.0)
+    _refuse_where(off.abs() > bound, grid[1:], f"{name}.log_snr_slope: must be the derivative of log_snr", off, "error")
 
 
 def _refuse_where(bad: torch.Tensor, grid: torch.Tensor, rule: str, values: torch.Tensor, what: str = "value") -> None:

@@ -1,13 +1,14 @@
 """Sampling with a noise level per token: one loop, seven solvers, any schedule and scaling.
 
-A network is `denoise(x, log_snr) -> x0_hat` with x (B, *shape, ...), log_snr (B, *schedule.shape) in the dtype of x. A step
-goes from t to the earlier time p; a, s are signal and noise, lambda their log-SNR, c = 1 - exp(lambda_t - lambda_p). All
-coefficients are made in fp64 per token, then rounded to the dtype of x. Tokens whose lambda is the same at t and p keep
-their bits.
+A network is `denoise(x, log_snr) -> x0_hat` with x (B, *shape, ...) and log_snr (B, *schedule.shape), fp64 for fp64 x
+and else fp32. A step goes from t to the earlier time p; a, s are signal and noise, lambda their log-SNR, and
+c = 1 - exp(lambda_t - lambda_p). Coefficients are made in fp64 per token and rounded to the dtype of x. Tokens whose
+lambda is the same at t and p keep their bits.
 """
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -17,13 +18,14 @@ import torch
 from sae_kernels import token_noise_eps
 
 from .noise import derive_seed
+from .posterior import fresh_fraction, posterior_coefficients
 from .schedules import Rolling, Schedule, expand_to, scales_of
 
 Denoise = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 
 SOLVERS = ("ancestral", "ddpm", "ddim", "euler", "heun", "dpm++2m", "stochastic-heun")
 KINDS = ("x0", "eps", "v", "flow")
-_START, _STEPS, _FORGET = 0, 1, 2  # purposes of random numbers
+_START, _STEPS, _HIDDEN, _ROLL = 101, 102, 103, 104  # purposes of random numbers
 
 
 def to_x0(
@@ -55,13 +57,12 @@ def from_x0(x0: torch.Tensor, x: torch.Tensor, signal: torch.Tensor, noise: torc
 
 
 def guided(strong: Denoise, weak: Denoise, weight: float) -> Denoise:
-    """weak + weight (strong - weak): classifier-free guidance when `weak` ignores the label, context guidance when it
-    ignores the context (`without_context`), autoguidance when it is a worse network.
+    """weak + weight (strong - weak): classifier-free guidance when `weak` ignores the label, autoguidance when it is a
+    worse network. In x0 this is the same as guidance of eps or of the score.
 
-    At weight 1 only `strong` is evaluated, at weight 0 only `weak`. In x0 this is the same as guidance of eps or score.
+    At weight 1 only `strong` is evaluated, at weight 0 only `weak`.
     """
-    if not math.isfinite(weight):
-        raise ValueError(f"weight: must be finite, got {weight}")
+    _check_weight(weight)
     if weight in (0, 1):
         return strong if weight == 1 else weak
 
@@ -72,21 +73,30 @@ def guided(strong: Denoise, weak: Denoise, weight: float) -> Denoise:
     return denoise
 
 
-def without_context(denoise: Denoise, schedule: Schedule, *, threshold: float | None = None, seed: int = 0) -> Denoise:
-    """The weak network of context guidance: tokens that are (nearly) clean are hidden behind full noise.
+def context_guided(
+    denoise: Denoise, schedule: Schedule, weight: float, *, threshold: float | None = None, seed: int = 0
+) -> Denoise:
+    """`guided`, where the weak network is the same one without its context: clean tokens hidden behind full noise.
 
-    A token whose lambda is at least `threshold` (by default its lambda at t = 0, up to rounding) is shown to the network
-    as x_1 at the level of t = 1. Its own x0_hat is that of the blinded network.
+    Context are the tokens whose lambda is at least `threshold`, by default that of t = 0. The weak network is shown a
+    draw of x_1 in their place, at the level of t = 1. They themselves are not guided.
     """
-    ends = schedule.log_snr(torch.tensor([0.0, 1.0], dtype=torch.float64))
+    _check_weight(weight)
+    clean, noisy = schedule.log_snr(torch.tensor([0.0, 1.0], dtype=torch.float64)).split(1)
+    # log_snr may come in fp32.
+    bound = clean - 1e-5 * clean.abs().clamp(min=1) if threshold is None else torch.full_like(clean, threshold)
 
-    def weak(x: torch.Tensor, log_snr: torch.Tensor) -> torch.Tensor:
-        clean, noisy = ends.to(log_snr)
-        hidden = log_snr >= (clean - 1e-5 if threshold is None else threshold)
-        shown = torch.where(hidden, noisy, log_snr)
-        return denoise(torch.where(expand_to(hidden, x), start(x.shape, schedule, seed=seed, like=x), x), shown)
+    def guide(x: torch.Tensor, log_snr: torch.Tensor) -> torch.Tensor:
+        strong = denoise(x, log_snr)
+        context = log_snr >= bound.to(log_snr)
+        if weight == 1 or not bool(context.any()):
+            return strong
+        hidden = expand_to(context, x)
+        noise = start(tuple(x.shape), schedule, seed=derive_seed(seed, _HIDDEN), like=x)
+        weak = denoise(torch.where(hidden, noise, x), torch.where(context, noisy.to(log_snr), log_snr))
+        return torch.where(hidden, strong, weak + weight * (strong - weak))
 
-    return weak
+    return guide
 
 
 def start(
@@ -157,8 +167,9 @@ def sample(
     * "ddim": a_p x0_hat + sqrt(s_p^2 - v) eps_hat plus noise of variance v = eta^2 s_p^2 c; eta = 1 is "ancestral".
     * "euler": a step of the probability-flow ODE dx = x0_hat da + eps_hat ds; the same as "ddim" with eta = 0.
     * "heun": the trapezoidal rule for this ODE, two evaluations a step; EDM's for "ve", flow matching's for "flow".
-    * "dpm++2m": DPM-Solver++(2M) (Lu et al. 2022) with a history per token: a token whose last step was empty takes a first-
-      order step, and a history much shorter than the step (a window that began inside the last step) counts at most twice.
+    * "dpm++2m": DPM-Solver++(2M) (Lu et al. 2022) with a history per token: a token whose last step was empty takes a
+      first-order step, and where the last step was less than a quarter of this one (a window that began inside it) the
+      extrapolation is limited to twice the last change of x0_hat.
     * "stochastic-heun": "heun" after `churn`.
 
     Args:
@@ -167,8 +178,9 @@ def sample(
         eta: for "ddim".
         churn: for "stochastic-heun"; `Churn()` by default.
         seed, offset: the normals of step i are token_noise_eps(x.shape, seed=derive_seed(seed, 1), offset=offset + i).
-        final: "state" returns x at times[-1], which at t = 0 still holds the schedule's least noise; "data" returns x0_hat of
-            that state, one evaluation more; "auto" is "data" when times end at 0, else "state".
+        final: "state" returns x at times[-1], which at t = 0 still holds the schedule's least noise; "data" returns
+            x0_hat of that state, one evaluation more; "auto" is "data" when times end at 0, else "state". Tokens that
+            never moved keep their bits in both.
         callback: called after step i with (i, x, x0_hat).
 
     Raises:
@@ -193,7 +205,9 @@ def sample(
         x, x0 = run.step(i, x)
         if callback is not None:
             callback(i, x, x0)
-    return run.x0_hat(x, levels[-1:]) if final == "data" else x
+    if final == "state":
+        return x
+    return torch.where(expand_to(run.moving_steps > 0, x).to(x.device), _denoise(denoise, x, levels[-1:]), x)
 
 
 @torch.no_grad()
@@ -212,38 +226,26 @@ def roll(
 ) -> Iterator[torch.Tensor]:
     """Yield tokens (B, ...) without end, with a window of W tokens in flight; shape is (B, W, ...).
 
-    The run-in (`Rolling(first=True)`) takes W * steps_per_token steps, every further token steps_per_token. A token leaves as
-    the network's x0_hat of its last state.
+    The run-in (`Rolling(first=True)`) takes W * steps_per_token steps, every further token steps_per_token. A token
+    leaves as the network's x0_hat of its last state. Options as in `sample`.
     """
     if not isinstance(schedule, Rolling) or schedule.first:
         raise ValueError(f"schedule: must be a Rolling with first=False, got {type(schedule).__name__}")
     if len(shape) < 2 or shape[1] != schedule.window:
         raise ValueError(f"shape: must be (B, W = {schedule.window}, ...), got {tuple(shape)}")
-    options = dict(solver=solver, eta=eta, churn=churn, final="state")
+    options = {"solver": solver, "eta": eta, "churn": churn, "final": "state"}
     run_in = Rolling(schedule.window, schedule.curve, first=True, scaling=schedule.scaling)
-    x = start(shape, run_in, seed=derive_seed(seed, 0), dtype=dtype, device=device)
-    x = sample(
-        denoise, x, run_in, run_in.times(schedule.window * steps_per_token), seed=derive_seed(seed, 0, 0), **options
-    )
+    entry = Rolling(1, schedule.curve, scaling=schedule.scaling)
+    first = derive_seed(seed, _ROLL, 1)
+    x = start(shape, run_in, seed=first, dtype=dtype, device=device)
+    x = sample(denoise, x, run_in, run_in.times(schedule.window * steps_per_token), seed=first, **options)
     times = schedule.times(steps_per_token)
-    clean = schedule.log_snr(times[-1:]).to(x).expand(shape[0], -1)
-    token = 0
-    while True:
-        yield denoise(x, clean)[:, 0]
-        token += 1
-        entering = start((shape[0], 1, *shape[2:]), _last_slot(schedule), seed=derive_seed(seed, token), like=x)
-        x = sample(
-            denoise,
-            torch.cat([x[:, 1:], entering], dim=1),
-            schedule,
-            times,
-            seed=derive_seed(seed, token, 0),
-            **options,
-        )
-
-
-def _last_slot(schedule: Rolling) -> Schedule:
-    return Rolling(1, schedule.curve, scaling=schedule.scaling)
+    level = schedule.log_snr(times[-1:])
+    for token in itertools.count(2):
+        yield _denoise(denoise, x, level)[:, 0]
+        own = derive_seed(seed, _ROLL, token)
+        entering = start((shape[0], 1, *shape[2:]), entry, seed=own, like=x)
+        x = sample(denoise, torch.cat([x[:, 1:], entering], dim=1), schedule, times, seed=own, **options)
 
 
 class _Run:
@@ -266,7 +268,7 @@ class _Run:
             state = torch.where(moves, raised, x)
         else:
             state = x
-        x0 = self.x0_hat(state, level)
+        x0 = _denoise(self.denoise, state, level)
         new = {
             "ancestral": self.ancestral, "ddpm": self.ddpm, "ddim": self.ddim, "euler": self.euler, "heun": self.heun,
             "dpm++2m": self.multistep, "stochastic-heun": self.heun,
@@ -276,7 +278,9 @@ class _Run:
 
     def ancestral(self, i, x, x0, level, target, moves) -> torch.Tensor:
         _, noise = self.scales(target)
-        return self.posterior_mean(x, x0, level, target) + self.normals(i, x, noise * self.fresh(level, target).sqrt())
+        return self.posterior_mean(x, x0, level, target) + self.normals(
+            i, x, noise * fresh_fraction(target, level).sqrt()
+        )
 
     def ddpm(self, i, x, x0, level, target, moves) -> torch.Tensor:
         signal, noise = self.scales(target)
@@ -286,7 +290,7 @@ class _Run:
 
     def ddim(self, i, x, x0, level, target, moves) -> torch.Tensor:
         signal, noise = self.scales(target)
-        fresh = self.eta**2 * self.fresh(level, target)
+        fresh = self.eta**2 * fresh_fraction(target, level)
         kept = noise * (1 - fresh).sqrt()
         new = self.times(signal, x0) + self.times(kept, self.eps_hat(x, x0, level))
         return new + self.normals(i, x, noise * fresh.sqrt()) if self.eta else new
@@ -297,7 +301,7 @@ class _Run:
     def heun(self, i, x, x0, level, target, moves) -> torch.Tensor:
         eps = self.eps_hat(x, x0, level)
         ahead = torch.where(moves, self.flow_step(x, x0, eps, level, target), x)
-        x0_ahead = self.x0_hat(ahead, target)
+        x0_ahead = _denoise(self.denoise, ahead, target)
         eps_ahead = self.eps_hat(ahead, x0_ahead, target)
         return self.flow_step(x, 0.5 * (x0 + x0_ahead), 0.5 * (eps + eps_ahead), level, target)
 
@@ -325,27 +329,16 @@ class _Run:
         return self.times(raised_signal / signal, x) + self.normals(i, x, spread), raised
 
     def posterior_mean(self, x, x0, level, target) -> torch.Tensor:
-        signal, target_signal = self.scales(level)[0], self.scales(target)[0]
-        fresh = self.fresh(level, target)
-        return self.times(target_signal / signal * (1 - fresh), x) + self.times(target_signal * fresh, x0)
+        of_x, of_x0, _ = posterior_coefficients(target, level, self.scaling)
+        return self.times(of_x, x) + self.times(of_x0, x0)
 
     def flow_step(self, x, x0, eps, level, target) -> torch.Tensor:
         (signal, noise), (target_signal, target_noise) = self.scales(level), self.scales(target)
         return x + self.times(target_signal - signal, x0) + self.times(target_noise - noise, eps)
 
-    def fresh(self, level: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
-        """c: the part of the noise at the target that is new."""
-        return -torch.expm1(level - target)
-
     def eps_hat(self, x, x0, level) -> torch.Tensor:
         signal, noise = self.scales(level)
         return self.times(1 / noise, x) - self.times(signal / noise, x0)
-
-    def x0_hat(self, x: torch.Tensor, level: torch.Tensor) -> torch.Tensor:
-        x0 = self.denoise(x, level.to(x).expand(x.shape[0], *level.shape[1:]))
-        if x0.shape != x.shape:
-            raise ValueError(f"denoise: must return the shape of x = {tuple(x.shape)}, got {tuple(x0.shape)}")
-        return x0
 
     def normals(self, i: int, x: torch.Tensor, spread: torch.Tensor) -> torch.Tensor:
         eps = token_noise_eps(tuple(x.shape), seed=self.seed, offset=self.offset + i, device=x.device, dtype=x.dtype)
@@ -357,6 +350,15 @@ class _Run:
     @staticmethod
     def times(factor: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
         return expand_to(factor, x).to(x) * x
+
+
+def _denoise(denoise: Denoise, x: torch.Tensor, level: torch.Tensor) -> torch.Tensor:
+    """x0_hat at the levels (1, *shape)."""
+    level = level.to(x.device, torch.float64 if x.dtype == torch.float64 else torch.float32)
+    x0 = denoise(x, level.expand(x.shape[0], *level.shape[1:]))
+    if x0.shape != x.shape:
+        raise ValueError(f"denoise: must return the shape of x = {tuple(x.shape)}, got {tuple(x0.shape)}")
+    return x0
 
 
 def _levels(schedule: Schedule, times: torch.Tensor) -> torch.Tensor:
@@ -372,6 +374,11 @@ def _levels(schedule: Schedule, times: torch.Tensor) -> torch.Tensor:
     if bool((levels[:-1] - levels[1:] > 1e-9).any()):
         raise ValueError(f"schedule: log_snr of {type(schedule).__name__} must not increase with t")
     return levels.cummax(dim=0).values  # what falls by rounding would have a negative variance
+
+
+def _check_weight(weight: float) -> None:
+    if not math.isfinite(weight):
+        raise ValueError(f"weight: must be finite, got {weight}")
 
 
 def _check_kind(kind: str) -> None:

@@ -1,0 +1,166 @@
+"""A picture or a table of any schedule: the command `sae schedule`."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+
+from .schedules import (
+    EDM,
+    Columns,
+    ComponentLinear,
+    Cosine,
+    Curve,
+    Flow,
+    Independent,
+    LogLinear,
+    Rolling,
+    Rows,
+    Schedule,
+    Staggered,
+    Together,
+    Triangular,
+    VPLinear,
+    check_schedule,
+)
+
+CURVES: dict[str, Callable[[], Curve]] = {
+    "log-linear": LogLinear, "vp-linear": VPLinear, "cosine": Cosine, "edm": EDM, "flow": Flow,
+}  # fmt: skip
+
+
+def plot_schedule(schedule: Schedule, path: str | Path, *, points: int = 401, max_lines: int = 24) -> Path:
+    """Draw log-SNR against t, and the share of signal of every token while it is generated, into one picture.
+
+    Tokens of several dimensions are counted in row-major order; of more than `max_lines`, so many are drawn as lines.
+    The format follows the ending of `path`, whose folder is made.
+    """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.cm import viridis
+    from matplotlib.figure import Figure
+
+    path = Path(path)
+    t = torch.linspace(0, 1, points, dtype=torch.float64)
+    log_snr = schedule.log_snr(t).reshape(points, -1)
+    tokens = log_snr.shape[1]
+    figure = Figure(figsize=(10, 3.6), layout="constrained")
+    FigureCanvasAgg(figure)
+    lines, image = figure.subplots(1, 2)
+    for token in torch.linspace(0, tokens - 1, min(tokens, max_lines)).round().long().tolist():
+        lines.plot(t, log_snr[:, token], color=viridis(token / max(tokens - 1, 1)), linewidth=1.2)
+    lines.set(xlabel="t  (0 data, 1 noise)", ylabel="log-SNR", title=f"{type(schedule).__name__}: {tokens} tokens")
+    shown = image.imshow(
+        torch.sigmoid(log_snr.flip(0)).T.numpy(), aspect="auto", vmin=0, vmax=1, extent=(0, 1, tokens - 0.5, -0.5),
+        interpolation="nearest",
+    )  # fmt: skip
+    image.set(xlabel="generation time 1 - t", ylabel="token", title="signal² / (signal² + noise²)")
+    figure.colorbar(shown, ax=image)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=110)
+    return path
+
+
+def schedule_table(schedule: Schedule, rows: int = 10, columns: int = 8) -> str:
+    """t against log-SNR as text, tokens in row-major order; of more than `columns`, so many are shown."""
+    t = torch.linspace(0, 1, rows + 1, dtype=torch.float64)
+    log_snr = schedule.log_snr(t).reshape(rows + 1, -1)
+    tokens = torch.linspace(0, log_snr.shape[1] - 1, min(log_snr.shape[1], columns)).round().long().tolist()
+    lines = ["    t " + "".join(f"{f'token {token}':>11}" for token in tokens)]
+    for time, values in zip(t.tolist(), log_snr):
+        lines.append(f"{time:6.3f}" + "".join(f"{values[token].item():11.3f}" for token in tokens))
+    return "\n".join(lines)
+
+
+@dataclass(frozen=True, kw_only=True)
+class SchedulePlot:
+    """Show a noise schedule: log-SNR of every token against t (0 data, 1 noise), as a table or as a picture.
+
+    Args:
+        kind: of schedule. "components" is GUD's linear one, for variances that fall from 1 as 1 / (1 + k)^2.
+        curve: log-SNR over a token's window; "components" has its own.
+        tokens: how many.
+        window: tokens in flight, of "staggered" (inf for all at once) and "rolling".
+        order: in which "staggered" and "triangular" generate; "random" is drawn with --seed.
+        steps_per_token: of "triangular".
+        lag: macro steps between two tokens of "triangular".
+        softness: b of "columns" and "rows" in [0, 1): 0 is all at once.
+        hardness: a of "components": 1 is standard diffusion, 0 the same SNR for all.
+        size: height and width of "columns" and "rows".
+        start: log-SNR at t = 0 of the log-linear curve and of "components".
+        end: log-SNR at t = 1 of the same.
+        scaling: "vp", "ve" or "flow"; that of the curve if not given.
+        rows: steps in t of the table.
+        plot: picture to write (png, pdf, svg); without it the table is printed.
+        seed: of --order random.
+        device: accepted for symmetry; schedules are made on the CPU.
+        debug: show where an error came from.
+    """
+
+    kind: Literal[
+        "staggered", "together", "independent", "rolling", "triangular", "components", "columns", "rows"
+    ] = "staggered"  # fmt: skip
+    curve: Literal["log-linear", "vp-linear", "cosine", "edm", "flow"] = "log-linear"
+    tokens: int = 20
+    window: float = 8.0
+    order: Literal["natural", "reverse", "random"] = "natural"
+    steps_per_token: int = 10
+    lag: int = 2
+    softness: float = 0.5
+    hardness: float = 2.0
+    size: tuple[int, int] = (8, 8)
+    start: float = 9.2
+    end: float = -4.6
+    scaling: Literal["vp", "ve", "flow"] | None = None
+    rows: int = 10
+    plot: Path | None = None
+    seed: int = 0
+    device: str = "auto"
+    debug: bool = False
+
+    def schedule(self) -> Schedule:
+        """The schedule that the options describe.
+
+        Raises:
+            ValueError: an option breaks its rule.
+        """
+        curve = LogLinear(self.start, self.end) if self.curve == "log-linear" else CURVES[self.curve]()
+        if self.kind in ("together", "independent"):
+            make = Together if self.kind == "together" else Independent
+            return make((self.tokens,), curve, scaling=self.scaling)
+        if self.kind == "rolling":
+            if not (math.isfinite(self.window) and self.window == int(self.window)):
+                raise ValueError(f"window: must be a whole number of tokens for 'rolling', got {self.window}")
+            return Rolling(int(self.window), curve, scaling=self.scaling)
+        if self.kind in ("columns", "rows"):
+            make = Columns if self.kind == "columns" else Rows
+            return make((1, *self.size), self.softness, curve, scaling=self.scaling)
+        if self.tokens < 1:
+            raise ValueError(f"tokens: must be at least 1, got {self.tokens}")
+        if self.kind == "components":
+            variances = (1 + torch.arange(self.tokens, dtype=torch.float64)) ** -2
+            return ComponentLinear(
+                variances, self.hardness, start=self.start, end=self.end, scaling=self.scaling or "vp"
+            )
+        order = torch.arange(self.tokens)
+        if self.order == "reverse":
+            order = order.flip(0)
+        elif self.order == "random":
+            order = torch.randperm(self.tokens, generator=torch.Generator().manual_seed(self.seed))
+        if self.kind == "triangular":
+            return Triangular(self.tokens, self.steps_per_token, self.lag, curve, order=order, scaling=self.scaling)
+        return Staggered(self.tokens, self.window, curve, order=order, scaling=self.scaling)
+
+    def run(self) -> None:
+        if self.rows < 1:
+            raise ValueError(f"rows: must be at least 1, got {self.rows}")
+        schedule = self.schedule()
+        check_schedule(schedule)
+        if self.plot is None:
+            print(schedule_table(schedule, self.rows))
+        else:
+            print(plot_schedule(schedule, self.plot))
