@@ -4,7 +4,17 @@ from .causal_conv3d import causal_conv3d, past_term
 from .edm_loss import edm_loss
 from .frame_attention import frame_attention
 from .layout import FrameLayout
-from .magnitude import mp_cat, mp_silu, mp_sum, normalize_weight, normalize_weights_, pixel_norm
+from .magnitude import (
+    modulated_silu,
+    mp_cat,
+    mp_silu,
+    mp_sum,
+    normalize_weight,
+    normalize_weights_,
+    pixel_norm,
+    pixel_norm_silu,
+)
+from .qk_prepare import qk_prepare, qkv_prepare
 from .token_noise import token_noise, token_noise_eps
 
 __all__ = [
@@ -12,6 +22,7 @@ __all__ = [
     "causal_conv3d",
     "edm_loss",
     "frame_attention",
+    "modulated_silu",
     "mp_cat",
     "mp_silu",
     "mp_sum",
@@ -19,6 +30,9 @@ __all__ = [
     "normalize_weights_",
     "past_term",
     "pixel_norm",
+    "qk_prepare",
+    "qkv_prepare",
+    "pixel_norm_silu",
     "token_noise",
     "token_noise_eps",
 ]

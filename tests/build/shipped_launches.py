@@ -146,9 +146,42 @@ def magnitude(architecture: int) -> dict[str, Launch]:
     return launches
 
 
+def qk_prepare(architecture: int) -> dict[str, Launch]:
+    from sae_kernels.qk_prepare import triton as kernels
+
+    # (dtype, D, channels of each axis, heads of q and of k, explicit positions, interleaved pairs)
+    cases = [
+        (torch.bfloat16, 64, (64,), 4, 4, False, False),
+        (torch.bfloat16, 128, (44, 42, 42), 12, 12, False, True),
+        (torch.bfloat16, 128, (128,), 28, 4, True, False),
+        (torch.float32, 256, (128,), 2, 2, False, False),
+        (torch.float32, 128, (44, 42, 42), 2, 2, True, True),
+        (torch.float16, 80, (), 8, 8, False, False),
+        (torch.float16, 1024, (1024,), 1, 1, False, True),
+    ]
+    launches = {}
+    for dtype, D, axes, q_heads, k_heads, explicit, interleaved in cases:
+        heads = (q_heads, k_heads, k_heads)
+        packed = torch.empty(2, 96, sum(heads), D, dtype=dtype, device="meta").transpose(1, 2)
+        parts = packed.split(heads, dim=1)
+        outs = [torch.empty(2, 96, h, D, dtype=dtype, device="meta").transpose(1, 2) for h in heads]
+        rms = torch.empty(2, sum(heads), 96, device="meta").split(heads, dim=1)
+        positions = torch.empty(2, 96, len(axes), dtype=torch.int64, device="meta") if explicit else None
+        options = (positions, (3, 16, 4, 0), axes, 1e4, interleaved, 1e-4)
+        plan = kernels.plan_forward(parts, outs, rms, *options)
+        plan += kernels.plan_backward(outs, outs, rms, parts, *options)
+        for launch in plan:
+            name = f"{launch.kernel.__name__}-{_LABELS[dtype]}-D{D}-axes{len(axes)}"
+            launches[f"{name}{'-positions' * explicit}{'-interleaved' * interleaved}"] = launch
+    return launches
+
+
+# Not torch's names: "float16" in a name asks the gate for matrix instructions.
+_LABELS = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
 OPS = {
     "frame_attention": frame_attention,
     "causal_conv3d": causal_conv3d,
     "token_noise": token_noise,
     "magnitude": magnitude,
+    "qk_prepare": qk_prepare,
 }

@@ -9,8 +9,10 @@ import torch
 import torch.nn.functional as F
 from networks import changed_frames, clip, small
 from sae_diffusion.model import ModelConfig
-from sae_diffusion.model.attention import VideoAttention, rotate
-from sae_diffusion.model.frame_pass import FramePass, rotary_table
+from sae_diffusion.model.attention import VideoAttention
+from sae_diffusion.model.frame_pass import ROTARY_BASE, FramePass
+
+from sae_kernels import FrameLayout, qk_prepare
 
 
 def attention_and_pass(height: int, frames: int, copies: int = 1) -> tuple[VideoAttention, FramePass]:
@@ -89,29 +91,29 @@ def test_both_copies_of_a_frame_have_one_position(mixing, f):
         torch.testing.assert_close(copy, out[:, :6], rtol=0, atol=1e-12)
 
 
-def test_rotary_phases_stay_exact_in_long_videos():
+def rotated(x: torch.Tensor, position: int) -> torch.Tensor:
+    """One head x (D,), as the network turns it at this frame."""
+    q, *_ = qk_prepare(*[x.expand(1, 1, 1, -1)] * 2, positions=FrameLayout(1, 1, noisy_copies=0), start=position,
+                       base=ROTARY_BASE, normalize=False)  # fmt: skip
+    return q[0, 0, 0]
+
+
+@pytest.mark.parametrize("position", [0, 63, 1024, 100_000, 10_000_000])
+def test_rotary_phases_stay_exact_in_long_videos(position):
     """fp16 phases were wrong by 0.16 rad at frame 1024; the decay's inverse overflowed near frame 1000."""
-    positions = torch.tensor([0, 63, 1024, 100_000, 10_000_000])
-    cos, sin = rotary_table(positions, 64, torch.float32)
-    assert cos.shape == sin.shape == (5, 32) and cos.dtype == torch.float32
-    for row, p in enumerate(positions.tolist()):
-        for j in range(32):
-            phase = p * 10000.0 ** (-2 * j / 64)
-            error = math.hypot(cos[row, j].item() - math.cos(phase), sin[row, j].item() - math.sin(phase))
-            assert error < 1e-6, (p, j, error)
+    cos, sin = rotated(torch.tensor([1.0] * 32 + [0.0] * 32), position).chunk(2)
+    for j in range(32):
+        phase = position * 10000.0 ** (-2 * j / 64)
+        assert math.hypot(cos[j].item() - math.cos(phase), sin[j].item() - math.sin(phase)) < 1e-6
 
 
 def test_attention_depends_on_distances_only():
     q, k = torch.randn(2, 64)
-    products = []
-    for start in (0, 1000, 100_000):
-        cos, sin = rotary_table(torch.tensor([start, start + 7]), 64, torch.float32)
-        products.append((rotate(q, cos[1], sin[1]) * rotate(k, cos[0], sin[0])).sum())
-    assert torch.isfinite(torch.stack(products)).all()
+    products = torch.stack([(rotated(q, s + 7) * rotated(k, s)).sum() for s in (0, 1000, 100_000)])
+    assert torch.isfinite(products).all()
     torch.testing.assert_close(products[1], products[0], rtol=0, atol=1e-4)
     torch.testing.assert_close(products[2], products[0], rtol=0, atol=1e-4)
-    cos, sin = rotary_table(torch.tensor([0, 8]), 64, torch.float32)
-    assert abs((rotate(q, cos[1], sin[1]) * rotate(k, cos[0], sin[0])).sum() - products[0]) > 1e-2
+    assert abs((rotated(q, 8) * rotated(k, 0)).sum() - products[0]) > 1e-2
 
 
 def test_chunk_of_several_frames_after_a_cache():

@@ -8,10 +8,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from sae_kernels import frame_attention, pixel_norm
+from sae_kernels import FrameLayout, frame_attention, qkv_prepare
 
 from .config import ModelConfig
-from .frame_pass import FramePass
+from .frame_pass import ROTARY_BASE, FramePass
 from .layers import Linear
 
 
@@ -29,13 +29,13 @@ class Attention(nn.Module):
         """x (B, C, F, Y, X) -> the same shape."""
         B, C, n, Y, X = x.shape
         tokens = x.permute(0, 2, 3, 4, 1)
-        # [B, F, P, 3, H, D]
-        qkv = self.qkv(tokens).reshape(B, n, Y * X, 3, self.heads, C // self.heads)
-        out = self.attend(pixel_norm(qkv, dim=-1), frames)
+        # [B, F, P, 3 H, D]
+        qkv = self.qkv(tokens).reshape(B, n, Y * X, 3 * self.heads, C // self.heads)
+        out = self.attend(qkv, frames)
         return self.proj(out.reshape(B, n, Y, X, C)).permute(0, 4, 1, 2, 3)
 
     def attend(self, qkv: Tensor, frames: FramePass) -> Tensor:
-        """qkv (B, F, P, 3, H, D) -> out whose elements are in the order (B, F, P, H, D)."""
+        """qkv (B, F, P, 3 H, D) -> out whose elements are in the order (B, F, P, H, D)."""
         raise NotImplementedError
 
 
@@ -43,7 +43,7 @@ class FrameAttention(Attention):
     """Every token sees every token of its own frame."""
 
     def attend(self, qkv: Tensor, frames: FramePass) -> Tensor:
-        q, k, v = qkv.flatten(0, 1).permute(2, 0, 3, 1, 4).unbind(0)
+        q, k, v = qkv_prepare(qkv.flatten(0, 1), normalize_v=True, impl=self.impl)
         return F.scaled_dot_product_attention(q, k, v).transpose(1, 2)
 
 
@@ -65,15 +65,18 @@ class VideoAttention(FrameAttention):
         if frames.mode == "spatial":
             return super().attend(qkv, frames)
         P = qkv.shape[2]
-        q, k, v = self._heads_first(qkv, frames)
+        layout = frames.layout(P)
+        q, k, v = qkv_prepare(
+            qkv.flatten(1, 2), layout, start=frames.start, base=ROTARY_BASE, normalize_v=True, impl=self.impl
+        )
         if frames.mode == "sequence":
-            return self._whole(q, k, v, frames, P).transpose(1, 2)
+            return self._whole(q, k, v, layout).transpose(1, 2)
         cache = frames.cache
         entry = cache.attention(self.key, k, P)
         if frames.mode == "denoise":
             out = F.scaled_dot_product_attention(q, *entry.with_own(cache.blocks, k, v))
         elif cache.blocks == 0:
-            out = self._whole(q, k, v, frames, P)
+            out = self._whole(q, k, v, layout)
             entry.append(0, k, v)
         else:
             chunks = []
@@ -85,18 +88,5 @@ class VideoAttention(FrameAttention):
             out = torch.cat(chunks, dim=2)
         return out.transpose(1, 2)
 
-    def _whole(self, q: Tensor, k: Tensor, v: Tensor, frames: FramePass, tokens_per_frame: int) -> Tensor:
-        return cast(Tensor, frame_attention(q, k, v, frames.layout(tokens_per_frame), impl=self.impl))
-
-    def _heads_first(self, qkv: Tensor, frames: FramePass) -> tuple[Tensor, Tensor, Tensor]:
-        """Rotated q, rotated k, and v, each (B, H, F P, D)."""
-        cos, sin = frames.rotary(qkv.shape[-1])
-        qk = rotate(qkv[:, :, :, :2], cos[:, None, None, None], sin[:, None, None, None])
-        q, k = (t.flatten(1, 2).transpose(1, 2) for t in qk.unbind(3))
-        return q, k, qkv[:, :, :, 2].flatten(1, 2).transpose(1, 2)
-
-
-def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotate the pairs (x_j, x_{j + D/2}) of the last dimension, in the dtype of cos; the result has that of x."""
-    a, b = x.chunk(2, dim=-1)
-    return torch.cat((a * cos - b * sin, a * sin + b * cos), dim=-1).to(x.dtype)
+    def _whole(self, q: Tensor, k: Tensor, v: Tensor, layout: FrameLayout) -> Tensor:
+        return cast(Tensor, frame_attention(q, k, v, layout, impl=self.impl))

@@ -27,7 +27,7 @@ class ModelConfig:
         window, sink, frames_per_block: as in `sae_kernels.FrameLayout`, for attention. Convolutions always reach back
             kt - 1 frames.
         dropout: between the two convolutions of a block.
-        impl: implementation asked of `frame_attention` and `causal_conv3d`.
+        impl: implementation asked of `frame_attention`, `qkv_prepare` and `causal_conv3d`.
 
     Raises:
         ValueError: a field breaks its rule; the message names field, rule and value.

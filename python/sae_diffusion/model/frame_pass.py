@@ -44,10 +44,10 @@ class FramePass:
         self.c_noise = c_noise
         self.noisy_copies = noisy_copies
         self.cache = cast(Cache, cache)
-        start = 0 if cache is None else cache.frames
+        # Position of the first frame.
+        self.start = 0 if cache is None else cache.frames
         # A frame's clean and noisy copies are the same moment, so they share its position.
-        self.positions = (start + torch.arange(frames, device=c_noise.device)).repeat(1 + noisy_copies)
-        self._rotary: dict[int, tuple[Tensor, Tensor]] = {}
+        self.positions = (self.start + torch.arange(frames, device=c_noise.device)).repeat(1 + noisy_copies)
 
     def layout(self, tokens_per_frame: int) -> FrameLayout:
         return FrameLayout(
@@ -58,19 +58,3 @@ class FramePass:
             window=self.config.window,
             sink=self.config.sink,
         )
-
-    def rotary(self, head_dim: int) -> tuple[Tensor, Tensor]:
-        """(cos, sin) of the rotary phases, each (F, head_dim / 2), in the dtype of c_noise."""
-        if head_dim not in self._rotary:
-            self._rotary[head_dim] = rotary_table(self.positions, head_dim, self.c_noise.dtype)
-        return self._rotary[head_dim]
-
-
-def rotary_table(positions: Tensor, head_dim: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """cos and sin of position * base^(-2 j / head_dim), j = 0 .. head_dim / 2 - 1, each (F, head_dim / 2).
-
-    The phase itself is formed in fp64: half a unit in the last place of an fp32 phase is 0.004 rad at frame 10^5.
-    """
-    exponent = torch.arange(0, head_dim, 2, device=positions.device, dtype=torch.float64) / head_dim
-    phase = positions.to(torch.float64)[:, None] * ROTARY_BASE**-exponent
-    return phase.cos().to(dtype), phase.sin().to(dtype)
