@@ -133,9 +133,7 @@ def _prepare(
         if not least <= value < math.inf or value == 0:
             raise ValueError(f"{name}: must be finite and {'>= 1' if least else '> 0'}, got {value}")
     if positions is not None and not isinstance(positions, (FrameLayout, torch.Tensor)):
-        raise TypeError(
-            f"positions: must be a FrameLayout, a tensor or None, got {_checks.describe(positions)}"
-        )
+        raise TypeError(f"positions: must be a FrameLayout, a tensor or None, got {_checks.describe(positions)}")
     axes = _axes(axes, positions, grid, D)
     place = _place(q, positions, start, grid)
     positions = _positions(q, positions, len(axes)) if isinstance(positions, torch.Tensor) else None
