@@ -75,6 +75,10 @@ class VideoAttention(FrameAttention):
         entry = cache.attention(self.key, k, P)
         if frames.mode == "denoise":
             out = F.scaled_dot_product_attention(q, *entry.with_own(cache.blocks, k, v))
+        elif frames.mode == "flight":
+            blocks = enumerate(q.split(entry.block_tokens, dim=2))
+            seen = ((q_i, *entry.in_flight(cache.blocks, i, k, v)) for i, q_i in blocks)
+            out = torch.cat([F.scaled_dot_product_attention(*qkv_i) for qkv_i in seen], dim=2)
         elif cache.blocks == 0:
             out = self._whole(q, k, v, layout)
             entry.append(0, k, v)

@@ -72,6 +72,26 @@ class AttentionEntry:
         self.values[:, :, start:end] = v
         return self.keys[:, :, :end], self.values[:, :, :end]
 
+    def in_flight(self, blocks: int, own: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Keys and values that working block `own` sees: cached ones, and working ones up to itself.
+
+        k, v: (B, H, n * block_tokens, D) of the working blocks, the first being block number `blocks`. Nothing is kept.
+        """
+        size = self.block_tokens
+        if self.window is None:
+            slots, working = list(range(blocks)), list(range(own + 1))
+        else:
+            oldest = max(blocks + own - self.window, 0)
+            slots = list(range(min(self.sink, blocks)))
+            slots += [self.sink + (b - self.sink) % self.window for b in range(max(self.sink, oldest), blocks)]
+            working = [i for i in range(own + 1) if i == own or blocks + i >= oldest or blocks + i < self.sink]
+
+        def seen(cached: Tensor, new: Tensor) -> Tensor:
+            parts = _slots(cached, sorted(slots), size), _slots(new, working, size)
+            return torch.cat(parts, dim=2)
+
+        return seen(self.keys, k), seen(self.values, v)
+
     def append(self, blocks: int, k: Tensor, v: Tensor) -> None:
         """Add whole clean blocks, the first being block number `blocks`. k, v: (B, H, n * block_tokens, D)."""
         size = self.block_tokens
@@ -102,6 +122,13 @@ class AttentionEntry:
             new = old.new_empty(B, H, max(slots, 2 * have) * self.block_tokens, D)
             new[:, :, : old.shape[2]] = old
             setattr(self, name, new)
+
+
+def _slots(x: Tensor, slots: list[int], size: int) -> Tensor:
+    """Slots of `size` tokens of (B, H, n, D): a view where they follow each other."""
+    if not slots or slots == list(range(slots[0], slots[-1] + 1)):
+        return x[:, :, slots[0] * size : (slots[-1] + 1) * size] if slots else x[:, :, :0]
+    return torch.cat([x[:, :, slot * size : (slot + 1) * size] for slot in slots], dim=2)
 
 
 class Cache:

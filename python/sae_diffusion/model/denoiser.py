@@ -87,11 +87,9 @@ class Denoiser(nn.Module):
             actions: of the n frames.
         """
         self._check(x, sigma, cache)
-        n, block = x.shape[1], self.config.frames_per_block
-        if n == 0 or n % block:
-            raise ValueError(f"x: frames must be a positive multiple of frames_per_block = {block}, got {n}")
+        self._check_blocks(x)
         out = self._run(x, sigma, actions, "prefill", cache=cache)
-        cache.frames += n
+        cache.frames += x.shape[1]
         return out
 
     @torch.no_grad()
@@ -111,6 +109,22 @@ class Denoiser(nn.Module):
                 f"x: frames must be 1 to frames_per_block = {self.config.frames_per_block}, got {x.shape[1]}"
             )
         return self._run(x, sigma, actions, "denoise", cache=cache)
+
+    @torch.no_grad()
+    def denoise_sequence(self, x: Tensor, sigma: Tensor, actions: Tensor | None, cache: Cache) -> Tensor:
+        """D of several blocks in flight after the cache, each frame at its own noise level, causal among themselves.
+
+        Equals the last n frames of the plain causal pass (noisy_copies=0) over the cached frames and these, and is
+        meant for networks trained on it with independent noise levels. The cache holds what it held.
+
+        Args:
+            x: (B, n, C, Y, X), whole blocks of frames_per_block.
+            sigma: (B, n).
+            actions: of the n frames.
+        """
+        self._check(x, sigma, cache)
+        self._check_blocks(x)
+        return self._run(x, sigma, actions, "flight", cache=cache)
 
     def normalize_weights_(self) -> None:
         """Give every stored weight unit RMS for each output channel, in place; call before each training step."""
@@ -162,6 +176,11 @@ class Denoiser(nn.Module):
             raise ValueError(f"cache: was made for batch {cache.batch}, got x of batch {x.shape[0]}")
         if cache is not None and cache.config != c:
             raise ValueError("cache: must be made by new_cache of a denoiser of the same configuration")
+
+    def _check_blocks(self, x: Tensor) -> None:
+        n, block = x.shape[1], self.config.frames_per_block
+        if n == 0 or n % block:
+            raise ValueError(f"x: frames must be a positive multiple of frames_per_block = {block}, got {n}")
 
     def _check_actions(self, actions: Tensor | None, batch: int, frames: int) -> None:
         c = self.config

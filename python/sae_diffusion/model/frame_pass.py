@@ -21,11 +21,12 @@ class FramePass:
     Args:
         config: the network's.
         mode: "sequence", clean stream then noisy copies, as in training; "spatial", every frame by itself;
-            "prefill", clean frames appended to the cache; "denoise", one noisy block after the cache.
+            "prefill", clean frames appended to the cache; "denoise", one noisy block after the cache; "flight",
+            several of them, causal among themselves.
         frames: frames of one stream.
         c_noise: (B, F), ln(sigma) / 4.
         noisy_copies: K of a sequence.
-        cache: of prefill and denoise.
+        cache: of prefill, denoise and flight.
     """
 
     def __init__(
