@@ -2,8 +2,7 @@
 
 Each keeps a unit root mean square where its inputs have one. All of them take float32, bfloat16, float16 and float64 on
 any device, compute in fp32 (fp64 for fp64) also under autocast, keep the memory order of their (first) input, and are
-deterministic. `impl` is "auto", "reference", "composed", or "triton" (mp_silu, mp_sum with a number, pixel_norm); a
-named one is used or refused, never replaced.
+deterministic. `impl` is "auto", "reference", "composed", or "triton"; a named one is used or refused, never replaced.
 """
 
 from __future__ import annotations
@@ -29,17 +28,44 @@ def mp_silu(x: torch.Tensor, *, impl: str = "auto") -> torch.Tensor:
     return reference.mp_silu(x) if chosen == "reference" else ops.mp_silu(x, chosen)
 
 
-def mp_sum(a: torch.Tensor, b: torch.Tensor, t: float | torch.Tensor, *, impl: str = "auto") -> torch.Tensor:
+def modulated_silu(x: torch.Tensor, scale: torch.Tensor, *, impl: str = "auto") -> torch.Tensor:
+    """`mp_silu(x * scale)` with one scale for each frame and channel, in one pass.
+
+    Args:
+        x: (B, C, F, ...).
+        scale: (B, F, C), of any supported dtype; it receives a gradient too. The result has the dtype of x.
+
+    Raises:
+        TypeError: not a tensor, or not a supported dtype.
+        ValueError: shapes or devices do not match, or `impl` cannot run here.
+    """
+    _check_tensor("x", x)
+    _check_tensor("scale", scale)
+    if x.ndim < 3:
+        raise ValueError(f"x: must have shape (B, C, F, ...), got {_checks.describe(x)}")
+    B, C, F = x.shape[:3]
+    if scale.shape != (B, F, C):
+        raise ValueError(f"scale: must have shape (B, F, C) = {(B, F, C)}, got {_checks.describe(scale)}")
+    if scale.device != x.device:
+        raise ValueError(f"scale: must be on the device of x ({x.device}), got {_checks.describe(scale)}")
+    chosen = _choose("modulated_silu", impl, x)
+    return reference.modulated_silu(x, scale) if chosen == "reference" else ops.modulated_silu(x, scale, chosen)
+
+
+def mp_sum(
+    a: torch.Tensor, b: torch.Tensor, t: float | torch.Tensor, *, limit: float | None = None, impl: str = "auto"
+) -> torch.Tensor:
     """Magnitude-preserving sum: `((1 - t) * a + t * b) / sqrt((1 - t)**2 + t**2)` (EDM2, eq. 88).
 
     Args:
         a, b: of one shape; different dtypes are promoted as torch.add does.
         t: a number, or a float tensor broadcastable to a, such as (B, 1, F, 1, 1) for one value per frame of
-            (B, C, F, Y, X); it receives a gradient too.
+            (B, C, F, Y, X); it receives a gradient too. "triton" takes a number, or one value for each (dim 0, dim 2).
+        limit: clamp the sum to [-limit, limit], without gradient where it is reached; for t a number.
 
     Raises:
         TypeError: not a tensor, or not a supported dtype.
-        ValueError: shapes or devices do not match, or `impl` cannot run here.
+        ValueError: shapes or devices do not match, `limit` is not positive or t a tensor, or `impl` cannot run here.
     """
     a, b = _check_pair(a, b)
     if a.shape != b.shape:
@@ -53,10 +79,19 @@ def mp_sum(a: torch.Tensor, b: torch.Tensor, t: float | torch.Tensor, *, impl: s
             raise ValueError(f"t: must broadcast to the shape of a {tuple(a.shape)}, got {_checks.describe(t)}")
     else:
         t = _check_number("t", t)
-    chosen = _choose("mp_sum", impl, a, "mp_sum_tensor" if isinstance(t, torch.Tensor) else "mp_sum")
+    no_triton = None
+    if isinstance(t, torch.Tensor) and (a.ndim < 2 or ops.varies_inside_frames(t, a)):
+        no_triton = f"its t is a number or one value for each (dim 0, dim 2), got {_checks.describe(t)}"
+    if limit is not None:
+        limit = _check_number("limit", limit)
+        if limit <= 0:
+            raise ValueError(f"limit: must be > 0, got {limit}")
+        if isinstance(t, torch.Tensor):
+            raise ValueError(f"limit: must be None with a tensor t, got {limit}")
+    chosen = _choose("mp_sum", impl, a, no_triton)
     if chosen == "reference":
-        return reference.mp_sum(a, b, t)
-    return ops.mp_sum_tensor(a, b, t, chosen) if isinstance(t, torch.Tensor) else ops.mp_sum(a, b, t, chosen)
+        return reference.mp_sum(a, b, t, limit)
+    return ops.mp_sum_tensor(a, b, t, chosen) if isinstance(t, torch.Tensor) else ops.mp_sum(a, b, t, limit, chosen)
 
 
 def mp_cat(a: torch.Tensor, b: torch.Tensor, dim: int = 1, t: float = 0.5, *, impl: str = "auto") -> torch.Tensor:
@@ -94,14 +129,25 @@ def pixel_norm(x: torch.Tensor, dim: int = 1, eps: float = 1e-4, *, impl: str = 
         TypeError: x is not a tensor of a supported dtype.
         ValueError: `dim` does not exist or has size 0, `eps` is not positive, or `impl` cannot run here.
     """
-    _check_tensor("x", x)
-    dim, eps = _check_dim(dim, x), _check_number("eps", eps)
-    if eps <= 0:
-        raise ValueError(f"eps: must be > 0, got {eps}")
-    if x.shape[dim] < 1:
-        raise ValueError(f"x: size along dim {dim} must be >= 1, got {_checks.describe(x)}")
+    dim, eps = _check_norm(x, dim, eps)
     chosen = _choose("pixel_norm", impl, x)
     return reference.pixel_norm(x, dim, eps) if chosen == "reference" else ops.pixel_norm(x, dim, eps, chosen)[0]
+
+
+def pixel_norm_silu(
+    x: torch.Tensor, dim: int = 1, eps: float = 1e-4, *, impl: str = "auto"
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """`n = pixel_norm(x, dim, eps)` and `mp_silu(n)`, the main path and the input of the residual, of one read of x.
+
+    Raises:
+        TypeError, ValueError: as `pixel_norm`.
+    """
+    dim, eps = _check_norm(x, dim, eps)
+    chosen = _choose("pixel_norm_silu", impl, x)
+    if chosen == "reference":
+        return reference.pixel_norm_silu(x, dim, eps)
+    normed, act, _ = ops.pixel_norm_silu(x, dim, eps, chosen)
+    return normed, act
 
 
 def normalize_weight(w: torch.Tensor, gain: float | torch.Tensor = 1, *, impl: str = "auto") -> torch.Tensor:
@@ -208,6 +254,16 @@ def _check_dim(dim: int, x: torch.Tensor) -> int:
     return dim % x.ndim
 
 
-def _choose(op: str, impl: str, x: torch.Tensor, function: str | None = None) -> str:
-    available, why_not = ops.implementations(x.device, function or op, x.dtype)
+def _check_norm(x: torch.Tensor, dim: int, eps: float) -> tuple[int, float]:
+    _check_tensor("x", x)
+    dim, eps = _check_dim(dim, x), _check_number("eps", eps)
+    if eps <= 0:
+        raise ValueError(f"eps: must be > 0, got {eps}")
+    if x.shape[dim] < 1:
+        raise ValueError(f"x: size along dim {dim} must be >= 1, got {_checks.describe(x)}")
+    return dim, eps
+
+
+def _choose(op: str, impl: str, x: torch.Tensor, no_triton: str | None = None) -> str:
+    available, why_not = ops.implementations(x.device, x.dtype, no_triton=no_triton)
     return _checks.choose_implementation(op, impl, x.device, available, why_not)

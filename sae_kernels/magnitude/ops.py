@@ -6,7 +6,6 @@ Outputs have the memory order of the (first) input.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 
 import torch
@@ -14,27 +13,33 @@ import torch
 from .. import _extension, _launch, _library
 from . import composed, cuda
 
-# Functions with a Triton kernel; the others are a library call or two.
-TRITON = ("mp_silu", "mp_sum", "pixel_norm")
-
 
 def implementations(
-    device: torch.device, function: str = "pixel_norm", dtype: torch.dtype = torch.float32
+    device: torch.device, dtype: torch.dtype = torch.float32, *, no_triton: str | None = None
 ) -> tuple[list[str], dict[str, str]]:
-    """(those that run this function on this device, fastest first; those that do not, with the reason)."""
+    """(those that run on this device, fastest first; those that do not, with the reason).
+
+    `no_triton`: why the Triton kernels do not take these arguments.
+    """
     available = ["composed", "reference"]
     why_not = {"cuda": "the C++ extension has no code for it but for normalize_weights_"}
     reason = _launch.why_not(device)
-    if function not in TRITON:
-        reason = "there is no Triton kernel for this function"
-    elif reason is None and dtype == torch.float64:
+    if reason is None and dtype == torch.float64:
         reason = "it computes in float32; float64 is for composed and reference"
+    if reason is None:
+        reason = no_triton
     if reason is not None:
         why_not["triton"] = reason
     else:
         # The interpreter serves tests: never the choice of "auto".
         available.insert(0 if device.type == "cuda" else len(available), "triton")
     return available, why_not
+
+
+def varies_inside_frames(t: torch.Tensor, x: torch.Tensor) -> bool:
+    """Whether t, which broadcasts to x, is more than one value for each (dim 0, dim 2)."""
+    shape = (1,) * (x.ndim - t.ndim) + tuple(t.shape)
+    return any(n != 1 for d, n in enumerate(shape) if d not in (0, 2))
 
 
 def _backend(impl: str):
@@ -86,29 +91,36 @@ _library.register_autograd(
 )
 
 
-def _sum(a, b, t, impl):
+def _representable(limit, dtype):
+    """The limit as the output holds it, so that backward finds it there."""
+    return None if limit is None else torch.tensor(limit, dtype=dtype).item()
+
+
+def _sum(a, b, t, limit, impl):
     out = torch.empty_like(a)
-    _backend(impl).mp_sum(a, b, t, out)
+    _backend(impl).mp_sum(a, b, t, _representable(limit, a.dtype), out)
     return out
 
 
-def _empty_sum_backward(grad_out, t, needs_a, needs_b, impl):
+def _empty_sum_backward(grad_out, out, t, limit, needs_a, needs_b, impl):
     return _empty_if(needs_a, grad_out), _empty_if(needs_b, grad_out)
 
 
-def _sum_backward(grad_out, t, needs_a, needs_b, impl):
-    grads, norm = _empty_sum_backward(grad_out, t, needs_a, needs_b, impl), math.hypot(1 - t, t)
-    for grad, needed, weight in zip(grads, (needs_a, needs_b), ((1 - t) / norm, t / norm), strict=True):
-        if needed:
-            _backend(impl).scaled_copy(grad_out, weight, grad)
+def _sum_backward(grad_out, out, t, limit, needs_a, needs_b, impl):
+    grads = _empty_sum_backward(grad_out, out, t, limit, needs_a, needs_b, impl)
+    wanted = [g if needed else None for g, needed in zip(grads, (needs_a, needs_b), strict=True)]
+    _backend(impl).mp_sum_backward(grad_out, out, t, _representable(limit, grad_out.dtype), *wanted)
     return grads
 
 
 mp_sum = _library.define(
-    "mp_sum(Tensor a, Tensor b, float t, str impl) -> Tensor", _sum, lambda a, b, t, impl: torch.empty_like(a)
+    "mp_sum(Tensor a, Tensor b, float t, float? limit, str impl) -> Tensor",
+    _sum,
+    lambda a, b, t, limit, impl: torch.empty_like(a),
 )
 mp_sum_bwd = _library.define(
-    "mp_sum_bwd(Tensor grad_out, float t, bool needs_a, bool needs_b, str impl) -> (Tensor, Tensor)",
+    "mp_sum_bwd(Tensor grad_out, Tensor? out, float t, float? limit, bool needs_a, bool needs_b, str impl) "
+    "-> (Tensor, Tensor)",
     _sum_backward,
     _empty_sum_backward,
 )
@@ -116,16 +128,62 @@ mp_sum_bwd = _library.define(
 
 def _sum_context(ctx, inputs, output) -> None:
     ctx.options = inputs[2:]
+    ctx.save_for_backward(output if ctx.options[1] is not None else None)
 
 
 def _sum_gradient(ctx, grad_out):
     needs = ctx.needs_input_grad[:2]
-    t, impl = ctx.options
-    grads = mp_sum_bwd(grad_out, t, *needs, impl)
-    return (*[g if needed else None for g, needed in zip(grads, needs, strict=True)], None, None)
+    t, limit, impl = ctx.options
+    grads = mp_sum_bwd(grad_out, *ctx.saved_tensors, t, limit, *needs, impl)
+    return (*[g if needed else None for g, needed in zip(grads, needs, strict=True)], None, None, None)
 
 
 _library.register_autograd(mp_sum, _sum_gradient, _sum_context)
+
+
+def _modulated(x, scale, impl):
+    out = torch.empty_like(x)
+    _backend(impl).modulated_silu(x, scale, out)
+    return out
+
+
+def _empty_modulated_backward(grad_out, x, scale, needs_x, needs_scale, impl):
+    # A contiguous gradient for the scale, whatever the strides of the scale.
+    return _empty_if(needs_x, x), scale.new_empty(scale.shape if needs_scale else 0)
+
+
+def _modulated_backward(grad_out, x, scale, needs_x, needs_scale, impl):
+    grads = _empty_modulated_backward(grad_out, x, scale, needs_x, needs_scale, impl)
+    wanted = [g if needed else None for g, needed in zip(grads, (needs_x, needs_scale), strict=True)]
+    _backend(impl).modulated_silu_backward(grad_out, x, scale, *wanted)
+    return grads
+
+
+modulated_silu = _library.define(
+    "modulated_silu(Tensor x, Tensor scale, str impl) -> Tensor",
+    _modulated,
+    lambda x, scale, impl: torch.empty_like(x),
+)
+modulated_silu_bwd = _library.define(
+    "modulated_silu_bwd(Tensor grad_out, Tensor x, Tensor scale, bool needs_x, bool needs_scale, str impl) "
+    "-> (Tensor, Tensor)",
+    _modulated_backward,
+    _empty_modulated_backward,
+)
+
+
+def _modulated_context(ctx, inputs, output) -> None:
+    x, scale, ctx.impl = inputs
+    ctx.save_for_backward(x, scale)
+
+
+def _modulated_gradient(ctx, grad_out):
+    needs = ctx.needs_input_grad[:2]
+    grads = modulated_silu_bwd(grad_out, *ctx.saved_tensors, *needs, ctx.impl)
+    return (*[g if needed else None for g, needed in zip(grads, needs, strict=True)], None)
+
+
+_library.register_autograd(modulated_silu, _modulated_gradient, _modulated_context)
 
 
 def _sum_tensor(a, b, t, impl):
@@ -191,9 +249,7 @@ def _memory_format(*tensors: torch.Tensor) -> torch.memory_format:
 
 def _cat(a, b, dim, weight_a, weight_b, impl):
     out = _empty_cat(a, b, dim, weight_a, weight_b, impl)
-    n_a = a.shape[dim]
-    _backend(impl).scaled_copy(a, weight_a, out.narrow(dim, 0, n_a))
-    _backend(impl).scaled_copy(b, weight_b, out.narrow(dim, n_a, b.shape[dim]))
+    _backend(impl).mp_cat(a, b, dim, weight_a, weight_b, out)
     return out
 
 
@@ -206,8 +262,7 @@ def _empty_cat_backward(grad_out, size_a, dim, weight_a, weight_b, impl):
 
 def _cat_backward(grad_out, size_a, dim, weight_a, weight_b, impl):
     grads = _empty_cat_backward(grad_out, size_a, dim, weight_a, weight_b, impl)
-    _backend(impl).scaled_copy(grad_out.narrow(dim, 0, size_a), weight_a, grads[0])
-    _backend(impl).scaled_copy(grad_out.narrow(dim, size_a, grads[1].shape[dim]), weight_b, grads[1])
+    _backend(impl).mp_cat_backward(grad_out, dim, weight_a, weight_b, *grads)
     return grads
 
 
@@ -272,6 +327,46 @@ _library.register_autograd(
     lambda ctx, grad_out, _: (pixel_norm_bwd(grad_out, *ctx.saved_tensors, *ctx.options), None, None, None),
     _norm_context,
 )
+
+
+def _empty_norm_silu(x, dim, eps, impl):
+    return torch.empty_like(x), torch.empty_like(x), _rms_like(x, [dim])
+
+
+def _norm_silu(x, dim, eps, impl):
+    out, act, rms = _empty_norm_silu(x, dim, eps, impl)
+    _backend(impl).pixel_norm(x, dim, eps, out, rms, act)
+    return out, act, rms
+
+
+def _norm_silu_backward(grad_out, grad_act, out, rms, dim, eps, impl):
+    grad_x = torch.empty_like(out)
+    _backend(impl).pixel_norm_backward(grad_out, out, rms, dim, eps, grad_x, grad_act)
+    return grad_x
+
+
+pixel_norm_silu = _library.define(
+    "pixel_norm_silu(Tensor x, int dim, float eps, str impl) -> (Tensor, Tensor, Tensor)", _norm_silu, _empty_norm_silu
+)
+pixel_norm_silu_bwd = _library.define(
+    "pixel_norm_silu_bwd(Tensor grad_out, Tensor grad_act, Tensor out, Tensor rms, int dim, float eps, str impl) "
+    "-> Tensor",
+    _norm_silu_backward,
+    lambda grad_out, grad_act, out, rms, dim, eps, impl: torch.empty_like(out),
+)
+
+
+def _norm_silu_context(ctx, inputs, output) -> None:
+    _, *ctx.options = inputs
+    ctx.mark_non_differentiable(output[2])
+    ctx.save_for_backward(output[0], output[2])
+
+
+def _norm_silu_gradient(ctx, grad_out, grad_act, _):
+    return pixel_norm_silu_bwd(grad_out, grad_act, *ctx.saved_tensors, *ctx.options), None, None, None
+
+
+_library.register_autograd(pixel_norm_silu, _norm_silu_gradient, _norm_silu_context)
 
 
 def _empty_weight(w, gain, factor, impl):

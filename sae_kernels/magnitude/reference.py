@@ -22,9 +22,16 @@ def mp_silu(x: torch.Tensor) -> torch.Tensor:
     return F.silu(x) / 0.596
 
 
-def mp_sum(a: torch.Tensor, b: torch.Tensor, t: float | torch.Tensor) -> torch.Tensor:
-    """Eq. 88."""
-    return (((1 - t) * a + t * b) / ((1 - t) ** 2 + t**2) ** 0.5).to(a.dtype)
+def mp_sum(a: torch.Tensor, b: torch.Tensor, t: float | torch.Tensor, limit: float | None = None) -> torch.Tensor:
+    """Eq. 88; hardtanh passes no gradient where the limit is reached."""
+    total = (((1 - t) * a + t * b) / ((1 - t) ** 2 + t**2) ** 0.5).to(a.dtype)
+    return total if limit is None else F.hardtanh(total, -limit, limit)
+
+
+def modulated_silu(x: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+    """mp_silu of x (B, C, F, ...) times scale (B, F, C)."""
+    scale = scale.transpose(1, 2).reshape(scale.shape[0], scale.shape[2], scale.shape[1], *[1] * (x.ndim - 3))
+    return mp_silu((x * scale).to(x.dtype))
 
 
 def mp_cat(a: torch.Tensor, b: torch.Tensor, dim: int, t: float) -> torch.Tensor:
@@ -37,6 +44,11 @@ def mp_cat(a: torch.Tensor, b: torch.Tensor, dim: int, t: float) -> torch.Tensor
 def pixel_norm(x: torch.Tensor, dim: int, eps: float) -> torch.Tensor:
     """x / (eps + root mean square of x along dim)."""
     return (x / (eps + _norm(x, dim) / math.sqrt(x.shape[dim]))).to(x.dtype)
+
+
+def pixel_norm_silu(x: torch.Tensor, dim: int, eps: float) -> tuple[torch.Tensor, torch.Tensor]:
+    normed = pixel_norm(x, dim, eps)
+    return normed, mp_silu(normed)
 
 
 def normalize_weight(w: torch.Tensor, gain: float | torch.Tensor) -> torch.Tensor:

@@ -1,6 +1,6 @@
 """Compile an op's shipped launches for an architecture with no GPU: `python compile_gate.py OP ARCHITECTURE`.
 
-Prints JSON {name: {shared, registers, stack, hgmma, hmma, wide_copies} or {error}}. It runs in a process of its own because Triton
+Prints JSON {name: {shared, registers, stack, hgmma, hmma, wide_loads, wide_stores, wide_copies} or {error}}. It runs in a process of its own because Triton
 decides on import whether kernels are compiled or interpreted. Triton's cache makes an unchanged kernel cheap.
 """
 
@@ -48,6 +48,8 @@ def compile_one(case: tuple[str, int, str]) -> dict:
         "stack": int(stack),
         "hgmma": code.count("HGMMA"),
         "hmma": code.count("HMMA"),
+        "wide_loads": len(re.findall(r"LDG\S*\.128", code)),
+        "wide_stores": len(re.findall(r"STG\S*\.128", code)),
         "wide_copies": len(re.findall(r"LDGSTS\S*\.128", code)),
     }
 

@@ -125,13 +125,47 @@ def magnitude(architecture: int) -> dict[str, Launch]:
     from sae_kernels.magnitude import triton as kernels
 
     launches = {}
-    for label, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16)):
-        x = _video(8, dtype, 256, 4)
-        plans = kernels.plan_elementwise(kernels.mp_silu_fwd_kernel, x, x_ptr=x, gain=1.0)
-        plans += kernels.plan_elementwise(kernels.mp_silu_bwd_kernel, x, grad_ptr=x, x_ptr=x, gain=1.0)
-        plans += kernels.plan_elementwise(kernels.mp_sum_fwd_kernel, x, a_ptr=x, b_ptr=x, weight_a=1.0, weight_b=1.0)
-        for launch in plans:
+
+    def add(label: str, plan: list[Launch]) -> None:
+        for launch in plan:
             launches[f"{launch.kernel.__name__}-{label}"] = launch
+
+    # One architecture stands for all in fp32: nothing here but the width of accesses depends on the dtype.
+    dtypes = {"fp32": torch.float32, "bf16": torch.bfloat16}
+    for label in dtypes if architecture == 90 else ("bf16",):
+        dtype = dtypes[label]
+        x = _video(8, dtype, 256, 4)
+        weights = {"weight_a": 1.0, "weight_b": 1.0, "limit": 1.0}
+        needs = {"NEEDS_A": True, "NEEDS_B": True}
+        to_both = {"grad_a_ptr": x, "grad_b_ptr": x} | needs
+        add(label, kernels.plan_elementwise(kernels.mp_silu_fwd_kernel, x, x_ptr=x, out_ptr=x, gain=1.0))
+        add(label, kernels.plan_elementwise(kernels.mp_silu_bwd_kernel, x, grad_ptr=x, x_ptr=x, out_ptr=x, gain=1.0))
+        for clip in (False, True):
+            forward = {"a_ptr": x, "b_ptr": x, "out_ptr": x, "CLIP": clip} | weights
+            backward = {"grad_ptr": x, "y_ptr": x, "CLIP": clip} | to_both | weights
+            name = f"{label}{'-clip' if clip else ''}"
+            add(name, kernels.plan_elementwise(kernels.mp_sum_fwd_kernel, x, **forward))
+            add(name, kernels.plan_elementwise(kernels.mp_sum_bwd_kernel, x, **backward))
+        wide = _video(8, dtype, 512, 4)
+        for backward in (False, True):
+            name = f"{label}-{'backward' if backward else 'forward'}"
+            add(name, kernels.plan_cat(x, x, 1, 1.0, 1.0, wide, backward))
+        w = torch.empty(256, 128, 3, 3, 3, dtype=dtype, device="meta")
+        column = torch.empty(256, device="meta")
+        backward = {"grad_ptr": w, "grad_w_ptr": w, "part_ptr": column, "NEEDS_W": True, "NEEDS_GAIN": True}
+        add(label, kernels.plan_weight(kernels.normalize_weight_fwd_kernel, w, column, 1.0, out_ptr=w, rms_ptr=column))
+        add(label, kernels.plan_weight(kernels.normalize_weight_bwd_kernel, w, column, 1.0, rms_ptr=column, **backward))
+        for order, x in (("last", _video(8, dtype, 256, 4)), ("first", torch.empty(2, 20, 4, 8, 8, dtype=dtype, device="meta"))):
+            name, scale = f"{label}-{order}", torch.empty(2, 4, x.shape[1], dtype=dtype, device="meta")
+            t, walk = torch.empty(2, 4, device="meta"), {"walk": True, "NEEDS_X": True, "NEEDS_SCALE": True}
+            kernel, args = kernels.modulated_silu_fwd_kernel, {"x_ptr": x, "scale_ptr": scale, "gain": 1.0}
+            add(name, kernels.plan_frames(kernel, x, ("out_ptr",), out_ptr=x, **args))
+            args |= {"grad_ptr": x, "grad_x_ptr": x, "grad_scale_ptr": scale} | walk
+            add(name, kernels.plan_frames(kernels.modulated_silu_bwd_kernel, x, ("grad_x_ptr",), **args))
+            kernel, args = kernels.mp_sum_frames_fwd_kernel, {"a_ptr": x, "b_ptr": x, "t_ptr": t}
+            add(name, kernels.plan_frames(kernel, x, ("out_ptr",), out_ptr=x, **args))
+            args |= {"grad_ptr": x, "grad_a_ptr": x, "grad_b_ptr": x, "part_ptr": t, "NEEDS_T": True} | needs
+            add(name, kernels.plan_frames(kernels.mp_sum_frames_bwd_kernel, x, ("grad_a_ptr",), **args))
         channels_last, first = torch.channels_last_3d, torch.contiguous_format
         sizes = ((512, channels_last), (5000, first)) if label == "fp32" else ((64, channels_last), (512, first))
         for channels, memory_format in sizes:
@@ -140,10 +174,19 @@ def magnitude(architecture: int) -> dict[str, Launch]:
             for kernel, inputs in (
                 (kernels.pixel_norm_fwd_kernel, {"x_ptr": x}),
                 (kernels.pixel_norm_bwd_kernel, {"grad_ptr": x, "y_ptr": x}),
+                (kernels.pixel_norm_fwd_kernel, {"x_ptr": x, "act_ptr": x}),
+                (kernels.pixel_norm_bwd_kernel, {"grad_ptr": x, "y_ptr": x, "grad_act_ptr": x}),
             ):
-                (launch,) = kernels.plan_norm(kernel, 1, 1e-4, out_ptr=x, rms_ptr=rms, **inputs)
-                launches[f"{kernel.__name__}-{label}-{channels}"] = launch
+                silu = "-silu" if {"act_ptr", "grad_act_ptr"} & set(inputs) else ""
+                order = "first" if memory_format == first else "last"
+                plan = kernels.plan_norm(kernel, 1, 1e-4, out_ptr=x, rms_ptr=rms, **inputs)
+                add(f"{label}-{channels}-{order}{silu}", plan)
     return launches
+
+
+def is_wide(op: str, name: str) -> bool:
+    """Whether a memory-bound kernel must read and write 16 bytes at a time; channels that lie apart are not together."""
+    return op == "magnitude" and not (name.startswith("pixel_norm") and "-first" in name)
 
 
 def qk_prepare(architecture: int) -> dict[str, Launch]:

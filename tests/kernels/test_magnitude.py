@@ -9,7 +9,18 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sae_kernels import _extension, _launch, mp_cat, mp_silu, mp_sum, normalize_weight, normalize_weights_, pixel_norm
+from sae_kernels import (
+    _extension,
+    _launch,
+    modulated_silu,
+    mp_cat,
+    mp_silu,
+    mp_sum,
+    normalize_weight,
+    normalize_weights_,
+    pixel_norm,
+    pixel_norm_silu,
+)
 from sae_kernels.magnitude import ops
 from sae_kernels.testing import assert_within_budget, noncontiguous
 
@@ -18,8 +29,30 @@ CL3D = torch.channels_last_3d
 
 # name: (function of the tensors, their shapes)
 VIDEO = (2, 6, 3, 4, 5)
+
+
+def away_from(limit, t):
+    """mp_sum to the limit, of inputs so changed that no sum is within rounding of the limit."""
+
+    def function(a, b, **options):
+        total = ((1 - t) * a.detach().double() + t * b.detach().double()) / math.hypot(1 - t, t)
+        far = (total.abs() - limit).abs() > 0.05 * limit
+        return mp_sum(a * far, b * far, t, limit=limit, **options)
+
+    return function
+
+
+def normed_and_activated(x, *options, **keywords):
+    return torch.cat(pixel_norm_silu(x, *options, **keywords))
+
+
 CASES = {
     "mp_silu": (mp_silu, [VIDEO]),
+    "modulated_silu": (modulated_silu, [VIDEO, (2, 3, 6)]),
+    "modulated_silu images": (modulated_silu, [(3, 5, 4), (3, 4, 5)]),
+    "mp_sum to a limit": (away_from(0.8, 0.3), [VIDEO, VIDEO]),
+    "pixel_norm_silu": (normed_and_activated, [VIDEO]),
+    "pixel_norm_silu last": (lambda x, **o: normed_and_activated(x, -1, 1e-3, **o), [(3, 4, 16)]),
     "mp_sum": (lambda a, b, **o: mp_sum(a, b, 0.3, **o), [VIDEO, VIDEO]),
     "mp_sum t=0": (lambda a, b, **o: mp_sum(a, b, 0, **o), [VIDEO, VIDEO]),
     "mp_sum t=1": (lambda a, b, **o: mp_sum(a, b, 1, **o), [VIDEO, VIDEO]),
@@ -47,6 +80,10 @@ def make(name, dtype=torch.float32, seed=0):
     inputs = [torch.randn(shape, generator=generator).to(dtype) for shape in shapes]
     out = function(*inputs, impl="reference")
     return inputs, torch.randn(out.shape, generator=generator).to(dtype)
+
+
+def channels_last_of(x):
+    return x.contiguous(memory_format=CL3D) if x.ndim == 5 else x
 
 
 def run(function, inputs, grad, dtype, **options):
@@ -80,15 +117,15 @@ needs_triton = pytest.mark.skipif(
 @needs_triton
 @pytest.mark.parametrize("dtype", LOW, ids=str)
 @pytest.mark.parametrize("channels_last", [False, True])
-@pytest.mark.parametrize("name", ["mp_silu", "mp_sum", "mp_sum t=0", "pixel_norm", "pixel_norm last"])
+@pytest.mark.parametrize("name", [n for n in CASES if n not in ("mp_sum per channel", "mp_sum per element")])
 def test_triton_is_the_reference(name, channels_last, dtype):
     inputs, grad = make(name, dtype)
     inputs[0].flatten()[:: max(1, inputs[0][0].numel() // 3)] *= 30
     if channels_last and grad.ndim == 5:
-        inputs, grad = [x.contiguous(memory_format=CL3D) for x in inputs], grad.contiguous(memory_format=CL3D)
+        inputs, grad = [channels_last_of(x) for x in inputs], channels_last_of(grad)
     compare(CASES[name][0], inputs, grad, name, impl="triton")
     # Mixed orders of memory, and a slice of a larger tensor.
-    mixed = [noncontiguous(inputs[0], 1), *[x.contiguous() for x in inputs[1:]]]
+    mixed = [noncontiguous(inputs[0], inputs[0].ndim - 1), *[x.contiguous() for x in inputs[1:]]]
     compare(CASES[name][0], mixed, grad.contiguous(), name, impl="triton")
 
 
@@ -108,14 +145,74 @@ def test_triton_of_zeros_and_nothing():
     x = torch.zeros(2, 8, 3, requires_grad=True)
     pixel_norm(x, impl="triton").sum().backward()
     assert torch.equal(x.grad, torch.full_like(x, 1e4))
+    with pytest.raises(ValueError, match=r"cannot run 'triton' on cpu: its t is a number or one value for each"):
+        mp_sum(x, x, torch.ones(8, 1), impl="triton")
     for function in (mp_silu, pixel_norm):
         assert function(torch.empty(0, 4), impl="triton").shape == (0, 4)
-    with pytest.raises(ValueError, match="cannot run 'triton' on cpu: there is no Triton kernel for this function"):
-        mp_sum(x, x, torch.tensor(0.5), impl="triton")
+    w = torch.zeros(3, 4, requires_grad=True)
+    normalize_weight(w, impl="triton").sum().backward()
+    torch.testing.assert_close(w.grad, torch.full_like(w, 0.5e4))
+    nothing, scale = torch.empty(2, 4, 3, 0, requires_grad=True), torch.ones(2, 3, 4, requires_grad=True)
+    modulated_silu(nothing, scale, impl="triton").sum().backward()
+    assert torch.equal(scale.grad, torch.zeros_like(scale))
+    t = torch.ones(2, 1, 3, 1, requires_grad=True)
+    mp_sum(nothing, nothing, t, impl="triton").sum().backward()
+    assert torch.equal(t.grad, torch.zeros_like(t))
+
+
+@needs_triton
+@pytest.mark.parametrize(
+    "name", ["modulated_silu", "mp_sum per frame", "mp_cat", "mp_cat t", "normalize_weight", "mp_sum"]
+)
+def test_triton_where_sizes_pass_a_tile(name):
+    """More channels, pixels and rows than one program takes, and sizes that 16 does and does not divide."""
+    generator = torch.Generator().manual_seed(3)
+    for sizes in ((1, 80, 2, 9, 11), (2, 5, 1, 48, 50), (1, 130, 2, 6, 8)):
+        B, C, F = sizes[:3]
+        shapes = [sizes, *CASES[name][1][1:]]
+        if name == "modulated_silu":
+            shapes[1] = (B, F, C)
+        elif name.startswith("mp_sum"):
+            shapes[1:] = [sizes, (B, 1, F, 1, 1)][: len(shapes) - 1]
+        elif name == "mp_cat":
+            shapes[1] = (B, 48, *sizes[2:])
+        elif name == "mp_cat t":
+            shapes[1] = (*sizes[:4], 3)
+        inputs = [torch.randn(shape, generator=generator) for shape in shapes]
+        grad = torch.randn(CASES[name][0](*inputs, impl="reference").shape, generator=generator)
+        for order in (lambda x: x, channels_last_of):
+            compare(CASES[name][0], [order(x) for x in inputs], order(grad), name, impl="triton")
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf"), 1e-40, -3e-45, 1e37])
+@pytest.mark.parametrize("impl", ["composed", pytest.param("triton", marks=needs_triton)])
+def test_bad_values_have_the_effect_they_have_in_the_reference(impl, value):
+    """NaN, infinities, denormals, squares that overflow: equal results, and gradients finite in the same places."""
+    for name, (function, _) in CASES.items():
+        if impl == "triton" and name in ("mp_sum per channel", "mp_sum per element"):
+            continue
+        inputs, grad = make(name)
+        inputs[0].flatten()[7] = value
+        got, want = (run(function, inputs, grad, torch.float32, impl=i) for i in (impl, "reference"))
+        torch.testing.assert_close(got[0], want[0], equal_nan=True)
+        for g, w in zip(got[1:], want[1:], strict=True):
+            g, w = (x.masked_fill(~x.isfinite(), math.nan) for x in (g, w))
+            torch.testing.assert_close(g, w, equal_nan=True, rtol=1e-4, atol=1e-5)
 
 
 @given(
-    name=st.sampled_from(["mp_silu", "mp_sum", "mp_sum per frame", "mp_cat", "pixel_norm", "normalize_weight"]),
+    name=st.sampled_from(
+        [
+            "mp_silu",
+            "mp_sum",
+            "mp_sum per frame",
+            "mp_cat",
+            "pixel_norm",
+            "pixel_norm_silu",
+            "modulated_silu",
+            "normalize_weight",
+        ]
+    ),
     # A norm of few elements takes nearly the whole gradient away: what is left is rounding, of any implementation.
     shape=st.tuples(*[st.integers(low, 9) for low in (1, 4, 1, 1, 4)]),
     scale=st.sampled_from([1e-2, 1.0, 30.0]),
@@ -128,13 +225,16 @@ def test_any_shape(name, shape, scale, dtype, channels_last, seed):
     generator = torch.Generator().manual_seed(seed)
     tensors = 1 + name.startswith("mp_sum") + (name == "mp_cat")
     inputs = [(torch.randn(shape, generator=generator) * scale).to(dtype) for _ in range(tensors)]
-    grad_shape = (shape[0], 2 * shape[1], *shape[2:]) if name == "mp_cat" else shape
+    grad_shape = {"mp_cat": (shape[0], 2 * shape[1], *shape[2:]), "pixel_norm_silu": (2 * shape[0], *shape[1:])}
+    grad_shape = grad_shape.get(name, shape)
     inputs.append(torch.randn(grad_shape, generator=generator).to(dtype))
     if channels_last:
         inputs = [x.contiguous(memory_format=CL3D) for x in inputs]
     *inputs, grad = inputs
     if name == "mp_sum per frame":
         inputs.append(torch.rand((shape[0], 1, shape[2], 1, 1), generator=generator).to(dtype))
+    if name == "modulated_silu":
+        inputs.append(torch.randn((shape[0], shape[2], shape[1]), generator=generator).to(dtype))
     compare(CASES[name][0], inputs, grad, name)
 
 
@@ -142,7 +242,8 @@ def test_any_shape(name, shape, scale, dtype, channels_last, seed):
 @pytest.mark.parametrize("name", CASES)
 def test_gradients_are_those_of_finite_differences(name, impl):
     inputs, _ = make(name)
-    inputs = [x[..., :2].double().requires_grad_() if x.ndim else x.double().requires_grad_() for x in inputs]
+    part = 2 if name[:9] != "modulated" else None
+    inputs = [x[..., :part].double().requires_grad_() if x.ndim else x.double().requires_grad_() for x in inputs]
     function = CASES[name][0]
     assert torch.autograd.gradcheck(lambda *a: function(*a, impl=impl), inputs, fast_mode=True)
 
@@ -213,6 +314,18 @@ def test_scale_invariance():
 
 
 @pytest.mark.parametrize("impl", ["reference", "composed"])
+def test_nothing_passes_where_the_limit_is_reached(impl):
+    """At the limit exactly, beyond it, and in dtypes that do not hold it: 0.8 is 0.7998 in float16."""
+    for dtype in LOW:
+        a = torch.tensor([0.5, 1.0, -1.0, -3.0, 1e4, float("nan")], dtype=dtype, requires_grad=True)
+        out = mp_sum(a, a, 0, limit=1.0, impl=impl)
+        assert out[:5].tolist() == [0.5, 1.0, -1.0, -1.0, 1.0] and out[5].isnan()
+        assert torch.autograd.grad(out.sum(), a)[0][:5].tolist() == [1.0, 0.0, 0.0, 0.0, 0.0]
+        out = mp_sum(a, a, 0, limit=0.8, impl=impl)
+        assert torch.autograd.grad(out.sum(), a)[0][:5].tolist() == [1.0, 0.0, 0.0, 0.0, 0.0]
+
+
+@pytest.mark.parametrize("impl", ["reference", "composed"])
 def test_zero_vectors(impl):
     x = torch.zeros(2, 4, 3, requires_grad=True)
     out = pixel_norm(x, impl=impl)
@@ -247,6 +360,8 @@ def test_channels_last_is_preserved(name, dtype):
     out = function(*leaves, impl="composed")
     got = [out, *torch.autograd.grad(out, leaves, grad.contiguous(memory_format=CL3D))]
     for g, w in zip(got[:3], want, strict=False):
+        if g.ndim < 5:
+            continue
         assert g.is_contiguous(memory_format=CL3D) and not g.is_contiguous()
         torch.testing.assert_close(g, w)
 
@@ -263,7 +378,9 @@ def test_types_are_promoted():
     assert torch.autograd.grad(out.sum(), t)[0].dtype == torch.float32
 
 
-@pytest.mark.parametrize("name", ["mp_silu", "mp_sum", "mp_sum per frame", "mp_cat"])
+@pytest.mark.parametrize(
+    "name", ["mp_silu", "modulated_silu", "mp_sum", "mp_sum to a limit", "mp_sum per frame", "mp_cat"]
+)
 def test_bad_values_stay_in_their_elements(name):
     function, inputs, _ = CASES[name][0], *make(name)
     want = function(*inputs)
@@ -290,7 +407,7 @@ def test_bad_values_stay_in_their_pixels(impl):
 @pytest.mark.parametrize("name", [n for n in VIDEO_CASES if "channel" not in n])
 def test_empty_batch(name):
     function, inputs, _ = CASES[name][0], *make(name)
-    inputs = [(x[:0] if x.ndim == 5 else x).clone().requires_grad_() for x in inputs]
+    inputs = [(x[:0] if x.ndim >= 3 else x).clone().requires_grad_() for x in inputs]
     out = function(*inputs)
     assert out.shape[0] == 0
     for x, grad in zip(inputs, torch.autograd.grad(out.sum(), inputs), strict=True):
@@ -331,8 +448,20 @@ def opcheck_cases():
     return {
         "mp_silu": (ops.mp_silu, (last, c)),
         "mp_silu_bwd": (ops.mp_silu_bwd, (a.detach(), last.detach(), c)),
-        "mp_sum": (ops.mp_sum, (a, b, 0.3, c)),
-        "mp_sum_bwd": (ops.mp_sum_bwd, (a.detach(), 0.3, True, False, c)),
+        "mp_sum": (ops.mp_sum, (a, b, 0.3, None, c)),
+        "mp_sum limit": (ops.mp_sum, (a, last, 0.3, 1.0, c)),
+        "mp_sum_bwd": (ops.mp_sum_bwd, (a.detach(), None, 0.3, None, True, False, c)),
+        "mp_sum_bwd limit": (ops.mp_sum_bwd, (a.detach(), b.detach(), 0.3, 1.0, False, True, c)),
+        "modulated_silu": (ops.modulated_silu, (last, tensor(2, 3, 6), c)),
+        "modulated_silu_bwd": (
+            ops.modulated_silu_bwd,
+            (a.detach(), last.detach(), tensor(2, 3, 6, grad=False), True, True, c),
+        ),
+        "pixel_norm_silu": (ops.pixel_norm_silu, (last, 1, 1e-4, c)),
+        "pixel_norm_silu_bwd": (
+            ops.pixel_norm_silu_bwd,
+            (a.detach(), b.detach(), last.detach(), tensor(2, 1, 3, 4, 5, grad=False).abs(), 1, 1e-4, c),
+        ),
         "mp_sum_tensor": (ops.mp_sum_tensor, (last, b, tensor(2, 1, 3, 1, 1), c)),
         "mp_sum_tensor_bwd": (
             ops.mp_sum_tensor_bwd,
@@ -361,8 +490,9 @@ def test_opcheck(name):
 
 def test_compile_fullgraph_without_recompiling():
     def step(x, skip, t, w, gain):
-        x = mp_silu(pixel_norm(x))
-        x = mp_sum(x, mp_sum(x, skip, t), 0.3)
+        x, y = pixel_norm_silu(x)
+        y = modulated_silu(mp_silu(pixel_norm(y)), t[:, 0, :, :, 0] * x.mean(dim=(3, 4)).transpose(1, 2))
+        x = mp_sum(x, mp_sum(y, skip, t), 0.3, limit=1.0)
         x = mp_cat(x, skip)
         return (x.mean(dim=(0, 2, 3, 4)) @ normalize_weight(w, gain).mean(0)).square() + x.square().mean()
 
@@ -393,6 +523,13 @@ BAD = [
     (lambda: mp_sum(ONE, ONE, torch.ones(2, 3)), ValueError, r"t: must broadcast to the shape of a .* \(2, 3\)"),
     (lambda: mp_sum(ONE[:1], ONE[:1], ONE), ValueError, r"t: must broadcast to the shape of a \(1, 3, 4\)"),
     (lambda: mp_sum(ONE, ONE, torch.ones(1, dtype=torch.int64)), TypeError, "t: dtype must be float32"),
+    (lambda: mp_sum(ONE, ONE, 0.5, limit=0), ValueError, "limit: must be > 0, got 0"),
+    (lambda: mp_sum(ONE, ONE, ONE, limit=1.0), ValueError, "limit: must be None with a tensor t, got 1.0"),
+    (lambda: modulated_silu(ONE, ONE), ValueError, r"scale: must have shape \(B, F, C\) = \(2, 4, 3\), got"),
+    (lambda: modulated_silu(ONE[0], ONE), ValueError, r"x: must have shape \(B, C, F, ...\), got"),
+    (lambda: modulated_silu(ONE, 2.0), TypeError, "scale: must be a tensor, got float 2.0"),
+    (lambda: modulated_silu(ONE, ONE.mT.to("meta")), ValueError, "scale: must be on the device of x"),
+    (lambda: pixel_norm_silu(ONE, 1, -1.0), ValueError, "eps: must be > 0, got -1.0"),
     (lambda: mp_cat(ONE, ONE[:1]), ValueError, r"b: must have the shape of a \(2, 3, 4\) but for dim 1, got"),
     (lambda: mp_cat(ONE, ONE[:, :0]), ValueError, "b: size along dim 1 must be >= 1, got 0"),
     (lambda: mp_cat(ONE, ONE, 3), ValueError, r"dim: must be an integer in \[-3, 3\), got 3"),
@@ -498,7 +635,18 @@ def test_forced_normalisation_opcheck_and_errors(impl):
 FAULTS = {
     "silu gain": ("SILU_GAIN = 1 / 0.596", "SILU_GAIN = 1 / 0.6"),
     "silu gain twice": ("grad_input=grad_x).mul_(SILU_GAIN)", "grad_input=grad_x)"),
-    "sum not normalised": ("torch.lerp(a, b, t, out=out).mul_(1 / math.hypot(1 - t, t))", "torch.lerp(a, b, t, out=out)"),
+    "limit forgotten": ("out.clamp_(-limit, limit)", "pass"),
+    "gradient beyond the limit": ("hardtanh_backward.grad_input(grad_out, out, -limit, limit", "hardtanh_backward.grad_input(grad_out, out, -9 * limit, 9 * limit"),
+    "limit on one side": ("clamp_(-limit, limit)", "clamp_max_(limit)"),
+    "modulation of the wrong frame": ("scale = scale.to(compute_dtype(x.dtype)).transpose(1, 2)", "scale = scale.to(compute_dtype(x.dtype)).flip(1).transpose(1, 2)"),
+    "modulation's gradient without the scale": ("torch.mul(grad, scale * SILU_GAIN, out=work)", "torch.mul(grad, SILU_GAIN, out=work)"),
+    "scale's gradient without the data": ("grad.mul_(x).sum_to_size", "grad.sum_to_size"),
+    "slope of the modulation at x": ("z = x * scale", "z = x * 1.0"),
+    "activation of the input": ("mp_silu(out, act)", "mp_silu(x, act)"),
+    "activation without its gain": ("silu_backward(_up(grad_act), out).mul_(SILU_GAIN)", "silu_backward(_up(grad_act), out)"),
+    "main path lost in backward": (".mul_(SILU_GAIN).add_(grad)", ".mul_(SILU_GAIN)"),
+    "parts of cat swapped in backward": ("torch.mul(grad_out.narrow(dim, 0, grad_a.shape[dim]), weight_a", "torch.mul(grad_out.narrow(dim, 0, grad_a.shape[dim]), weight_b"),
+    "sum not normalised": ("norm = math.hypot(1 - t, t)\n    torch.mul", "norm = 1.0\n    torch.mul"),
     "sum swapped": ("torch.mul(_up(a), (1 - t) / norm, out=work).addcmul_(_up(b), t / norm)", "torch.mul(_up(b), (1 - t) / norm, out=work).addcmul_(_up(a), t / norm)"),
     "slope of the sum ignores the norm": ("slope.sum_to_size(t.shape) / norm**3", "slope.sum_to_size(t.shape) / norm"),
     "slope of t = 1 - t": ("addcmul_(_up(a), t, value=-1)", "addcmul_(_up(a), t)"),

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from sae_kernels import mp_cat, mp_silu, mp_sum, pixel_norm
+from sae_kernels import modulated_silu, mp_cat, mp_silu, mp_sum, pixel_norm_silu
 
 from .attention import Attention, FrameAttention, VideoAttention
 from .config import ModelConfig
@@ -96,19 +96,20 @@ class Block(nn.Module):
         if self.encoder:
             if self.skip is not None:
                 x = pointwise(self.skip, x)
-            x = pixel_norm(x, dim=1)
-        y = self.conv0(mp_silu(x), frames)
-        scale = self.emb(emb) * self.emb_gain + 1
-        y = mp_silu(y * scale.to(y.dtype).transpose(1, 2)[..., None, None])
+            x, y = pixel_norm_silu(x, dim=1)
+        else:
+            y = mp_silu(x)
+        y = self.conv0(y, frames)
+        y = modulated_silu(y, self.emb(emb) * self.emb_gain + 1)
         if self.training and self.dropout:
             y = F.dropout(y, self.dropout)
         y = self.conv1(y, frames)
         if not self.encoder and self.skip is not None:
             x = pointwise(self.skip, x)
-        x = mp_sum(x, y, RESIDUAL_BALANCE)
         if self.attention is not None:
-            x = mp_sum(x, self.attention(x, frames), RESIDUAL_BALANCE)
-        return x.clamp(-ACTIVATION_LIMIT, ACTIVATION_LIMIT)
+            x = mp_sum(x, y, RESIDUAL_BALANCE)
+            y = self.attention(x, frames)
+        return mp_sum(x, y, RESIDUAL_BALANCE, limit=ACTIVATION_LIMIT)
 
 
 class UNet(nn.Module):
