@@ -43,6 +43,7 @@ def plot_schedule(schedule: Schedule, path: str | Path, *, points: int = 401, ma
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.cm import viridis
     from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
 
     path = Path(path)
     t = torch.linspace(0, 1, points, dtype=torch.float64)
@@ -53,12 +54,17 @@ def plot_schedule(schedule: Schedule, path: str | Path, *, points: int = 401, ma
     lines, image = figure.subplots(1, 2)
     for token in torch.linspace(0, tokens - 1, min(tokens, max_lines)).round().long().tolist():
         lines.plot(t, log_snr[:, token], color=viridis(token / max(tokens - 1, 1)), linewidth=1.2)
-    lines.set(xlabel="t  (0 data, 1 noise)", ylabel="log-SNR", title=f"{type(schedule).__name__}: {tokens} tokens")
+    lines.set(
+        xlabel="t  (0 data, 1 noise)",
+        ylabel="log-SNR",
+        title=f"{type(schedule).__name__}, {tokens} tokens, token 0 dark",
+    )
     shown = image.imshow(
         torch.sigmoid(log_snr.flip(0)).T.numpy(), aspect="auto", vmin=0, vmax=1, extent=(0, 1, tokens - 0.5, -0.5),
         interpolation="nearest",
     )  # fmt: skip
     image.set(xlabel="generation time 1 - t", ylabel="token", title="signal² / (signal² + noise²)")
+    image.yaxis.set_major_locator(MaxNLocator(integer=True))
     figure.colorbar(shown, ax=image)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=110)

@@ -494,7 +494,7 @@ def check_schedule(schedule: Schedule, points: int = 257) -> None:
         0.5 * (grid[1:] + grid[:-1]) + node * 0.5 * (grid[1:] - grid[:-1]) for node in (-(0.6**0.5), 0.0, 0.6**0.5)
     ]
     left, centre, right = (schedule.log_snr_slope(t) for t in middle)
-    off = (5 * left + 8 * centre + 5 * right) / 18 * width - rise  # Gauss-Legendre
+    off = ((5 * left + 8 * centre + 5 * right) / 18 * width - rise).cumsum(dim=0)  # Gauss-Legendre
     bound = 0.01 * (values[0] - values[-1]).abs().amax().clamp(min=1.0)
     _refuse_where(off.abs() > bound, grid[1:], f"{name}.log_snr_slope: must be the derivative of log_snr", off, "error")
 

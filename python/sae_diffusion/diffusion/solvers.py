@@ -19,7 +19,7 @@ from sae_kernels import token_noise_eps
 
 from .noise import derive_seed
 from .posterior import fresh_fraction, posterior_coefficients
-from .schedules import Rolling, Schedule, expand_to, scales_of
+from .schedules import Given, Rolling, Schedule, expand_to, scales_of
 
 Denoise = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 
@@ -82,6 +82,8 @@ def context_guided(
     draw of x_1 in their place, at the level of t = 1. They themselves are not guided.
     """
     _check_weight(weight)
+    if isinstance(schedule, Given):  # in which known tokens never have the level of t = 1
+        schedule = schedule.schedule
     clean, noisy = schedule.log_snr(torch.tensor([0.0, 1.0], dtype=torch.float64)).split(1)
     # log_snr may come in fp32.
     bound = clean - 1e-5 * clean.abs().clamp(min=1) if threshold is None else torch.full_like(clean, threshold)
@@ -117,6 +119,11 @@ def start(
     eps = token_noise_eps(tuple(shape), seed=derive_seed(seed, _START), device=device, dtype=dtype)
     signal, noise = schedule.scales(torch.ones(1, dtype=torch.float64))
     return eps * expand_to((signal.square() + noise.square()).sqrt(), eps).to(eps)
+
+
+def step_normals(x: torch.Tensor, seed: int, step: int) -> torch.Tensor:
+    """The normals of a step of `sample`, like x: a function of (seed, step, element), the same on every device."""
+    return token_noise_eps(tuple(x.shape), seed=derive_seed(seed, _STEPS), offset=step, device=x.device, dtype=x.dtype)
 
 
 @dataclass(frozen=True)
@@ -177,7 +184,7 @@ def sample(
         times: (steps + 1,) non-increasing, or (steps + 1, *schedule.shape) for every token's own times.
         eta: for "ddim".
         churn: for "stochastic-heun"; `Churn()` by default.
-        seed, offset: the normals of step i are token_noise_eps(x.shape, seed=derive_seed(seed, 1), offset=offset + i).
+        seed, offset: the normals of step i are step_normals(x, seed, offset + i).
         final: "state" returns x at times[-1], which at t = 0 still holds the schedule's least noise; "data" returns
             x0_hat of that state, one evaluation more; "auto" is "data" when times end at 0, else "state". Tokens that
             never moved keep their bits in both.
@@ -199,7 +206,7 @@ def sample(
     if final == "auto":
         final = "data" if bool((times[-1] == 0).all()) else "state"
 
-    run = _Run(denoise, schedule.scaling, solver, eta, churn or Churn(), derive_seed(seed, _STEPS), offset, levels)
+    run = _Run(denoise, schedule.scaling, solver, eta, churn or Churn(), seed, offset, levels)
     x = x_start
     for i in range(len(levels) - 1):
         x, x0 = run.step(i, x)
@@ -341,8 +348,7 @@ class _Run:
         return self.times(1 / noise, x) - self.times(signal / noise, x0)
 
     def normals(self, i: int, x: torch.Tensor, spread: torch.Tensor) -> torch.Tensor:
-        eps = token_noise_eps(tuple(x.shape), seed=self.seed, offset=self.offset + i, device=x.device, dtype=x.dtype)
-        return self.times(spread, eps)
+        return self.times(spread, step_normals(x, self.seed, self.offset + i))
 
     def scales(self, level: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         return scales_of(level, self.scaling)
