@@ -30,9 +30,9 @@ __all__ = [
     "normalize_weights_",
     "past_term",
     "pixel_norm",
+    "pixel_norm_silu",
     "qk_prepare",
     "qkv_prepare",
-    "pixel_norm_silu",
     "token_noise",
     "token_noise_eps",
 ]
