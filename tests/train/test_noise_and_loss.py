@@ -8,8 +8,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from sae_diffusion.diffusion.loss import LossNormalizer, _basis, denoising_loss, loss_weight
 from sae_diffusion.diffusion.noise import NoiseConfig, derive_seed, sample_sigmas
+from sae_diffusion.model import Denoiser, ModelConfig
 
 from sae_kernels import FrameLayout, token_noise
+from sae_kernels.testing import assert_within_budget
 
 
 def generator(seed: int) -> torch.Generator:
@@ -121,6 +123,72 @@ def test_loss_is_the_plain_formula_on_the_noisy_half(copies, spatial):
             s = sigmas[:, place]
             error = (x[:, place] / (1 + s)[:, None, None, None] - x0[:, frame]).square().mean(dim=(1, 2, 3))
             torch.testing.assert_close(losses[:, copy * 4 + frame], error * (s**2 + 1) / s**2, rtol=1e-12, atol=0)
+
+
+def network(dtype, **changes):
+    """A small denoiser whose gains are not zero, so that every parameter has a gradient."""
+    torch.manual_seed(3)
+    config = ModelConfig(
+        height=8, width=8, channels=2, model_channels=8, channel_mult=(1, 2), blocks_per_level=1, video_attention=(4,),
+        head_dim=8, num_actions=3, **changes,
+    )  # fmt: skip
+    net = Denoiser(config).to(dtype)
+    with torch.no_grad():
+        for name, p in net.named_parameters():
+            if name.endswith("gain"):
+                p.fill_(0.7)
+    return net
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+@pytest.mark.parametrize(
+    ("copies", "spatial", "changes"),
+    [
+        (1, False, {}),
+        (3, False, {"temporal_mixing": "gated"}),
+        (3, True, {}),
+        (1, True, {"patch_size": 2}),
+        (3, False, {"patch_size": 2, "sigma_data": 0.5}),
+    ],
+)
+def test_loss_from_the_raw_output_is_the_loss_of_the_denoised_frames(copies, spatial, changes, autocast):
+    """Loss and gradient of all parameters, in fp32 and under bf16 autocast, each route against fp64."""
+    x0 = torch.randn(2, 3, 2, 8, 8, generator=generator(1))
+    actions = torch.randint(-1, 3, (2, 3), generator=generator(2))
+    sigmas = sample_sigmas(NoiseConfig(), 2, 3, copies, generator(4))
+
+    def route(dtype, raw):
+        net = network(dtype, **changes)
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast and dtype == torch.float32):
+            losses = denoising_loss(
+                net, x0.to(dtype), actions, sigmas.to(dtype), noisy_copies=copies, seed=-5, offset=2,
+                spatial_only=spatial, sigma_data=net.config.sigma_data, raw=raw,
+            )  # fmt: skip
+        # Frames weigh differently, so that one frame's noise cannot stand in for another's.
+        total = (losses * torch.linspace(1, 2, losses.numel()).view_as(losses)).sum()
+        grads = torch.autograd.grad(total, list(net.parameters()), allow_unused=True)
+        return losses.detach(), torch.cat([g.flatten() for g in grads if g is not None])
+
+    gold, plain, fused = route(torch.float64, False), route(torch.float32, False), route(torch.float32, None)
+    unit = torch.bfloat16 if autocast else torch.float32
+    assert not torch.equal(fused[0], plain[0])
+    for name, got, want, eager in zip(("loss", "gradient"), fused, gold, plain, strict=True):
+        assert got.dtype == torch.float32
+        assert_within_budget(got.to(unit), want, eager.to(unit), name)
+    # In fp64 the routes differ by the normals alone, which have fp32 precision.
+    for got, want in zip(route(torch.float64, True), gold, strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5 * want.abs().max().item())
+
+
+def test_denoiser_gives_its_raw_output():
+    """D = c_skip x + c_out raw, with every flag; and raw is asked for by name only where it is given."""
+    for changes, options, streams in (({}, {"noisy_copies": 2}, 3), ({"patch_size": 2}, {"spatial_only": True}, 1)):
+        net = network(torch.float64, **changes)
+        x = torch.randn(2, 2 * streams, 2, 8, 8, generator=generator(5), dtype=torch.float64)
+        sigma = torch.rand(2, 2 * streams, generator=generator(6), dtype=torch.float64) + 0.1
+        raw, d = net(x, sigma, raw=True, **options), net(x, sigma, **options)
+        s = sigma[:, :, None, None, None]
+        torch.testing.assert_close(d, x / (s**2 + 1) + s / (s**2 + 1).sqrt() * raw, rtol=1e-12, atol=1e-12)
 
 
 def test_loss_refuses_what_does_not_fit():

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from sae_diffusion.model import Denoiser
 from sae_diffusion.train import TrainConfig, Trainer, latest_checkpoint
 from sae_diffusion.train.checkpoint import load_average, read_state
 from sae_diffusion.train.loader import MicroBatchSampler, clip_index
@@ -231,6 +232,23 @@ def test_gradient_is_that_of_the_mean_over_the_global_batch(tmp_path, monkeypatc
     assert mean.item() == pytest.approx(metrics(tmp_path)[0]["loss"], rel=1e-6)
     for got, p in zip(caught, model.parameters(), strict=True):
         torch.testing.assert_close(got, p.grad, rtol=1e-5, atol=1e-6 * p.grad.abs().max().item())
+
+
+def test_takes_the_loss_from_the_raw_output_where_the_model_gives_it(tmp_path, monkeypatch):
+    from sae_diffusion.train import trainer as module
+
+    asked = []
+
+    def keep(denoiser, *arguments, raw, **options):
+        asked.append(raw)
+        return real(denoiser, *arguments, raw=False, **options)
+
+    real = module.denoising_loss
+    monkeypatch.setattr(module, "denoising_loss", keep)
+    gradients_of_one_step(tmp_path / "without", micro_batch=4)
+    monkeypatch.setattr(Stub, "gives_raw_output", True, raising=False)
+    gradients_of_one_step(tmp_path / "with", micro_batch=4)
+    assert asked == [False, True] and Denoiser.gives_raw_output
 
 
 def test_accumulation_equals_one_large_batch(tmp_path, monkeypatch):

@@ -32,6 +32,9 @@ class Denoiser(nn.Module):
     frame i. Results are fp32, or fp64 for a network in fp64; the U-Net computes in its parameters' dtype or autocast's.
     """
 
+    # Tells losses that forward takes raw=True.
+    gives_raw_output = True
+
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.config = config
@@ -48,6 +51,7 @@ class Denoiser(nn.Module):
         *,
         noisy_copies: int = 1,
         spatial_only: bool = False,
+        raw: bool = False,
     ) -> Tensor:
         """Denoise whole sequences: the clean stream, then `noisy_copies` noisy copies of it.
 
@@ -58,6 +62,7 @@ class Denoiser(nn.Module):
             noisy_copies: K >= 0; 0 is the plain causal sequence.
             spatial_only: every frame by itself, without past; then F is any number of frames, noisy_copies is ignored
                 and actions are of F frames.
+            raw: return the network's output itself, what c_out multiplies, shaped like x, in the dtype it comes in.
 
         Returns:
             D, like x.
@@ -71,7 +76,8 @@ class Denoiser(nn.Module):
         self._check(x, sigma)
         if x.shape[1] == 0 or x.shape[1] % streams:
             raise ValueError(f"x: frames must be a positive multiple of 1 + noisy_copies = {streams}, got {x.shape[1]}")
-        return self._run(x, sigma, actions, "spatial" if spatial_only else "sequence", noisy_copies=streams - 1)
+        mode = "spatial" if spatial_only else "sequence"
+        return self._run(x, sigma, actions, mode, noisy_copies=streams - 1, raw=raw)
 
     def new_cache(self, batch: int) -> Cache:
         """An empty cache for `batch` videos."""
@@ -143,6 +149,7 @@ class Denoiser(nn.Module):
         *,
         noisy_copies: int = 0,
         cache: Cache | None = None,
+        raw: bool = False,
     ) -> Tensor:
         frames = x.shape[1] // (1 + noisy_copies)
         self._check_actions(actions, x.shape[0], frames)
@@ -157,9 +164,12 @@ class Denoiser(nn.Module):
         inputs = x * total.rsqrt()[:, :, None, None, None]
         if self.config.patch_size > 1:
             inputs = F.pixel_unshuffle(inputs, self.config.patch_size)
-        out = self.unet(inputs.to(weights).transpose(1, 2), actions, frame_pass).transpose(1, 2).to(dtype)
+        out = self.unet(inputs.to(weights).transpose(1, 2), actions, frame_pass).transpose(1, 2)
         if self.config.patch_size > 1:
             out = F.pixel_shuffle(out, self.config.patch_size)
+        if raw:
+            return out
+        out = out.to(dtype)
         c_skip = d**2 / total
         c_out = sigma * d * total.rsqrt()
         return c_skip[:, :, None, None, None] * x + c_out[:, :, None, None, None] * out

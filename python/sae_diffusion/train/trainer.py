@@ -110,6 +110,7 @@ class Trainer:
         self.model_config = _json_fields(model.config)
         self.sigma_data = float(self.model_config.get("sigma_data", 1.0))
         self.frames_per_block = int(self.model_config.get("frames_per_block", 1))
+        self._gives_raw_output = bool(getattr(model, "gives_raw_output", False))
         self._takes_actions = bool(self.model_config.get("num_actions") or self.model_config.get("action_dim"))
         has_actions = bool(dataset.num_actions or dataset.action_dim)
         self.optimizer = torch.optim.AdamW(
@@ -161,6 +162,7 @@ class Trainer:
             losses = denoising_loss(
                 self.module, x0, actions, sigmas, noisy_copies=config.noisy_copies,
                 seed=derive_seed(config.seed, NOISE, index), spatial_only=spatial, sigma_data=self.sigma_data,
+                raw=self._gives_raw_output,
             )  # fmt: skip
         noisy = sigmas[:, length:]
         normalised = self.normalizers["spatial" if spatial else "video"](noisy, losses)
