@@ -130,7 +130,8 @@ class Identity(_Separable):
     def _forward(self, x: Tensor) -> Tensor:
         return x
 
-    _inverse = _forward
+    def _inverse(self, c: Tensor) -> Tensor:
+        return c
 
     def ordering(self) -> Tensor:
         axis = self.axes[-1]
@@ -259,14 +260,14 @@ class Haar(_Separable):
     def description(self) -> dict[str, Any]:
         return {**super().description(), "levels": self.levels}
 
-    def _low(self, level: int) -> tuple[slice, ...]:
-        """The low-pass part after `level` levels."""
-        return tuple(slice(n >> level if a in self.axes else n) for a, n in enumerate(self.shape))
+    def _low(self, level: int) -> tuple[Any, ...]:
+        """Index of the low-pass part after `level` levels."""
+        return (..., *(slice(n >> level if a in self.axes else n) for a, n in enumerate(self.shape)))
 
     def _forward(self, x: Tensor) -> Tensor:
         x = x.clone()
         for level in range(self.levels):
-            low = (..., *self._low(level))
+            low = self._low(level)
             part = x[low]
             for dim in self.dims:
                 even, odd = part.unflatten(dim, (-1, 2)).unbind(dim)
@@ -277,7 +278,7 @@ class Haar(_Separable):
     def _inverse(self, c: Tensor) -> Tensor:
         c = c.clone()
         for level in reversed(range(self.levels)):
-            low = (..., *self._low(level))
+            low = self._low(level)
             part = c[low]
             for dim in reversed(self.dims):
                 sums, differences = part.chunk(2, dim=dim)
@@ -412,7 +413,8 @@ def basis_from(description: Mapping[str, Any], tensors: Mapping[str, Tensor] | N
     options = dict(description)
     name, shape = options.pop("name"), options.pop("shape")
     if name == PCA.name:
-        return PCA(shape, *(dict(tensors or {})[key] for key in ("mean", "directions", "variances")), **options)
+        fitted = tensors or {}
+        return PCA(shape, fitted["mean"], fitted["directions"], fitted["variances"], **options)
     return make_basis(name, shape, **options)
 
 

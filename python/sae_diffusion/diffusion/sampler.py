@@ -153,6 +153,25 @@ def iter_frames(
         ValueError: shapes that do not agree, or a guide that is missing or not used.
     """
     config = config or SamplerConfig()
+    networks, batch = check_request(
+        denoiser, context, actions, num_frames, config, guide=guide, cache=cache, guide_cache=guide_cache, batch=batch
+    )
+    return BlockSampler(networks, config, seed, batch).run(context, actions, num_frames)
+
+
+def check_request(
+    denoiser: Any,
+    context: torch.Tensor | None,
+    actions: torch.Tensor | None,
+    num_frames: int,
+    config: SamplerConfig,
+    *,
+    guide: Any,
+    cache: Any,
+    guide_cache: Any,
+    batch: int | None,
+) -> tuple[list[tuple[Any, Any]], int]:
+    """Networks with their caches, the guide last, and the batch of a call of `iter_frames`; raises its errors."""
     block_frames = denoiser.config.frames_per_block
     given = 0 if context is None else context.shape[1]
     sizes = {
@@ -193,28 +212,38 @@ def iter_frames(
             raise ValueError(
                 f"guide_cache: must hold as many frames as cache = {networks[0][1].frames}, got {networks[1][1].frames}"
             )
-    return _Sampler(networks, config, seed, batch, frame_shape).run(context, actions, num_frames, block_frames)
+    return networks, batch
 
 
-class _Sampler:
+class BlockSampler:
     """One run: networks with their caches (the guide last), noise levels, and where the noise comes from."""
 
-    def __init__(self, networks, config: SamplerConfig, seed: int, batch: int, frame_shape: tuple[int, ...]) -> None:
-        weight = next(networks[0][0].parameters())
+    def __init__(self, networks: list[tuple[Any, Any]], config: SamplerConfig, seed: int, batch: int) -> None:
+        network = networks[0][0]
+        weight = next(network.parameters())
         self.networks, self.config, self.seed = networks, config, seed
-        self.batch, self.frame_shape, self.device = batch, frame_shape, weight.device
+        self.batch, self.block_frames, self.device = batch, network.config.frames_per_block, weight.device
+        self.frame_shape = (network.config.channels, network.config.height, network.config.width)
         self.dtype = torch.float64 if weight.dtype == torch.float64 else torch.float32
         self.sigmas = sigma_schedule(config).tolist()
 
-    def run(self, context, actions, num_frames: int, block_frames: int) -> Iterator[torch.Tensor]:
-        done = 0 if context is None else context.shape[1]
-        if done:
-            self.append(context.to(self.device, self.dtype), None if actions is None else actions[:, :done])
-        for start in range(done, done + num_frames, block_frames):
-            caused_by = None if actions is None else actions[:, start : start + block_frames]
-            x = self.draw(block_frames, caused_by)
+    def run(
+        self, context: torch.Tensor | None, actions: torch.Tensor | None, num_frames: int
+    ) -> Iterator[torch.Tensor]:
+        done = self.start(context, actions)
+        for start in range(done, done + num_frames, self.block_frames):
+            caused_by = None if actions is None else actions[:, start : start + self.block_frames]
+            x = self.draw(self.block_frames, caused_by)
             self.append(x, caused_by)
             yield x
+
+    def start(self, context: torch.Tensor | None, actions: torch.Tensor | None) -> int:
+        """Enter the context; returns its number of frames."""
+        if context is None or not context.shape[1]:
+            return 0
+        given = context.shape[1]
+        self.append(context.to(self.device, self.dtype), None if actions is None else actions[:, :given])
+        return given
 
     @torch.no_grad()
     def append(self, x: torch.Tensor, actions: torch.Tensor | None) -> None:
@@ -231,10 +260,7 @@ class _Sampler:
         config, actions = self.config, self.on_device(actions)
         x = self.sigmas[0] * self.noise(frames, 0)
         for i, (sigma, next_sigma) in enumerate(zip(self.sigmas, self.sigmas[1:])):
-            if config.churn > 0 and config.churn_min <= sigma <= config.churn_max:
-                raised = sigma * (1 + min(config.churn / config.steps, math.sqrt(2) - 1))
-                spread = config.churn_noise * math.sqrt(raised**2 - sigma**2)
-                x, sigma = x + spread * self.noise(frames, i + 1), raised
+            x, sigma = self.churned(x, sigma, i)
             slope = (x - self.denoise(x, sigma, actions)) / sigma
             euler = x + (next_sigma - sigma) * slope
             if next_sigma > 0 and config.solver == "heun":
@@ -244,23 +270,37 @@ class _Sampler:
                 x = euler
         return x
 
+    def churned(self, x: torch.Tensor, sigma: float, step: int, ahead: int = 0) -> tuple[torch.Tensor, float]:
+        """x and its noise level after the noise that is added before a step."""
+        config = self.config
+        if not (config.churn > 0 and config.churn_min <= sigma <= config.churn_max):
+            return x, sigma
+        raised = sigma * (1 + min(config.churn / config.steps, math.sqrt(2) - 1))
+        spread = config.churn_noise * math.sqrt(raised**2 - sigma**2)
+        return x + spread * self.noise(x.shape[1], step + 1, ahead), raised
+
     def denoise(self, x: torch.Tensor, sigma: float, actions: torch.Tensor | None) -> torch.Tensor:
-        """D, or D_weak + w (D - D_weak) under guidance."""
-        levels = self.levels(sigma, x.shape[1])
-        network, cache = self.networks[0]
-        strong = network.denoise(x, levels, actions, cache)
+        return self.estimate(x, self.levels(sigma, x.shape[1]), actions)
+
+    def estimate(self, x: torch.Tensor, levels: torch.Tensor, actions: torch.Tensor | None) -> torch.Tensor:
+        """D of one block or of several in flight, or D_weak + w (D - D_weak) under guidance."""
+
+        def seeing_the_past(network: Any, cache: Any) -> torch.Tensor:
+            call = network.denoise if x.shape[1] <= self.block_frames else network.denoise_sequence
+            return call(x, levels, actions, cache)
+
+        strong = seeing_the_past(*self.networks[0])
         if self.config.guidance == 1:
             return strong
         if self.config.guidance_kind == "auto":
-            guide, guide_cache = self.networks[1]
-            weak = guide.denoise(x, levels, actions, guide_cache)
+            weak = seeing_the_past(*self.networks[1])
         else:
-            weak = network(x, levels, actions, spatial_only=True)
+            weak = self.networks[0][0](x, levels, actions, spatial_only=True)
         return weak + self.config.guidance * (strong - weak)
 
-    def noise(self, frames: int, draw: int) -> torch.Tensor:
-        """Normals (B, frames, C, Y, X) for the frames that come next in the cache."""
-        first = self.networks[0][1].frames
+    def noise(self, frames: int, draw: int, ahead: int = 0) -> torch.Tensor:
+        """Normals (B, frames, C, Y, X) for the frames that come next in the cache, after `ahead` others."""
+        first = self.networks[0][1].frames + ahead
         rows = []
         for sample in range(self.batch):
             for frame in range(first, first + frames):

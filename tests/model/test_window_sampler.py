@@ -1,0 +1,230 @@
+"""Sampling with a window of frames in flight: against block-by-block sampling and against a sampler without a cache."""
+
+from __future__ import annotations
+
+import math
+from types import SimpleNamespace
+
+import pytest
+import torch
+from networks import clip, cut, small
+from sae_diffusion.diffusion.sampler import SamplerConfig, generate, sigma_schedule
+from sae_diffusion.diffusion.schedules import EDM, Rolling, Triangular, scales_of
+from sae_diffusion.diffusion.window_sampler import (
+    check_trained_for_window,
+    first_step,
+    generate_window,
+    iter_window,
+)
+
+from sae_kernels import token_noise_eps
+
+VARIANTS = {
+    "heun": {},
+    "euler": {"solver": "euler"},
+    "churn": {"churn": 2.0},
+    "context-noise": {"context_noise": 0.2},
+    "guided": {"guidance": 1.5},
+}
+
+
+def config(**changes) -> SamplerConfig:
+    return SamplerConfig(**({"steps": 4, "sigma_min": 0.1, "sigma_max": 10.0} | changes))
+
+
+@pytest.mark.parametrize(("variant", "block"), [*((v, 1) for v in VARIANTS), ("heun", 2), ("churn", 2)])
+def test_window_of_one_block_is_block_by_block_sampling_bit_for_bit(variant, block):
+    net = small(frames_per_block=block)
+    x, _, actions = clip(net, 2, 8)
+    settings = config(**VARIANTS[variant])
+    plain = generate(net, x[:, :4], actions, 4, settings, seed=3)
+    assert torch.equal(generate_window(net, x[:, :4], actions, 4, block, settings, seed=3), plain)
+    assert not torch.equal(generate_window(net, x[:, :4], actions, 4, 2 * block, settings, seed=3), plain)
+
+
+def test_autoguidance_in_a_window_of_one_block():
+    net, guide = small(), small(temporal_mixing="gated")
+    x, _, actions = clip(net, 1, 5)
+    settings = config(guidance=2.0, guidance_kind="auto")
+    plain = generate(net, x[:, :2], actions, 3, settings, guide=guide)
+    assert torch.equal(generate_window(net, x[:, :2], actions, 3, 1, settings, guide=guide), plain)
+    wide = generate_window(net, x[:, :2], actions, 3, 2, settings, guide=guide)
+    assert not torch.equal(wide, generate_window(net, x[:, :2], actions, 3, 2, settings, guide=net))
+
+
+def noise_of(net, frame: int, seed: int) -> torch.Tensor:
+    shape = (net.config.channels, net.config.height, net.config.width)
+    return token_noise_eps(shape, seed=seed, offset=frame << 32, device="cpu", dtype=torch.float32).double()
+
+
+def without_cache(net, given, actions, frames: int, window: int, settings: SamplerConfig, seed: int) -> torch.Tensor:
+    """One sample: every step evaluates the plain causal pass over the whole video, levels by `Triangular`."""
+    n, steps, block = given.shape[1], settings.steps, net.config.frames_per_block
+    sigmas = sigma_schedule(settings).tolist()
+    to_go = Triangular(frames // block, steps, steps * block // window).levels().repeat_interleave(block, dim=1)
+    x = [sigmas[0] * noise_of(net, n + i, seed) for i in range(frames)]
+
+    def estimate(x, left) -> list[torch.Tensor]:
+        begun = [i for i in range(frames) if left[i] < steps or ready[i]]
+        told = [settings.context_sigma] * n + [sigmas[steps - left[i]] or settings.context_sigma for i in begun]
+        video = torch.cat([given[0], *(x[i][None] for i in begun)])[None]
+        with torch.no_grad():
+            out = net(video, torch.tensor([told], dtype=torch.float64), cut(actions, 0, n + len(begun)), noisy_copies=0)
+        return list(out[0, n:])
+
+    for now, then in zip(to_go.tolist(), to_go[1:].tolist()):
+        ready = [a != b for a, b in zip(now, then)]
+        moving = [i for i in range(frames) if ready[i]]
+        d = estimate(x, now)
+        slopes = {i: (x[i] - d[i]) / sigmas[steps - now[i]] for i in moving}
+        ends = list(x)
+        for i in moving:
+            ends[i] = x[i] + (sigmas[steps - then[i]] - sigmas[steps - now[i]]) * slopes[i]
+        if settings.solver == "heun":
+            d = estimate(ends, then)
+            for i in moving:
+                sigma, next_sigma = sigmas[steps - now[i]], sigmas[steps - then[i]]
+                if next_sigma > 0:
+                    ends[i] = x[i] + (next_sigma - sigma) * 0.5 * (slopes[i] + (ends[i] - d[i]) / next_sigma)
+        x = ends
+    return torch.stack(x)[None]
+
+
+@pytest.mark.parametrize("solver", ["heun", "euler"])
+@pytest.mark.parametrize(
+    ("window", "changes"),
+    [(2, {}), (4, {"temporal_mixing": "gated"}), (2, {"window": 1, "sink": 1}), (4, {"frames_per_block": 2})],
+    ids=["two", "four", "attention-window", "blocks"],
+)
+def test_window_equals_sampling_without_a_cache(window, changes, solver):
+    net = small(**changes)
+    x, _, actions = clip(net, 1, 8)
+    settings = config(solver=solver)
+    got = generate_window(net, x[:, :2], actions, 6, window, settings, seed=5)
+    want = without_cache(net, x[:, :2], actions, 6, window, settings, seed=5)
+    torch.testing.assert_close(got, want, rtol=0, atol=1e-9 * want.abs().max().item())
+
+
+class Recorder(torch.nn.Module):
+    """Remembers (first frame in flight, levels) of every evaluation; its estimate is zero."""
+
+    def __init__(self, block: int = 1) -> None:
+        super().__init__()
+        self.config = SimpleNamespace(channels=1, height=2, width=2, frames_per_block=block)
+        self.weight = torch.nn.Parameter(torch.zeros((), dtype=torch.float64))
+        self.calls: list[tuple[int, list[float]]] = []
+
+    def new_cache(self, batch):
+        return SimpleNamespace(batch=batch, frames=0)
+
+    def prefill(self, x, sigma, actions, cache):
+        cache.frames += x.shape[1]
+
+    def denoise(self, x, sigma, actions, cache):
+        self.calls.append((cache.frames, sigma[0].tolist()))
+        return torch.zeros_like(x)
+
+    denoise_sequence = denoise
+
+
+@pytest.mark.parametrize(("window", "steps"), [(1, 5), (2, 8), (4, 8), (8, 8)])
+def test_levels_are_the_lower_triangular_schedule_in_the_ve_scaling(window, steps):
+    net, frames = Recorder(), 6
+    settings = config(steps=steps, solver="euler")
+    generate_window(net, None, None, frames, window, settings)
+    schedule = Triangular(frames, steps, steps // window, EDM(0.1, 10.0, settings.rho))
+    levels = schedule.levels()
+    assert len(net.calls) == schedule.macro_steps == steps + (frames - 1) * steps // window
+    for row, after, (first, told) in zip(levels, levels[1:], net.calls):
+        moving = [i for i in range(frames) if row[i] != after[i]]
+        assert list(range(first, first + len(told))) == moving
+        # A frame with k steps to go is at u = (k - 1) / (N - 1) of the EDM curve.
+        log_snr = schedule.curve((row[moving] - 1).double() / (steps - 1))
+        assert scales_of(log_snr, "ve")[1].tolist() == pytest.approx(told, rel=1e-10)
+
+
+@pytest.mark.parametrize(("window", "steps"), [(3, 8), (5, 7), (4, 4)])
+def test_any_window_holds_no_more_than_its_frames_and_gives_each_all_levels(window, steps):
+    net, frames = Recorder(), 12
+    settings = config(steps=steps, solver="euler")
+    generate_window(net, None, None, frames, window, settings)
+    assert max(len(told) for _, told in net.calls) == window
+    seen: dict[int, list[float]] = {i: [] for i in range(frames)}
+    for first, told in net.calls:
+        for i, sigma in enumerate(told):
+            seen[first + i].append(sigma)
+    for levels in seen.values():
+        assert levels == pytest.approx(sigma_schedule(settings)[:-1].tolist())
+    rolling = Rolling(window)
+    for block in range(frames):  # a block enters less than a step before the rolling window's clock says
+        clock = torch.tensor(first_step(block, steps, window) * window / steps, dtype=torch.float64)
+        assert 1 - rolling.progress_at(clock + window / steps, torch.tensor(block)) >= 0
+        assert block - window / steps < clock <= block + 1e-9
+
+
+def test_heun_evaluates_twice_but_for_a_last_step_of_one():
+    net = Recorder()
+    generate_window(net, None, None, 4, 2, config(steps=4))
+    # 4 + 3 * 2 steps; the first block is gone when the second evaluation of its last step is made.
+    assert len(net.calls) == 2 * 10 - 1
+    sizes = [(first, len(told)) for first, told in net.calls]
+    assert sizes[:10] == [(0, 1)] * 4 + [(0, 2)] * 3 + [(1, 1)] + [(1, 2)] * 2
+
+
+def test_frames_come_one_at_a_time_and_the_cache_stays_bounded():
+    net = small(window=1)
+    cache = net.new_cache(1)
+    sizes, held = [], 0
+    for done, frame in enumerate(
+        iter_window(net, None, clip(net, 1, 9)[2], 9, 3, config(solver="euler"), cache=cache), start=1
+    ):
+        assert frame.shape == (1, 1, 2, 8, 8)
+        assert cache.frames == done
+        sizes.append(cache.nbytes)
+        held += frame.isfinite().all().item()
+    assert held == 9
+    assert len(set(sizes)) == 1
+
+
+def test_a_cache_is_continued_after_its_frames():
+    net = small()
+    x, _, actions = clip(net, 1, 7)
+    whole = generate_window(net, x[:, :3], actions, 4, 2, config(), seed=1)
+    cache = net.new_cache(1)
+    net.prefill(x[:, :3], torch.full((1, 3), 0.05, dtype=torch.float64), actions[:, :3], cache)
+    later = generate_window(net, None, actions[:, 3:], 4, 2, config(), seed=1, cache=cache)
+    assert torch.equal(whole, later)
+    assert cache.frames == 7
+    assert math.isfinite(whole.abs().max().item())
+
+
+def test_callback_counts_frames():
+    counts: list[int] = []
+    net = small(frames_per_block=2)
+    generate_window(net, None, None, 6, 4, config(solver="euler"), callback=counts.append)
+    assert counts == [2, 4, 6]
+
+
+@pytest.mark.parametrize(
+    ("window", "block", "message"),
+    [
+        (0, 1, "window_frames: must be a positive multiple of frames_per_block = 1, got 0"),
+        (3, 2, "window_frames: must be a positive multiple of frames_per_block = 2, got 3"),
+        (5, 1, "window_frames: at most steps = 4 blocks can be in flight"),
+    ],
+)
+def test_windows_that_break_their_rule_are_refused(window, block, message):
+    with pytest.raises(ValueError, match=message):
+        iter_window(small(frames_per_block=block), None, None, 4, window, config())
+
+
+def test_requests_are_checked_as_those_of_the_block_sampler():
+    with pytest.raises(ValueError, match="actions: need one for each"):
+        iter_window(small(), None, torch.zeros(1, 3, dtype=torch.int64), 4, 2, config())
+
+
+@pytest.mark.parametrize("state", [{}, {"train_config": {}}, {"train_config": {"objective": "teacher"}}])
+def test_checkpoints_of_teacher_forcing_are_refused(state):
+    with pytest.raises(ValueError, match=r"window_frames: .* --objective forcing.*objective 'teacher'"):
+        check_trained_for_window(state)
+    check_trained_for_window({"train_config": {"objective": "forcing"}})
