@@ -177,6 +177,71 @@ def test_neighbours_and_streams_do_not_correlate(million):
             assert abs(correlation(streams[i], streams[j])) < 5, (i, j)
 
 
+STREAMS, BINS = 4, 4096
+
+
+def deviations(draw, pieces):
+    """How far `draw(piece)`, (STREAMS, n) normals, are from what they should be, in standard errors.
+
+    Moments and correlations of streams and of neighbours over all pieces; and the Kolmogorov-Smirnov statistic on a
+    grid of the distribution function, over its critical value at p = 1e-6, which bounds it from above.
+    """
+    count, powers, histogram = 0, torch.zeros(6, dtype=torch.float64), torch.zeros(BINS, dtype=torch.float64)
+    products, lags = torch.zeros(STREAMS, STREAMS, dtype=torch.float64), torch.zeros(4, dtype=torch.float64)
+    for piece in range(pieces):
+        x = draw(piece)
+        u = torch.special.ndtr(x).mul_(BINS).clamp_(max=BINS - 0.5)
+        histogram += torch.bincount(u.flatten().int(), minlength=BINS)
+        square = x * x
+        for i, power in enumerate((x, square, square * x, square * square)):
+            powers[i] += power.sum(dtype=torch.float64)
+        powers[5] += (square * square * square).sum(dtype=torch.float64)
+        for i in range(STREAMS):
+            for j in range(i):
+                products[i, j] += (x[i] * x[j]).sum(dtype=torch.float64)
+        for i, lag in enumerate((1, 2, 3, 4)):
+            lags[i] += (x[:, lag:] * x[:, :-lag]).sum(dtype=torch.float64)
+        count += x.numel()
+    found = {}
+    for power, want, variance in ((1, 0, 1), (2, 1, 2), (3, 0, 15), (4, 3, 96), (6, 15, 10395 - 225)):
+        found[f"moment {power}"] = (powers[power - 1] / count - want).abs() / math.sqrt(variance / count)
+    distance = (histogram.cumsum(0) / count - torch.arange(1, BINS + 1) / BINS).abs().max()
+    found["distribution"] = 5 * distance * math.sqrt(count) / stats.kstwobign.isf(1e-6)
+    found["streams"] = products.abs().max() / math.sqrt(count / STREAMS)
+    found["neighbours"] = lags.abs().max() / math.sqrt(count)
+    return {name: float(value) for name, value in found.items()}
+
+
+def streams_of(piece):
+    layout = FrameLayout(1, 1, noisy_copies=STREAMS - 1)
+    _, noise = token_noise(
+        torch.zeros(1, 1, 250_000), 1, 1, layout, seed=-(2**63) + 77, offset=piece, return_noise=True
+    )
+    return noise[0]
+
+
+def test_statistics_of_a_hundred_million_draws():
+    """A tenth of them where only the slow routes are; the extension takes four seconds."""
+    found = deviations(streams_of, 10 if _extension.library("cpu") else 100)
+    assert max(found.values()) < 5, found
+
+
+@pytest.mark.parametrize(
+    ("fault", "name"),
+    [
+        (lambda x: x * 1.003, "moment 2"),
+        (lambda x: x + 0.005, "moment 1"),
+        (lambda x: x.where(x.abs() < 3.8, 0.0), "moment 6"),
+        (lambda x: x + 0.004 * x.square(), "distribution"),
+        (lambda x: torch.cat([x[:3], 0.01 * x[:1] + x[3:]]), "streams"),
+        (lambda x: x + 0.01 * x.roll(3, 1), "neighbours"),
+    ],
+)
+def test_statistics_see_faults(fault, name):
+    assert deviations(lambda piece: fault(torch.randn(STREAMS, 10**6 // 2)), 1)[name] > 3
+    assert deviations(lambda piece: torch.randn(STREAMS, 10**6 // 2), 1)[name] < 5
+
+
 def test_seed_and_offset_change_everything():
     seeds = torch.stack([token_noise_eps((4000,), seed=s) for s in WORD_64])
     offsets = torch.stack([token_noise_eps((4000,), seed=1, offset=o) for o in WORD_64])
