@@ -1,4 +1,4 @@
-"""The command `sae`: collect | train | sample | info. Options are the fields of the dataclasses below."""
+"""The command `sae`: collect | train | sample | schedule | series | info. Options are the fields of dataclasses."""
 
 from __future__ import annotations
 
@@ -17,11 +17,13 @@ import torch
 import tyro
 
 from .data import ClipDataset, FrameStats, collect, open_dataset
+from .diffusion.plot import SchedulePlot
 from .diffusion.sampler import SamplerConfig
 from .media import write_png
 from .model import Denoiser, ModelConfig
 from .presets import PRESETS, ClipConfig, Preset
 from .rollout import continue_clips, films_from_nothing, random_actions
+from .series.cli import SeriesCommand
 from .train.checkpoint import load_denoiser
 from .train.config import TrainConfig
 from .train.trainer import Trainer
@@ -193,6 +195,16 @@ class Sample:
         """Clips cut as in training."""
         clips = ClipConfig(**run_settings(self.run_dir).get("clips", {}))
         return open_clips(data, dataclasses.replace(clips, on_error="skip"), model.config, length, "heldout")
+
+
+@dataclass(frozen=True)
+class Series:
+    """Time series by per-token diffusion, from autoregressive to joint."""
+
+    command: Annotated[SeriesCommand, tyro.conf.arg(name="")]
+
+    def run(self) -> None:
+        self.command.run()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -380,6 +392,8 @@ def parse(arguments: Sequence[str]) -> Any:
         Annotated[Collect, tyro.conf.subcommand("collect")]
         | Annotated[Train, tyro.conf.subcommand("train", default=train)]
         | Annotated[Sample, tyro.conf.subcommand("sample", default=sample)]
+        | Annotated[SchedulePlot, tyro.conf.subcommand("schedule")]
+        | Annotated[Series, tyro.conf.subcommand("series")]
         | Annotated[Info, tyro.conf.subcommand("info")]
     )
     return tyro.cli(commands, args=list(arguments), prog="sae", description="World models by autoregressive diffusion.")
