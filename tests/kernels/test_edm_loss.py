@@ -127,6 +127,19 @@ def test_deterministic_empty_and_per_clip(impl):
     assert bad_rows[0, 4] and bad_rows.sum() == 1
 
 
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf"), 1e-40, -3e-45, 1e37])
+@pytest.mark.parametrize("impl", IMPLS)
+def test_bad_values_have_the_effect_they_have_in_the_reference(impl, value):
+    """NaN, infinities, denormals, squares that overflow, in raw or data: finite in the same places, and equal there."""
+    for place in (0, 1):
+        tensors, layout = make()
+        tensors[place].flatten()[7] = value
+        got, want = (run(tensors, layout, torch.float32, seed=1, impl=i) for i in (impl, "reference"))
+        for g, w in zip(got, want, strict=True):
+            g, w = (x.masked_fill(~x.isfinite(), float("nan")) for x in (g, w))
+            torch.testing.assert_close(g, w, equal_nan=True, rtol=1e-4, atol=1e-5)
+
+
 @pytest.mark.parametrize("impl", IMPLS)
 def test_opcheck(impl):
     (raw, x0, sigma, grad), _ = make()

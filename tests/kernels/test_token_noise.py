@@ -403,6 +403,8 @@ def test_bad_values_stay_in_their_elements(impl):
         assert out[0, stream * 3 + 1, 7].isnan() and out[1, stream * 3 + 2, 3].isinf()
         assert out[1, stream * 3, 0].isfinite()
     assert torch.equal(out[~touched], clean[~touched])
+    tiny = torch.tensor([[[1e-40, -3e-45, 1e-38, 0.0]]])
+    assert torch.equal(token_noise(tiny, 1, 0, FrameLayout(1, 1, noisy_copies=0), seed=1, impl=impl), tiny)
 
 
 @pytest.mark.parametrize("shape", [(0, 3, 4), (2, 3, 0)])
