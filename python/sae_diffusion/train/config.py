@@ -8,7 +8,7 @@ from typing import Literal
 from ..diffusion.noise import NoiseConfig
 
 # what may not change between a run and its resumption: the weights, the data order or the averages would be others
-FIXED_ON_RESUME = ("clip_length", "seed", "ema_stds", "normalizer_size")
+FIXED_ON_RESUME = ("clip_length", "seed", "ema_stds", "normalizer_size", "objective")
 # what may change without a word: nothing of it enters the arithmetic
 FREE_ON_RESUME = (
     "data", "run_dir", "steps", "max_seconds", "num_workers", "compile", "device", "checkpoint_every",
@@ -27,7 +27,10 @@ class TrainConfig:
         batch_size: clips in a step, over all processes.
         micro_batch: clips in one forward; None = batch_size. batch_size / micro_batch must be a multiple of the number
             of processes. Randomness belongs to the micro-batch, so results do not depend on the number of processes.
-        noisy_copies: K, noisy copies that share a clip's clean copy.
+        objective: "teacher", noisy frames see the clean frames before them; "forcing", one sequence whose frames all
+            have noise levels of their own and see each other's noisy frames (diffusion forcing), for sampling with
+            several frames in flight.
+        noisy_copies: K, noisy copies that share a clip's clean copy; "forcing" has none.
         steps: optimizer steps in total.
         max_seconds: stop, and save, after so much wall time of this invocation; None = no limit.
         seed: of the data order and of all noise.
@@ -56,6 +59,7 @@ class TrainConfig:
     clip_length: int = 16
     batch_size: int = 8
     micro_batch: int | None = None
+    objective: Literal["teacher", "forcing"] = "teacher"
     noisy_copies: int = 1
     steps: int = 40_000
     max_seconds: float | None = None
@@ -92,6 +96,8 @@ class TrainConfig:
             "checkpoint_every", "keep_checkpoints", "snapshot_every", "log_every", "sample_every", "num_workers",
         ):  # fmt: skip
             self._at_least(name, 0)
+        if self.objective not in ("teacher", "forcing"):
+            raise ValueError(f"objective: must be teacher or forcing, got {self.objective!r}")
         if self.precision not in ("fp32", "bf16", "fp16"):
             raise ValueError(f"precision: must be fp32, bf16 or fp16, got {self.precision!r}")
         if not 0 <= self.action_dropout <= 1:

@@ -20,6 +20,7 @@ import torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
+from ..diffusion.forcing import forcing_loss
 from ..diffusion.loss import LossNormalizer, denoising_loss
 from ..diffusion.noise import derive_seed, sample_sigmas
 from .checkpoint import (
@@ -149,9 +150,9 @@ class Trainer:
         config = self.config
         generator = torch.Generator().manual_seed(derive_seed(config.seed, SIGMAS, index))
         batch, length = frames.shape[:2]
-        sigmas = sample_sigmas(
-            config.noise, batch, length, config.noisy_copies, generator, frames_per_block=self.frames_per_block
-        )
+        forcing = config.objective == "forcing"
+        copies = 1 if forcing else config.noisy_copies
+        sigmas = sample_sigmas(config.noise, batch, length, copies, generator, frames_per_block=self.frames_per_block)
         dropped = torch.rand(batch, generator=generator) < config.action_dropout
         sigmas = self._to_device(sigmas)
         x0 = self.stats.normalize(self._to_device(frames))
@@ -159,11 +160,17 @@ class Trainer:
         torch.manual_seed(derive_seed(config.seed, DROPOUT, index))
         dtype = AUTOCAST[config.precision]
         with torch.autocast(self.device.type, dtype) if dtype else contextlib.nullcontext():
-            losses = denoising_loss(
-                self.module, x0, actions, sigmas, noisy_copies=config.noisy_copies,
-                seed=derive_seed(config.seed, NOISE, index), spatial_only=spatial, sigma_data=self.sigma_data,
-                raw=self._gives_raw_output,
-            )  # fmt: skip
+            options: dict[str, Any] = {
+                "seed": derive_seed(config.seed, NOISE, index),
+                "sigma_data": self.sigma_data,
+                "raw": self._gives_raw_output,
+            }
+            if forcing and not spatial:
+                losses = forcing_loss(self.module, x0, actions, sigmas[:, length:], **options)
+            else:
+                losses = denoising_loss(
+                    self.module, x0, actions, sigmas, noisy_copies=copies, spatial_only=spatial, **options
+                )
         noisy = sigmas[:, length:]
         normalised = self.normalizers["spatial" if spatial else "video"](noisy, losses)
         self.scaler.scale(normalised.mean() * (self.world_size / config.micro_batches)).backward()
@@ -454,6 +461,7 @@ class Trainer:
         defaults = {f.name: _json_fields(f.default) for f in dataclasses.fields(self.model.config)}
         fields = [(f"model_config.{k}", old.get(k, defaults.get(k)), new.get(k)) for k in {**new, **old}]
         fields += [("data.fingerprint", state["data"]["fingerprint"], self.dataset.fingerprint())]
+        saved = {"objective": TrainConfig.objective, **saved}
         fields += [(k, saved.get(k), current[k]) for k in FIXED_ON_RESUME]
         # without spatial steps there is one normaliser, with them there are two
         fields += [("spatial_every > 0", bool(saved["spatial_every"]), bool(current["spatial_every"]))]

@@ -1,0 +1,55 @@
+"""Diffusion forcing: a plain causal sequence in which every frame has a noise level of its own (Chen et al. 2024)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from .loss import denoising_loss
+
+
+def forcing_loss(
+    denoiser: Callable[..., torch.Tensor],
+    x0: torch.Tensor,
+    actions: torch.Tensor | None,
+    sigmas: torch.Tensor,
+    *,
+    seed: int,
+    offset: int = 0,
+    sigma_data: float = 1.0,
+    raw: bool | None = None,
+) -> torch.Tensor:
+    """Weighted squared error of every frame of a noisy sequence that sees its own noisy past.
+
+    The noise is that of the noisy copy in `denoising_loss` with the same seed, and so is the weight.
+
+    Args:
+        denoiser: called as denoiser(x, sigma, actions, noisy_copies=0).
+        x0: (B, T, C, Y, X) normalised clips.
+        actions: (B, T) int64, (B, T, A) float or None.
+        sigmas: (B, T), a level for each frame.
+        seed, offset, sigma_data, raw: as in `denoising_loss`.
+
+    Returns:
+        (B, T) in fp32 (fp64 where the denoiser's output is).
+
+    Raises:
+        ValueError: shapes that do not fit together.
+    """
+    if x0.ndim != 5 or sigmas.shape != x0.shape[:2]:
+        raise ValueError(
+            f"sigmas: must have shape (B, T) of x0 (B, T, C, Y, X), got {tuple(sigmas.shape)} and {tuple(x0.shape)}"
+        )
+
+    def sequence(x: torch.Tensor, levels: torch.Tensor, told: torch.Tensor | None, **options: Any) -> torch.Tensor:
+        return denoiser(x, levels, told, noisy_copies=0, **{k: v for k, v in options.items() if k != "spatial_only"})
+
+    if raw is None:
+        raw = getattr(denoiser, "gives_raw_output", False)
+    # The spatial route of the loss hands over the noisy frames alone; how they see each other is up to the denoiser.
+    return denoising_loss(
+        sequence, x0, actions, torch.cat([sigmas, sigmas], dim=1), noisy_copies=1,
+        seed=seed, offset=offset, spatial_only=True, sigma_data=sigma_data, raw=raw,
+    )  # fmt: skip

@@ -1,0 +1,176 @@
+"""Diffusion forcing: the loss on one sequence with independent levels, its training, and its way through the CLI."""
+
+from __future__ import annotations
+
+import itertools
+from pathlib import Path
+
+import pytest
+import torch
+from sae_diffusion.data import FrameStats
+from sae_diffusion.diffusion.forcing import forcing_loss
+from sae_diffusion.diffusion.loss import loss_weight
+from sae_diffusion.model import Denoiser, ModelConfig
+from sae_diffusion.train import Trainer, load_denoiser
+from sae_diffusion.train.checkpoint import read_state
+from safetensors.torch import load_file
+from train_stubs import StubClips, StubConfig, config, trainer
+
+from sae_kernels import FrameLayout, token_noise
+
+TINY = ModelConfig(
+    height=4, width=4, channels=2, model_channels=8, channel_mult=(1,), blocks_per_level=1, video_attention=(4,),
+    head_dim=8, kernel_frames=2, num_actions=3,
+)  # fmt: skip
+
+
+def tiny(**changes) -> Denoiser:
+    torch.manual_seed(1)
+    net = Denoiser(ModelConfig(**(vars(TINY) | changes)))
+    with torch.no_grad():
+        net.unet.out_gain.fill_(0.7)
+    return net
+
+
+def tensors(path: Path) -> dict[str, torch.Tensor]:
+    return {f"{f.name}:{name}": t for f in sorted(path.glob("*.safetensors")) for name, t in load_file(f).items()}
+
+
+def assert_same(a: Path, b: Path) -> None:
+    one, other = tensors(a), tensors(b)
+    assert one.keys() == other.keys()
+    assert all(torch.equal(value, other[name]) for name, value in one.items())
+
+
+def clips(batch: int = 2, frames: int = 3):
+    g = torch.Generator().manual_seed(0)
+    x0 = torch.randn(batch, frames, 2, 4, 4, generator=g)
+    return x0, torch.randint(-1, 3, (batch, frames), generator=g), torch.rand(batch, frames, generator=g) * 3 + 0.1
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_loss_is_the_weighted_error_of_the_plain_causal_pass(dtype):
+    net = tiny().to(dtype)
+    x0, actions, sigmas = clips()
+    x0, sigmas = x0.to(dtype), sigmas.to(dtype)
+    got = forcing_loss(net, x0, actions, sigmas, seed=5)
+    layout = FrameLayout(frames=3, tokens_per_frame=16, noisy_copies=1)
+    both = token_noise(x0, torch.ones(2, 6, dtype=dtype), torch.cat([sigmas, sigmas], dim=1), layout, seed=5)
+    denoised = net(both[:, 3:], sigmas, actions, noisy_copies=0)
+    want = loss_weight(sigmas) * (denoised - x0).square().mean(dim=(2, 3, 4))
+    assert got.shape == (2, 3)
+    torch.testing.assert_close(got, want.to(got.dtype), rtol=2e-5 if dtype == torch.float32 else 1e-9, atol=0)
+    plain = forcing_loss(lambda *a, noisy_copies: net(*a, noisy_copies=noisy_copies), x0, actions, sigmas, seed=5)
+    torch.testing.assert_close(got, plain, rtol=2e-5 if dtype == torch.float32 else 1e-9, atol=0)
+    assert not torch.equal(got, forcing_loss(net, x0, actions, sigmas, seed=6))
+
+
+def test_every_frame_is_told_its_own_level_and_sees_the_noisy_past():
+    seen = []
+
+    def denoiser(x, sigma, actions, *, noisy_copies):
+        assert noisy_copies == 0
+        seen.append((x, sigma, actions))
+        return x
+
+    x0, actions, sigmas = clips()
+    losses = forcing_loss(denoiser, x0, actions, sigmas, seed=1)
+    x, told, same = seen[0]
+    assert torch.equal(told, sigmas)
+    assert torch.equal(same, actions)
+    noise = (x - x0) / sigmas[:, :, None, None, None]
+    assert noise.std().item() == pytest.approx(1, abs=0.15)
+    torch.testing.assert_close(losses, loss_weight(sigmas) * (x - x0).square().mean(dim=(2, 3, 4)))
+
+
+def test_gradients_reach_earlier_frames_noise_through_the_past():
+    """The past of frame i is noisy: its loss changes with the level of frame i - 1, that of frame 0 with none."""
+    net = tiny()
+    x0, actions, sigmas = clips(1)
+    before = forcing_loss(net, x0, actions, sigmas, seed=2)
+    sigmas[:, 1] *= 3
+    after = forcing_loss(net, x0, actions, sigmas, seed=2)
+    assert (before != after)[0].tolist() == [False, True, True]
+
+
+@pytest.mark.parametrize("shape", [(2, 6), (1, 3), (2,)])
+def test_levels_of_another_shape_are_refused(shape):
+    x0, actions, _ = clips()
+    with pytest.raises(ValueError, match=r"sigmas: must have shape \(B, T\)"):
+        forcing_loss(tiny(), x0, actions, torch.ones(shape), seed=0)
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory):
+    return trainer(tmp_path_factory.mktemp("forcing"), objective="forcing").train().checkpoint
+
+
+def test_stopped_and_resumed_run_is_bit_exact(uninterrupted, tmp_path):
+    trainer(tmp_path, objective="forcing", steps=3).train()
+    assert_same(trainer(tmp_path, objective="forcing").train().checkpoint, uninterrupted)
+    assert read_state(uninterrupted)["train_config"]["objective"] == "forcing"
+
+
+def test_noisy_copies_do_not_matter_and_the_objective_does(uninterrupted, tmp_path):
+    assert_same(trainer(tmp_path / "a", objective="forcing", noisy_copies=1).train().checkpoint, uninterrupted)
+    teacher = trainer(tmp_path / "b", noisy_copies=1).train().checkpoint
+    assert not torch.equal(
+        tensors(teacher)["model.safetensors:past.weight"], tensors(uninterrupted)["model.safetensors:past.weight"]
+    )
+
+
+def test_spatial_steps_and_blocks_train_too(tmp_path):
+    t = trainer(tmp_path, objective="forcing", spatial_every=2, model_config=StubConfig(frames_per_block=3))
+    seen = []
+    original = t.module
+    t.module = lambda x, sigma, actions, **options: (
+        seen.append((sigma, options.get("spatial_only", False))) or original(x, sigma, actions, **options)
+    )
+    assert t.train().step == 6
+    assert [spatial for _, spatial in seen] == [False, False, True, True] * 3
+    for sigma, _ in seen:  # a block shares its level
+        assert torch.equal(sigma, sigma[:, :1].expand(-1, 3))
+
+
+def test_levels_of_a_sequence_are_independent(tmp_path):
+    t = trainer(tmp_path, objective="forcing", steps=4)
+    seen = []
+    original = t.module
+    t.module = lambda x, sigma, *a, **k: seen.append(sigma) or original(x, sigma, *a, **k)
+    t.train()
+    every = torch.cat(seen)
+    assert every.shape == (16, 3)
+    assert len(every.unique()) == 48
+
+
+def test_objective_is_fixed_for_a_run_and_old_checkpoints_are_of_teacher_forcing(tmp_path):
+    trainer(tmp_path, steps=1).train()
+    with pytest.raises(ValueError, match=r"objective: .* trained with 'teacher', this run has 'forcing'"):
+        trainer(tmp_path, objective="forcing", steps=2)
+    with pytest.raises(ValueError, match="objective: must be teacher or forcing, got 'student'"):
+        config(tmp_path, objective="student")
+
+
+def test_real_network_trains_and_its_loss_falls(tmp_path):
+    class Dots(StubClips):
+        frame_shape = (4, 4, 2)
+
+    made = config(
+        tmp_path, objective="forcing", steps=60, lr_ramp_steps=5, lr_ref_steps=60, log_every=60, action_dropout=0.0
+    )
+    t = Trainer(made, tiny(), Dots(), FrameStats((0.0, 0.0), (0.6, 0.6)))
+    first = []
+    step = t._micro_step
+
+    def watched(*args):
+        sigma, loss = step(*args)
+        first.append(loss.mean().item())
+        return sigma, loss
+
+    t._micro_step = watched
+    t.train()
+    early, late = (sum(itertools.islice(first, *span)) / 20 for span in ((0, 20), (100, 120)))
+    assert late < 0.8 * early
+    model, _, state = load_denoiser(tmp_path)
+    assert state["train_config"]["objective"] == "forcing"
+    assert isinstance(model, Denoiser)
