@@ -6,9 +6,12 @@ token and pair, shared by all heads.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
+
+# Elements of a part done at a time on the CPU, so that temporaries stay in a cache.
+PIECE = 1 << 18
 
 
 def compute_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -60,30 +63,46 @@ def halves(x: torch.Tensor, pairs: int, interleaved: bool) -> tuple[torch.Tensor
 
 def turn(
     x: torch.Tensor,
-    factor: torch.Tensor | None,
     cos_sin: tuple[torch.Tensor, torch.Tensor] | None,
     interleaved: bool,
     sign: int,
+    factor: torch.Tensor | None,
     out: torch.Tensor,
 ) -> None:
-    """out = R(sign p) x factor, with x in the compute dtype."""
+    """out = factor R(sign p) x, with x in the compute dtype."""
     work = out if out.dtype == x.dtype else torch.empty_like(out, dtype=x.dtype)
     if cos_sin is None:
-        if factor is None:
-            out.copy_(x)
-            return
-        torch.mul(x, factor, out=work)
+        work.copy_(x) if factor is None else torch.mul(x, factor, out=work)
     else:
         cos, sin = cos_sin
         pairs = cos.shape[-1]
-        x = x if factor is None else x * factor
         (a, b), (to_a, to_b) = halves(x, pairs, interleaved), halves(work, pairs, interleaved)
         torch.mul(a, cos, out=to_a).addcmul_(b, sin, value=-sign)
         torch.mul(b, cos, out=to_b).addcmul_(a, sin, value=sign)
         if 2 * pairs < x.shape[-1]:
             work[..., 2 * pairs :] = x[..., 2 * pairs :]
+        if factor is not None:
+            work.mul_(factor)
     if work is not out:
         out.copy_(work)
+
+
+def pieces(like: torch.Tensor) -> Iterator[slice]:
+    """Ranges of tokens."""
+    B, H, S, D = like.shape
+    step = S if like.device.type != "cpu" else max(1, PIECE // (B * H * D))
+    for first in range(0, S, step):
+        yield slice(first, first + step)
+
+
+def cut(
+    cos_sin: tuple[torch.Tensor, torch.Tensor] | None, part: int, tokens: slice
+) -> tuple[torch.Tensor, torch.Tensor] | None:
+    """The angles of these tokens; none for part 2, which is v."""
+    if cos_sin is None or part == 2:
+        return None
+    cos, sin = cos_sin
+    return cos[..., tokens, :], sin[..., tokens, :]
 
 
 def forward(
@@ -102,12 +121,13 @@ def forward(
     dtype = compute_dtype(x.dtype)
     cos_sin = rotation(x.shape[2], positions, place, axes, base, dtype, x.device)
     for index, (x, out, r) in enumerate(zip(parts, outs, rms, strict=True)):
-        factor = None
-        if r is not None:
-            norm = torch.linalg.vector_norm(x, dim=-1, dtype=dtype).mul_(x.shape[-1] ** -0.5)
-            r.copy_(norm)
-            factor = norm.add_(eps).reciprocal_()[..., None]
-        turn(x.to(dtype), factor, cos_sin if index < 2 else None, interleaved, 1, out)
+        for tokens in pieces(x):
+            some, factor = x[:, :, tokens], None
+            if r is not None:
+                norm = torch.linalg.vector_norm(some, dim=-1, dtype=dtype).mul_(x.shape[-1] ** -0.5)
+                r[:, :, tokens] = norm
+                factor = norm.add_(eps).reciprocal_()[..., None]
+            turn(some.to(dtype), cut(cos_sin, index, tokens), interleaved, 1, factor, out[:, :, tokens])
 
 
 def backward(
@@ -127,10 +147,11 @@ def backward(
     dtype = compute_dtype(grad.dtype)
     cos_sin = rotation(grad.shape[2], positions, place, axes, base, dtype, grad.device)
     for index, (grad, y, r, grad_x) in enumerate(zip(grads, outs, rms, grad_parts, strict=True)):
-        grad = grad.to(dtype)
-        if r is not None and y is not None:
-            y, r = y.to(dtype), r[..., None]
-            # The norm has gradient zero at the origin, by autograd's convention.
-            slope = ((grad * y).sum(-1, keepdim=True) / (-y.shape[-1] * r)).masked_fill_(r == 0, 0)
-            grad = torch.mul(y, slope).addcmul_(grad, 1 / (r + eps))
-        turn(grad, None, cos_sin if index < 2 else None, interleaved, -1, grad_x)
+        for tokens in pieces(grad):
+            some = grad[:, :, tokens].to(dtype)
+            if r is not None and y is not None:
+                out, scale = y[:, :, tokens].to(dtype), r[:, :, tokens, None]
+                # The norm has gradient zero at the origin, by autograd's convention.
+                slope = ((some * out).sum(-1, keepdim=True) / (-y.shape[-1] * scale)).masked_fill_(scale == 0, 0)
+                some = torch.mul(out, slope).addcmul_(some, 1 / (scale + eps))
+            turn(some, cut(cos_sin, index, tokens), interleaved, -1, None, grad_x[:, :, tokens])
