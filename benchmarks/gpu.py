@@ -110,7 +110,7 @@ def check_environment(session: Session) -> bool:
     facts = measure.environment(session.device)
     facts["nvcc"] = shutil.which("nvcc") or "not found"
     facts["compute_sanitizer"] = shutil.which("compute-sanitizer") or "not found"
-    packages = ("pytest", "hypothesis", "numpy", "safetensors", "pytest-benchmark", "matplotlib", "rich")
+    packages = ("pytest", "pytest-xdist", "hypothesis", "numpy", "safetensors", "pytest-benchmark", "matplotlib", "rich")
     facts["packages"] = {name: _version(name) for name in packages}
     session.facts |= facts
     if importlib.util.find_spec("pytest") is None:
@@ -183,6 +183,9 @@ def tests(session: Session) -> None:
         "--continue-on-collection-errors",
         *files,
     ]
+    # Most of the time goes into compiling kernels, on one core for each process.
+    if importlib.util.find_spec("xdist") is not None and not session.dry:
+        command += ["-n", str(min(8, os.cpu_count() or 1)), "--dist", "loadgroup"]
     command += ["--collect-only"] if session.dry else [f"--junitxml={session.out / 'tests.xml'}"]
     session.command("tests", command, min(session.left(), SHARES["tests"] * session.budget))
 

@@ -35,3 +35,5 @@ def poison():
     torch.manual_seed(0)
     yield
     torch.use_deterministic_algorithms(False)
+    if torch.cuda.is_available():  # several processes share the GPU
+        torch.cuda.empty_cache()

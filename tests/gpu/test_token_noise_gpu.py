@@ -35,6 +35,7 @@ def test_normals_are_those_of_the_cpu(seed):
     assert ((cpu - gpu).abs() <= 4 * ulp).all()
 
 
+@pytest.mark.xdist_group("large")  # one process at a time
 @pytest.mark.parametrize("impl", ["triton", "cuda"])
 def test_elements_beyond_32_bits(impl):
     """2^31 + 64 elements in bf16 are 4 GiB."""
