@@ -81,7 +81,7 @@ class Whitened(Basis):
 
 
 def gaussian_bits_per_dim(basis: Whitened, x: Tensor, step: float) -> Tensor:
-    """Bits per dimension (B,) of images x (B, C, Y, X) under independent normals for the components: the untrained model."""
+    """Bits per dimension (B,) of images x (B, C, Y, X) for independent normal components: the untrained model."""
     z = basis.forward(x.double()).flatten(1)
     log_density = -0.5 * (z.square() + math.log(2 * math.pi)).sum(1) + basis.log_det
     return -log_density / (math.log(2) * basis.size) - math.log2(step)

@@ -43,7 +43,7 @@ class ImageSet:
             if images.dtype != np.uint8:
                 raise TypeError(f"{name}: must be uint8, got {images.dtype}")
             if images.ndim != 4 or 0 in images.shape or images.shape[1:] != self.train.shape[1:]:
-                raise ValueError(f"{name}: must be (N, C, Y, X), alike in both sets, none of them 0, got {images.shape}")
+                raise ValueError(f"{name}: must be (N, C, Y, X), none 0, alike in both sets, got {images.shape}")
             if images.max() >= self.levels:
                 raise ValueError(f"{name}: values must be below {self.levels} levels, got {images.max()}")
 
@@ -76,7 +76,7 @@ def quantise(x: torch.Tensor, levels: int) -> torch.Tensor:
 
 
 def open_images(name: str, path: str | os.PathLike[str] | None = None) -> ImageSet:
-    """"digits", or "cifar10" with the place of its files.
+    """The images called digits, or cifar10 with the place of its files.
 
     Raises:
         ValueError: an unknown name, or files that are not those published.

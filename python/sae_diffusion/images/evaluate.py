@@ -10,12 +10,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from sae_kernels import token_noise_eps
-
 from ..diffusion.likelihood import bits_per_dim, dequantise, dequantise_log_det, log_likelihood
 from ..diffusion.noise import derive_seed
-from ..diffusion.schedules import Schedule, sampling_times, scales_of
+from ..diffusion.schedules import Schedule, sampling_times
 from ..diffusion.solvers import sample
+from ..diffusion.solvers import start as start_noise
 from .components import gaussian_bits_per_dim
 from .data import quantise
 from .train import ImageModel
@@ -121,14 +120,14 @@ def evaluate(model: ImageModel, images: np.ndarray, config: EvaluateConfig) -> B
         return model.denoise(z, log_snr)
 
     dims = model.basis.size
-    for number, batch in enumerate(x.split(config.batch_size)):
+    for number, batch in enumerate(x.to(model.device).split(config.batch_size)):
         log_density = log_likelihood(
             denoise, batch, _Smooth(model.schedule), basis=model.basis, divergence=config.divergence,
             probes=config.probes, seed=derive_seed(config.seed, _PROBES, number), rtol=config.tolerance,
             atol=config.tolerance,
         )  # fmt: skip
         bits.append(bits_per_dim(log_density, dims, dequantise_log_det(model.levels, dims)))
-    return Bits(torch.cat(bits).numpy(), gaussian.numpy(), evaluations)
+    return Bits(torch.cat(bits).cpu().numpy(), gaussian.numpy(), evaluations)
 
 
 @torch.no_grad()
@@ -148,11 +147,11 @@ def sample_images(
     if count < 1:
         raise ValueError(f"count: must be at least 1, got {count}")
     if start is None:
-        start = token_noise_eps((count, *model.basis.shape), seed=derive_seed(seed, _START))
-        start = start * torch.hypot(*scales_of(torch.zeros(()), model.schedule.scaling))
+        shape = (count, *model.basis.shape)
+        start = start_noise(shape, model.schedule, seed=derive_seed(seed, _START), device=model.device)
     times = sampling_times(model.schedule, steps)
     z = sample(model.denoise, start, model.schedule, times, solver=solver, seed=derive_seed(seed, _STEPS))
-    return quantise(model.basis.inverse(z), model.levels).numpy()
+    return quantise(model.basis.inverse(z), model.levels).cpu().numpy()
 
 
 def contact_sheet(images: np.ndarray, levels: int, columns: int = 16, scale: int = 4) -> np.ndarray:

@@ -36,7 +36,7 @@ class NetConfig:
         ValueError: a field breaks its rule; the message names field, rule and value.
     """
 
-    channels: int = 24
+    channels: int = 16
     channel_mult: tuple[int, ...] = (1, 2)
     blocks: int = 1
     groups: int = 16
@@ -159,9 +159,7 @@ class ComponentUNet(nn.Module):
             self.attention_down.append(CrossAttention(w, config.token_channels, config.heads))
             now = w
         for w in reversed(widths[:-1]):
-            self.up.append(
-                nn.ModuleList([Block(now + w if i == 0 else w, w, condition) for i in range(config.blocks)])
-            )
+            self.up.append(nn.ModuleList([Block(now + w if i == 0 else w, w, condition) for i in range(config.blocks)]))
             self.attention_up.append(CrossAttention(w, config.token_channels, config.heads))
             now = w
         self.last_norm = nn.GroupNorm(8, now)

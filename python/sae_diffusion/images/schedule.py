@@ -23,7 +23,8 @@ class ScheduleConfig:
             diffusion with equal noise in the data, towards 0 components are generated one after another.
         b: of "columns" and "rows": 0 all together, towards 1 one after another.
         start, end: log-SNR of the last component at t = 0, and of the first one at t = 1.
-        least, most: log-SNR rests beyond these. They cut nothing off standard diffusion of the digits.
+        least, most: log-SNR rests beyond these, where nothing is left to learn but noise for the loss; standard
+            diffusion (softness 1) never rests.
 
     Raises:
         ValueError: a field breaks its rule; the message names field, rule and value.
@@ -34,8 +35,8 @@ class ScheduleConfig:
     b: float = 0.5
     start: float = 7.0
     end: float = -5.0
-    least: float = -13.0
-    most: float = 15.0
+    least: float = -8.0
+    most: float = 10.0
 
     def __post_init__(self) -> None:
         if self.kind not in ("components", "columns", "rows"):
@@ -59,7 +60,7 @@ def make_schedule(config: ScheduleConfig, basis: Whitened) -> Schedule:
     if config.kind == "components":
         schedule: Schedule = ComponentLinear(
             torch.ones(basis.shape, dtype=torch.float64), 1.0 / config.softness, basis.ordering(),
-            start=config.start, end=config.end, clip=(config.least, config.most),
+            start=config.start, end=config.end, clip=None if config.softness == 1 else (config.least, config.most),
         )  # fmt: skip
     else:
         lines = Columns if config.kind == "columns" else Rows

@@ -1,4 +1,4 @@
-"""Training of a `ComponentUNet`: all randomness is a function of (seed, step), so a resumed run repeats the whole one."""
+"""Training of a `ComponentUNet`. All randomness is a function of (seed, step): a resumed run repeats a whole one."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ from ..train.checkpoint import (
 )
 from ..train.ema import MAX_STD, PowerEMA
 from .components import Whitened, check_basis
-from .data import ImageSet, middle, open_images
+from .data import ImageSet, middle
 from .model import ComponentUNet, NetConfig
 from .schedule import ScheduleConfig, make_schedule
 
@@ -68,9 +68,9 @@ class ImageTrainConfig:
     basis: Literal["identity", "pca", "dct", "fourier", "haar"] = "pca"
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
     net: NetConfig = field(default_factory=NetConfig)
-    steps: int = 3000
-    batch_size: int = 64
-    lr: float = 2e-3
+    steps: int = 4000
+    batch_size: int = 32
+    lr: float = 4e-3
     warmup: int = 100
     clip: float = 1.0
     weighting: Literal["elbo", "eps"] = "elbo"
@@ -111,6 +111,10 @@ class ImageModel:
     step: int = 0
 
     @property
+    def device(self) -> torch.device:
+        return self.net.place.device
+
+    @property
     def level_width(self) -> float:
         return 2.0 / self.levels
 
@@ -144,9 +148,8 @@ def component_loss(
         seed, offset: of the noise, as for `sae_kernels.token_noise`.
         weighting: see `ImageTrainConfig`; weights have mean 1 over components and over t in [0, 1].
     """
-    log_snr = schedule.log_snr(t).to(z.dtype).expand_as(z)
-    signal, noise = (s.to(z.dtype) for s in schedule.scales(t))
-    signal, noise = signal.expand_as(z), noise.expand_as(z)
+    log_snr = schedule.log_snr(t).to(z).expand_as(z)
+    signal, noise = (s.to(z).expand_as(z) for s in schedule.scales(t))
     size = z[0].numel()
     noisy, eps = token_noise(
         z.flatten(1), signal.flatten(1), noise.flatten(1),
@@ -156,12 +159,11 @@ def component_loss(
     error = (signal * (target - net.residual(noisy.view_as(z), log_snr))).square()
     if weighting == "eps":
         return error.flatten(1).mean(1)
-    slope = -schedule.log_snr_slope(t).to(z.dtype).expand_as(z)
-    span = _span(schedule, z)
-    return (error * slope).flatten(1).mean(1) / span
+    slope = -schedule.log_snr_slope(t).to(z).expand_as(z)
+    return (error * slope).flatten(1).mean(1) / _span(schedule)
 
 
-def _span(schedule: Schedule, like: Tensor) -> float:
+def _span(schedule: Schedule) -> float:
     """Mean over components of log-SNR at t = 0 less that at t = 1: the integral of the slope."""
     ends = schedule.log_snr(torch.tensor([0.0, 1.0], dtype=torch.float64))
     return float((ends[0] - ends[1]).mean())
@@ -179,10 +181,17 @@ class ImageTrainer:
         ValueError: the folder holds a run with another configuration or other images.
     """
 
-    def __init__(self, config: ImageTrainConfig, images: ImageSet, run_dir: Path | None = None) -> None:
-        self.config, self.images, self.run_dir = config, images, run_dir
+    def __init__(
+        self,
+        config: ImageTrainConfig,
+        images: ImageSet,
+        run_dir: Path | None = None,
+        *,
+        device: torch.device | str = "cpu",
+    ) -> None:
+        self.config, self.images, self.run_dir, self.device = config, images, run_dir, torch.device(device)
         self.model = new_model(config, images)
-        net = self.model.net
+        net = self.model.net.to(self.device)
         self.optimizer = torch.optim.Adam(net.parameters(), lr=config.lr, betas=(0.9, 0.99), foreach=True)
         self.ema = PowerEMA(net, (config.ema,))
         self.step = 0
@@ -192,7 +201,11 @@ class ImageTrainer:
             self._load(path)
 
     def train(
-        self, until: int | None = None, *, checkpoint_every: int = 0, callback: Callable[[int, float], None] | None = None
+        self,
+        until: int | None = None,
+        *,
+        checkpoint_every: int = 0,
+        callback: Callable[[int, float], None] | None = None,
     ) -> None:
         """Go on to step `until`, by default the last one; a checkpoint there and every `checkpoint_every` steps.
 
@@ -229,7 +242,7 @@ class ImageTrainer:
         chosen = torch.randint(len(self._pixels), (config.batch_size,), generator=generator)
         x = dequantise(self._pixels[chosen], self.images.levels, seed=derive_seed(config.seed, _PIXELS, self.step))
         t = stratified_times(config.batch_size, generator)
-        z = self.model.basis.forward(x)
+        z = self.model.basis.forward(x.to(self.device))
         loss = component_loss(
             self.model.net, z, self.model.schedule, t,
             seed=derive_seed(config.seed, _NOISE), offset=self.step, weighting=config.weighting,
@@ -294,7 +307,7 @@ def check_kind(path: Path, state: dict[str, Any]) -> None:
         raise ValueError(f"{path}: is no checkpoint of `sae images`")
 
 
-def load_model(path: Path, *, average: bool = True) -> ImageModel:
+def load_model(path: Path, *, average: bool = True, device: torch.device | str = "cpu") -> ImageModel:
     """A trained model from a checkpoint, or from the latest good one of a run folder.
 
     Raises:
@@ -317,9 +330,6 @@ def load_model(path: Path, *, average: bool = True) -> ImageModel:
     load_into(path / "model.safetensors", net.state_dict())
     if average and state["step"]:
         load_into(path / "average.safetensors", dict(net.named_parameters()))
-    model = ImageModel(net.eval().requires_grad_(False), basis, make_schedule(config.schedule, basis), config, state["levels"], state["step"])
-    return model
-
-
-def open_training_images(config: ImageTrainConfig) -> ImageSet:
-    return open_images(config.data, config.data_path)
+    schedule = make_schedule(config.schedule, basis)
+    net = net.to(device).eval().requires_grad_(False)
+    return ImageModel(net, basis, schedule, config, state["levels"], state["step"])

@@ -1,0 +1,189 @@
+"""The commands `sae images train | sample | evaluate | compare`."""
+
+from __future__ import annotations
+
+import dataclasses
+import shlex
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Literal
+
+import tyro
+
+from ..media import write_png
+from .data import open_images
+from .evaluate import EvaluateConfig, contact_sheet, evaluate, sample_images
+from .study import RESULTS, StudyConfig, markdown, run_study
+from .train import ImageTrainConfig, ImageTrainer, load_model
+
+# 22 s of training on one core for each of the study's runs
+STUDY_TRAIN = ImageTrainConfig(steps=1600)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ImagesTrain:
+    """Train on scikit-learn's digits, or on CIFAR-10 from its binary files; the same command resumes.
+
+    Args:
+        run_dir: folder of checkpoints.
+        train: the run.
+        checkpoint_every: steps.
+        device: "auto" takes CUDA where there is one.
+        debug: show where an error came from.
+    """
+
+    run_dir: Path = Path("runs/images")
+    train: Annotated[ImageTrainConfig, tyro.conf.arg(name="")] = field(default_factory=ImageTrainConfig)
+    checkpoint_every: int = 1000
+    device: str = "auto"
+    debug: bool = False
+
+    def run(self) -> None:
+        from ..cli import pick_device, progress_bar
+
+        if self.checkpoint_every < 0:
+            raise ValueError(f"checkpoint_every: must be at least 0, got {self.checkpoint_every}")
+        images = open_images(self.train.data, self.train.data_path)
+        trainer = ImageTrainer(self.train, images, self.run_dir, device=pick_device(self.device))
+        print(
+            f"{len(images.train)} images of {images.shape}, {len(images.heldout)} held out; "
+            f"{trainer.model.net.num_parameters() / 1e3:.0f} k parameters on {trainer.device}"
+        )
+        with progress_bar("train", self.train.steps, "steps") as update:
+            trainer.train(
+                checkpoint_every=self.checkpoint_every,
+                callback=lambda step, loss: update(step, f"loss {loss:.4f}"),
+            )
+        print(f"{self.run_dir}: step {trainer.step} after {trainer.seconds:.0f} s of training")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ImagesSample:
+    """Generate images with a trained network; writes samples.png.
+
+    Args:
+        run_dir: run folder or checkpoint.
+        out: picture to write; <run_dir>/samples.png if not given.
+        count: images.
+        steps: of the solver; one component after another needs more of them than all together.
+        solver: "ancestral" draws from the closed-form posterior, "ddim", "euler", "heun" and "dpm++2m" follow the flow.
+        weights: the average of weights, or those as trained.
+        scale: enlargement of the picture.
+        seed: of noise.
+        device: "auto" takes CUDA where there is one.
+        debug: show where an error came from.
+    """
+
+    run_dir: Path
+    out: Path | None = None
+    count: int = 64
+    steps: int = 128
+    solver: Literal["ancestral", "ddpm", "ddim", "euler", "heun", "dpm++2m"] = "ddim"
+    weights: Literal["average", "trained"] = "average"
+    scale: int = 4
+    seed: int = 0
+    device: str = "auto"
+    debug: bool = False
+
+    def run(self) -> None:
+        from ..cli import pick_device
+
+        for name in ("count", "steps", "scale"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}: must be at least 1, got {getattr(self, name)}")
+        model = load_model(self.run_dir, average=self.weights == "average", device=pick_device(self.device))
+        images = sample_images(model, self.count, steps=self.steps, solver=self.solver, seed=self.seed)
+        run_dir = self.run_dir if not (self.run_dir / "state.json").exists() else self.run_dir.parent
+        out = self.out or run_dir / "samples.png"
+        out.parent.mkdir(parents=True, exist_ok=True)
+        write_png(out, contact_sheet(images, model.levels, columns=min(16, self.count), scale=self.scale))
+        print(out)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ImagesEvaluate:
+    """Bits per dimension of a trained network on held-out images; writes evaluation.json into the run folder.
+
+    Args:
+        run_dir: run folder or checkpoint.
+        evaluate: how; its seed chooses images, dequantisation and probes.
+        data_path: where the images of the run are now, if not where they were.
+        weights: the average of weights, or those as trained.
+        device: "auto" takes CUDA where there is one.
+        debug: show where an error came from.
+    """
+
+    run_dir: Path
+    evaluate: Annotated[EvaluateConfig, tyro.conf.arg(name="")] = field(default_factory=EvaluateConfig)
+    data_path: str | None = None
+    weights: Literal["average", "trained"] = "average"
+    device: str = "auto"
+    debug: bool = False
+
+    def run(self) -> None:
+        from ..cli import pick_device
+        from ..data.format import write_json
+
+        model = load_model(self.run_dir, average=self.weights == "average", device=pick_device(self.device))
+        images = open_images(model.config.data, self.data_path or model.config.data_path)
+        bits = evaluate(model, images.heldout, self.evaluate)
+        run_dir = self.run_dir if not (self.run_dir / "state.json").exists() else self.run_dir.parent
+        report = {
+            "bits_per_dim": bits.mean, "standard_error": bits.standard_error, "images": len(bits.bits),
+            "independent_normals": float(bits.gaussian.mean()), "step": model.step,
+            "settings": dataclasses.asdict(self.evaluate),
+        }  # fmt: skip
+        write_json(run_dir / "evaluation.json", report)
+        print(
+            f"{bits.mean:.4f} +- {bits.standard_error:.4f} bits/dim on {len(bits.bits)} held-out images; "
+            f"independent normal components have {bits.gaussian.mean():.4f}"
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class ImagesCompare:
+    """Bits per dimension over bases and softness, each trained with several seeds; the same command resumes.
+
+    Writes bits-per-dim.json, .md and .png, and samples.png with a row for each basis and softness.
+
+    Args:
+        out: folder to write into.
+        study: the grid.
+        train: every run of the grid; its basis, softness and seed are those of the grid.
+        evaluate: the measurement, the same for all.
+        seed: added to the seeds of `study`.
+        device: accepted for symmetry; the study runs on the CPU.
+        debug: show where an error came from.
+    """
+
+    out: Path = Path("runs/images-compare")
+    study: StudyConfig = field(default_factory=StudyConfig)
+    train: ImageTrainConfig = STUDY_TRAIN
+    evaluate: EvaluateConfig = field(default_factory=lambda: EvaluateConfig(images=192, batch_size=192))
+    seed: int = 0
+    device: str = "auto"
+    debug: bool = False
+
+    def run(self) -> None:
+        from ..cli import progress_bar
+
+        study = dataclasses.replace(self.study, seeds=tuple(s + self.seed for s in self.study.seeds))
+        images = open_images(self.train.data, self.train.data_path)
+        with progress_bar("compare", len(study.cells()), "runs") as update:
+
+            def progress(done: int, total: int, text: str) -> None:
+                update(done, text)
+                print(f"{done}/{total} {text}", flush=True)
+
+            command = "sae " + shlex.join(sys.argv[1:])
+            results = run_study(study, self.train, self.evaluate, images, self.out, command=command, progress=progress)
+        print(f"\n{markdown(results)}\n{self.out / RESULTS}")
+
+
+ImagesCommand = (
+    Annotated[ImagesTrain, tyro.conf.subcommand("train")]
+    | Annotated[ImagesSample, tyro.conf.subcommand("sample")]
+    | Annotated[ImagesEvaluate, tyro.conf.subcommand("evaluate")]
+    | Annotated[ImagesCompare, tyro.conf.subcommand("compare")]
+)
