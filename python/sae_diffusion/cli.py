@@ -19,6 +19,7 @@ import tyro
 from .data import ClipDataset, FrameStats, collect, open_dataset
 from .diffusion.plot import SchedulePlot
 from .diffusion.sampler import SamplerConfig
+from .diffusion.window_sampler import check_trained_for_window
 from .media import write_png
 from .model import Denoiser, ModelConfig
 from .presets import PRESETS, ClipConfig, Preset
@@ -131,6 +132,8 @@ class Sample:
         samples: films side by side.
         actions: told to the model for new frames: those recorded, or random ones.
         hold: frames that a random action is kept for.
+        window_frames: frames in flight at a time, each at its own noise level, for networks trained with --objective
+            forcing; "None" finishes a frame before the next one begins.
         ema: relative width of the average of weights; "None" takes the weights as trained.
         guide: checkpoint of the weaker network of --guidance-kind auto.
         guide_ema: as --ema, for the guide.
@@ -151,6 +154,7 @@ class Sample:
     samples: int = 4
     actions: Literal["recorded", "random"] = "recorded"
     hold: int = 2
+    window_frames: int | None = None
     ema: float | None = 0.05
     guide: Path | None = None
     guide_ema: float | None = 0.05
@@ -167,15 +171,21 @@ class Sample:
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}: must be at least 1, got {getattr(self, name)}")
         device = pick_device(self.device)
-        model, stats, _ = load_denoiser(self.run_dir, self.ema, device=device)
-        guide = None if self.guide is None else load_denoiser(self.guide, self.guide_ema, device=device)[0]
+        model, stats, *states = load_denoiser(self.run_dir, self.ema, device=device)
+        guide = None
+        if self.guide is not None:
+            guide, _, state = load_denoiser(self.guide, self.guide_ema, device=device)
+            states.append(state)
+        if self.window_frames is not None:
+            for state in states:
+                check_trained_for_window(state)
         random = self.actions == "random" or self.data is None
         actions = random_actions(model, self.samples, self.frames, self.hold, self.seed) if random else None
         with progress_bar("sample", self.frames, "frames") as update:
             if self.data is None:
                 rollout = films_from_nothing(
                     model, stats, self.samples, self.frames, self.sampler,
-                    actions=actions, seed=self.seed, guide=guide, callback=update,
+                    actions=actions, seed=self.seed, guide=guide, window_frames=self.window_frames, callback=update,
                 )  # fmt: skip
             else:
                 if self.context < 1:
@@ -185,7 +195,8 @@ class Sample:
                 rollout = continue_clips(
                     model, stats, clips, self.frames, self.sampler, context=self.context,
                     actions=actions[: len(clips)] if actions is not None else None,
-                    recorded=not random, seed=self.seed, guide=guide, callback=update,
+                    recorded=not random, seed=self.seed, guide=guide, window_frames=self.window_frames,
+                    callback=update,
                 )  # fmt: skip
         run_dir = self.run_dir if not (self.run_dir / "state.json").exists() else self.run_dir.parent
         for path in rollout.write(self.out or run_dir / "samples", fps=self.fps, scale=self.scale):

@@ -12,6 +12,7 @@ import torch
 
 from .data import Clip, FrameStats
 from .diffusion.sampler import SamplerConfig, generate
+from .diffusion.window_sampler import generate_window
 from .media import side_by_side, strip, write_gif, write_mp4, write_png
 
 
@@ -92,6 +93,7 @@ def continue_clips(
     actions: torch.Tensor | None = None,
     seed: int = 0,
     guide: Any = None,
+    window_frames: int | None = None,
     callback: Callable[[int], None] | None = None,
 ) -> Rollout:
     """Generate `frames` frames after the first `context` frames of each clip.
@@ -100,6 +102,7 @@ def continue_clips(
         clips: of one size; context frames long, or context + frames long where `recorded`.
         recorded: tell the network the clips' own actions, and keep the clips as the truth.
         actions: otherwise (B, frames, ...), the actions that cause the new frames.
+        window_frames: frames in flight, see `diffusion.window_sampler`; None = block by block.
 
     Raises:
         ValueError: a clip is too short.
@@ -112,7 +115,9 @@ def continue_clips(
     if told is not None:
         told = told[:, :wanted] if recorded or actions is None else torch.cat([told[:, :context], actions], dim=1)
     given = np.stack([clip.frames[:context] for clip in clips])
-    new = generate(denoiser, stats.normalize(given), told, frames, config, seed=seed, guide=guide, callback=callback)
+    new = _draw(
+        denoiser, stats.normalize(given), told, frames, config, window_frames, seed=seed, guide=guide, callback=callback
+    )
     films = np.concatenate([given, stats.denormalize(new).cpu().numpy()], axis=1)
     truth = np.stack([clip.frames[:wanted] for clip in clips]) if recorded else None
     return Rollout(films, truth, context)
@@ -128,8 +133,29 @@ def films_from_nothing(
     actions: torch.Tensor | None = None,
     seed: int = 0,
     guide: Any = None,
+    window_frames: int | None = None,
     callback: Callable[[int], None] | None = None,
 ) -> Rollout:
-    """Generate `films` films of `frames` frames without any context; actions (films, frames, ...) or None."""
-    new = generate(denoiser, None, actions, frames, config, seed=seed, guide=guide, batch=films, callback=callback)
+    """Generate `films` films of `frames` frames without any context; actions (films, frames, ...) or None.
+
+    window_frames as in `continue_clips`.
+    """
+    new = _draw(
+        denoiser, None, actions, frames, config, window_frames, seed=seed, guide=guide, batch=films, callback=callback
+    )
     return Rollout(stats.denormalize(new).cpu().numpy(), None, 0)
+
+
+def _draw(
+    denoiser: Any,
+    context: torch.Tensor | None,
+    actions: torch.Tensor | None,
+    frames: int,
+    config: SamplerConfig,
+    window_frames: int | None,
+    **options: Any,
+) -> torch.Tensor:
+    """Block by block, or with several frames in flight."""
+    if window_frames is None:
+        return generate(denoiser, context, actions, frames, config, **options)
+    return generate_window(denoiser, context, actions, frames, window_frames, config, **options)

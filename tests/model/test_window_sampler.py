@@ -45,7 +45,7 @@ def test_window_of_one_block_is_block_by_block_sampling_bit_for_bit(variant, blo
 def test_autoguidance_in_a_window_of_one_block():
     net, guide = small(), small(temporal_mixing="gated")
     x, _, actions = clip(net, 1, 5)
-    settings = config(guidance=2.0, guidance_kind="auto")
+    settings = config(guidance=2.0, guidance_kind="auto", steps=2)
     plain = generate(net, x[:, :2], actions, 3, settings, guide=guide)
     assert torch.equal(generate_window(net, x[:, :2], actions, 3, 1, settings, guide=guide), plain)
     wide = generate_window(net, x[:, :2], actions, 3, 2, settings, guide=guide)
