@@ -9,7 +9,7 @@ from types import ModuleType
 from typing import Any
 
 # In the order in which a run with a time budget takes them, at equal priority.
-OPS = ("attention", "convolution", "train-step", "noise", "magnitude", "sampling", "scaling")
+OPS = ("attention", "convolution", "train-step", "noise", "magnitude", "qk-prepare", "sampling", "scaling")
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from benchmarks import measure, registry
 
 pytest.importorskip("pytest_benchmark")
 
-OPS = ("attention", "convolution", "noise", "magnitude")
+OPS = ("attention", "convolution", "noise", "magnitude", "qk-prepare")
 CASES = [c for c in registry.select("cpu", ops=OPS) if c.name != "weights"]
 
 

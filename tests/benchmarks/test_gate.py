@@ -30,7 +30,7 @@ def run_smoke(op: str) -> dict:
 
 
 def test_sound_kernels_are_green_and_timed():
-    for op in ("attention", "convolution", "noise", "magnitude"):
+    for op in ("attention", "convolution", "noise", "magnitude", "qk-prepare"):
         record = run_smoke(op)
         assert record["gate"] == {"ok": True, "reason": None}
         assert record["wrong"] == []

@@ -34,7 +34,7 @@ def test_dry_run_takes_every_step_home(tmp_path):
     reasons = [m["reason"] for c in result["cases"] for m in c["missing"]]
     assert not [r for r in reasons if r.startswith("could not run")] and not any(c["wrong"] for c in result["cases"])
     assert {c["op"] for c in result["cases"]} == {
-        "attention", "convolution", "train-step", "noise", "magnitude", "sampling", "scaling",
+        "attention", "convolution", "train-step", "noise", "magnitude", "qk-prepare", "sampling", "scaling",
     }  # fmt: skip
     assert "frame_attention on cpu" in (out / "report.txt").read_text()
     assert "Not yet measured on a GPU" in (out / "tables.md").read_text()
