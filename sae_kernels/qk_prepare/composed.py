@@ -6,6 +6,7 @@ token and pair, shared by all heads.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator, Sequence
 
 import torch
@@ -30,28 +31,47 @@ def rotation(
     """(cos, sin), each broadcastable to (B, H, S, pairs); None where nothing is turned."""
     if sum(axes) == 0:
         return None
+    if positions is not None:
+        places = [positions[:, None, :, axis] for axis in range(len(axes))]
+        cos, sin = torch.cat([cos_sin(at, w, base, dtype) for at, w in zip(places, axes, strict=True)], dim=-1)
+        return cos, sin
+    make = layout_rotation
+    if device.type == "cpu" and length * sum(axes) <= PIECE:
+        # A network's layers and a sampler's steps ask for the same small table again and again.
+        make = cached_layout_rotation
+    cos, sin = make(length, tuple(place), tuple(axes), base, dtype, device)
+    return cos, sin
+
+
+def layout_rotation(
+    length: int,
+    place: tuple[int, int, int, int],
+    axes: tuple[int, ...],
+    base: float,
+    dtype: torch.dtype,
+    device: torch.device,
+) -> torch.Tensor:
+    """(2, S, pairs): made for a frame, a row, a column, then repeated over (stream, frame, row, column)."""
     frames, tokens_per_frame, width, start = place
+    sizes = (frames, tokens_per_frame // width, width)
     tables = []
     for axis, channels in enumerate(axes):
-        exponent = torch.arange(0, channels, 2, dtype=torch.float64, device=device) / max(channels, 1)
-        frequency = torch.pow(base, -exponent)
-        if positions is not None:
-            at = positions[:, None, :, axis]
-        else:
-            size = (frames, tokens_per_frame // width, width)[axis]
-            at = torch.arange(size, device=device) + (start if axis == 0 else 0)
-        phase = at.to(torch.float64)[..., None] * frequency
-        cos_sin = torch.stack((phase.cos(), phase.sin())).to(dtype)
-        if positions is None:
-            # Sines are made for a frame, a row, a column; then repeated over (stream, frame, row, column).
-            streams, height = length // (frames * tokens_per_frame), tokens_per_frame // width
-            shape = [1, 1, 1, 1]
-            shape[1 + axis] = size
-            cos_sin = cos_sin.view(2, *shape, -1).expand(2, streams, frames, height, width, -1)
-            cos_sin = cos_sin.reshape(2, length, -1)
-        tables.append(cos_sin)
-    cos, sin = (tables[0] if len(tables) == 1 else torch.cat(tables, dim=-1)).unbind(0)
-    return cos, sin
+        at = torch.arange(sizes[axis], device=device) + (start if axis == 0 else 0)
+        shape = [1, 1, 1]
+        shape[axis] = sizes[axis]
+        table = cos_sin(at, channels, base, dtype).view(2, 1, *shape, -1)
+        tables.append(table.expand(2, length // (frames * tokens_per_frame), *sizes, -1).reshape(2, length, -1))
+    return tables[0] if len(tables) == 1 else torch.cat(tables, dim=-1)
+
+
+cached_layout_rotation = functools.lru_cache(maxsize=16)(layout_rotation)
+
+
+def cos_sin(at: torch.Tensor, channels: int, base: float, dtype: torch.dtype) -> torch.Tensor:
+    """(2, *at.shape, channels / 2)"""
+    exponent = torch.arange(0, channels, 2, dtype=torch.float64, device=at.device) / max(channels, 1)
+    phase = at.to(torch.float64)[..., None] * torch.pow(base, -exponent)
+    return torch.stack((phase.cos(), phase.sin())).to(dtype)
 
 
 def halves(x: torch.Tensor, pairs: int, interleaved: bool) -> tuple[torch.Tensor, torch.Tensor]:
@@ -63,7 +83,7 @@ def halves(x: torch.Tensor, pairs: int, interleaved: bool) -> tuple[torch.Tensor
 
 def turn(
     x: torch.Tensor,
-    cos_sin: tuple[torch.Tensor, torch.Tensor] | None,
+    angles: tuple[torch.Tensor, torch.Tensor] | None,
     interleaved: bool,
     sign: int,
     factor: torch.Tensor | None,
@@ -71,10 +91,10 @@ def turn(
 ) -> None:
     """out = factor R(sign p) x, with x in the compute dtype."""
     work = out if out.dtype == x.dtype else torch.empty_like(out, dtype=x.dtype)
-    if cos_sin is None:
+    if angles is None:
         work.copy_(x) if factor is None else torch.mul(x, factor, out=work)
     else:
-        cos, sin = cos_sin
+        cos, sin = angles
         pairs = cos.shape[-1]
         (a, b), (to_a, to_b) = halves(x, pairs, interleaved), halves(work, pairs, interleaved)
         torch.mul(a, cos, out=to_a).addcmul_(b, sin, value=-sign)
@@ -96,12 +116,12 @@ def pieces(like: torch.Tensor) -> Iterator[slice]:
 
 
 def cut(
-    cos_sin: tuple[torch.Tensor, torch.Tensor] | None, part: int, tokens: slice
+    angles: tuple[torch.Tensor, torch.Tensor] | None, part: int, tokens: slice
 ) -> tuple[torch.Tensor, torch.Tensor] | None:
     """The angles of these tokens; none for part 2, which is v."""
-    if cos_sin is None or part == 2:
+    if angles is None or part == 2:
         return None
-    cos, sin = cos_sin
+    cos, sin = angles
     return cos[..., tokens, :], sin[..., tokens, :]
 
 
@@ -119,7 +139,7 @@ def forward(
     """parts q, k and perhaps v (B, H, S, D) to `outs`, and the RMS of those whose `rms` (B, H, S) is not None."""
     x = parts[0]
     dtype = compute_dtype(x.dtype)
-    cos_sin = rotation(x.shape[2], positions, place, axes, base, dtype, x.device)
+    angles = rotation(x.shape[2], positions, place, axes, base, dtype, x.device)
     for index, (x, out, r) in enumerate(zip(parts, outs, rms, strict=True)):
         for tokens in pieces(x):
             some, factor = x[:, :, tokens], None
@@ -127,7 +147,7 @@ def forward(
                 norm = torch.linalg.vector_norm(some, dim=-1, dtype=dtype).mul_(x.shape[-1] ** -0.5)
                 r[:, :, tokens] = norm
                 factor = norm.add_(eps).reciprocal_()[..., None]
-            turn(some.to(dtype), cut(cos_sin, index, tokens), interleaved, 1, factor, out[:, :, tokens])
+            turn(some.to(dtype), cut(angles, index, tokens), interleaved, 1, factor, out[:, :, tokens])
 
 
 def backward(
@@ -145,7 +165,7 @@ def backward(
     """grad_x = R(-p) (grad / (rms + eps) - y <grad, y> / (n rms)), from the output y: a rotation keeps products."""
     grad = grads[0]
     dtype = compute_dtype(grad.dtype)
-    cos_sin = rotation(grad.shape[2], positions, place, axes, base, dtype, grad.device)
+    angles = rotation(grad.shape[2], positions, place, axes, base, dtype, grad.device)
     for index, (grad, y, r, grad_x) in enumerate(zip(grads, outs, rms, grad_parts, strict=True)):
         for tokens in pieces(grad):
             some = grad[:, :, tokens].to(dtype)
@@ -154,4 +174,4 @@ def backward(
                 # The norm has gradient zero at the origin, by autograd's convention.
                 slope = ((some * out).sum(-1, keepdim=True) / (-y.shape[-1] * scale)).masked_fill_(scale == 0, 0)
                 some = torch.mul(out, slope).addcmul_(some, 1 / (scale + eps))
-            turn(some, cut(cos_sin, index, tokens), interleaved, -1, None, grad_x[:, :, tokens])
+            turn(some, cut(angles, index, tokens), interleaved, -1, None, grad_x[:, :, tokens])
