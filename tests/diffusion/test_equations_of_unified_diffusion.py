@@ -7,6 +7,7 @@ x_t = sqrt(A) x_p + sqrt(1 - A) e', and condition its covariance matrix.
 
 from __future__ import annotations
 
+import itertools
 import math
 
 import numpy as np
@@ -220,7 +221,7 @@ def elbo_by_quadrature(schedule: Together, integrand) -> float:
     def at(t: float) -> float:
         return float(integrand(torch.tensor([t], dtype=torch.float64)))
 
-    return sum(integrate.quad(at, a, b, epsrel=1e-9, limit=200)[0] for a, b in zip(corners, corners[1:]))
+    return sum(integrate.quad(at, a, b, epsrel=1e-9, limit=200)[0] for a, b in itertools.pairwise(corners))
 
 
 CURVED = Together((), Cosine(margin=0.05))

@@ -327,7 +327,7 @@ class _Run:
         """State and levels after adding noise to the tokens that move."""
         churn = self.churn
         sigma = (-0.5 * level).exp()
-        gamma = (churn.amount / self.moving_steps.clamp(min=1)).clamp(max=math.sqrt(2) - 1)
+        gamma = (churn.amount / self.moving_steps.double().clamp(min=1)).clamp(max=math.sqrt(2) - 1)
         churned = (level != target) & (sigma >= churn.least) & (sigma <= churn.greatest)
         gamma = torch.where(churned, gamma, 0.0)
         raised = level - 2 * torch.log1p(gamma)
@@ -364,14 +364,16 @@ def _denoise(denoise: Denoise, x: torch.Tensor, level: torch.Tensor) -> torch.Te
     x0 = denoise(x, level.expand(x.shape[0], *level.shape[1:]))
     if x0.shape != x.shape:
         raise ValueError(f"denoise: must return the shape of x = {tuple(x.shape)}, got {tuple(x0.shape)}")
-    return x0
+    return x0.to(x.dtype)
 
 
 def _levels(schedule: Schedule, times: torch.Tensor) -> torch.Tensor:
     """lambda on the grid, fp64 (steps + 1, *shape), on the CPU."""
     times = torch.as_tensor(times).detach().to("cpu", torch.float64)
-    if times.ndim not in (1, 1 + len(schedule.shape)) or len(times) < 1:
-        raise ValueError(f"times: must have shape (steps + 1,) or (steps + 1, *{schedule.shape}), got {times.shape}")
+    if times.ndim == 0 or len(times) == 0 or tuple(times.shape[1:]) not in ((), schedule.shape):
+        raise ValueError(
+            f"times: must have shape (steps + 1,) or (steps + 1, *{schedule.shape}), got {tuple(times.shape)}"
+        )
     if bool((times[1:] > times[:-1]).any()):
         raise ValueError("times: must not increase (sampling goes from t = 1 to t = 0)")
     levels = schedule.log_snr(times)
