@@ -1,4 +1,7 @@
-"""`python -m benchmarks`: run cases; tables, JSON, plots. `python -m benchmarks report`: README tables and plots."""
+"""`python -m benchmarks`: run cases; tables, JSON, plots. `python -m benchmarks report`: README tables and plots.
+
+`python -m benchmarks traffic`: launches and bytes of a training step, counted instead of timed.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +14,7 @@ from pathlib import Path
 
 import torch
 
-from . import ROOT, measure, registry, report, run
+from . import ROOT, measure, registry, report, run, traffic
 
 # glibc returns blocks above 32 MiB to the system when they are freed, so that every call of a large case would pay for
 # fresh pages: 64 MiB cost between 4 and 62 ms here, eight times what the kernel to be timed takes, for ours and for
@@ -53,6 +56,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Exit status: 0; 1 if a case's gate is red; 2 for a wrong request."""
     argv = list(sys.argv[1:] if argv is None else argv)
     try:
+        if argv[:1] == ["traffic"]:
+            return traffic.main(argv[1:], ROOT)
         return _report(argv[1:]) if argv[:1] == ["report"] else _run(argv)
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)

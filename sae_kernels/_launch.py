@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import os
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -38,8 +40,24 @@ class Launch:
         self.kernel[self.grid](**self.args, **self.options)
 
 
+_planned: tuple[int, list[Launch]] | None = None
+
+
+@contextlib.contextmanager
+def planning(architecture: int) -> Iterator[list[Launch]]:
+    """Inside, launches on meta tensors are collected instead of run, as for a GPU of compute capability / 10."""
+    global _planned
+    outside, _planned = _planned, (architecture, [])
+    try:
+        yield _planned[1]
+    finally:
+        _planned = outside
+
+
 def architecture(device: torch.device) -> int:
     """Compute capability times ten; 0 for the interpreter."""
+    if device.type == "meta" and _planned is not None:
+        return _planned[0]
     if device.type != "cuda":
         return 0
     major, minor = torch.cuda.get_device_capability(device)
@@ -48,6 +66,9 @@ def architecture(device: torch.device) -> int:
 
 def run(launches: list[Launch], device: torch.device) -> None:
     """Run the launches in order on `device`."""
+    if device.type == "meta" and _planned is not None:
+        _planned[1].extend(launches)
+        return
     if device.type == "cuda":
         with torch.cuda.device(device):
             for launch in launches:
@@ -72,7 +93,7 @@ _TYPE_NAMES = {
 def signature(launch: Launch) -> tuple[dict[str, str], dict[str, Any], dict[tuple[int], list]]:
     """(types, constexprs, attributes) as `triton.compiler.ASTSource` takes them.
 
-    Tensors count as 16-byte aligned, as the caching allocator makes them. An integer must carry a type annotation and
+    Tensors count as 16-byte aligned, as the caching allocator makes them; tensor descriptors are by definition. An integer must carry a type annotation and
     be exempt from specialisation, so that its value can neither recompile nor change a kernel.
     """
     types, constants, attributes = {}, {}, {}
@@ -84,6 +105,8 @@ def signature(launch: Launch) -> tuple[dict[str, str], dict[str, Any], dict[tupl
         elif isinstance(value, torch.Tensor):
             types[param.name] = "*" + _TYPE_NAMES[value.dtype]
             attributes[(index,)] = [["tt.divisibility", 16]]
+        elif hasattr(value, "block_shape"):
+            types[param.name] = f"tensordesc<{_TYPE_NAMES[value.base.dtype]}{list(value.block_shape)}>"
         elif isinstance(value, float):
             types[param.name] = "fp32"
         else:
