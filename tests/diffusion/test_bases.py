@@ -118,7 +118,7 @@ def test_dct_is_scipys(shape):
 def test_dct_of_a_long_series_keeps_its_accuracy():
     x = normals(1, 1024)
     want = scipy.fft.dct(x.numpy(), type=2, norm="ortho")
-    assert np.abs(DCT((1024,)).forward(x).numpy() - want).max() <= 1e-12
+    assert np.abs(DCT((1024,)).forward(x).numpy() - want).max() <= 5e-14  # 3e-13 with unreduced phases
 
 
 @pytest.mark.parametrize(("shape", "dims"), [((9,), (-1,)), ((8,), (-1,)), ((8, 3), (-2,)), ((2, 6, 5), (-2, -1))])
