@@ -8,7 +8,9 @@ batch: a row's result does not depend on what else is in the batch.
 from __future__ import annotations
 
 import functools
+import itertools
 import json
+import math
 import os
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -22,16 +24,22 @@ ATTENTION_DIRECTIONS = ("fwd", "dkdv", "dq", "delta")
 
 @dataclass(frozen=True)
 class AttentionConfig:
-    """block_m rows (queries) by block_n keys in a tile."""
+    """block_m rows (queries) by block_n keys in a tile.
+
+    With `descriptors` tiles are read through tensor descriptors by the copy engine of sm_90 and newer, where the
+    strides allow it; elsewhere, and without, through pointers.
+    """
 
     block_m: int
     block_n: int
     num_warps: int
     num_stages: int
+    descriptors: bool = False
 
     def __post_init__(self) -> None:
-        for name, value in asdict(self).items():
-            if name != "num_stages" and (value < 1 or value & (value - 1)):
+        for name in ("block_m", "block_n", "num_warps"):
+            value = getattr(self, name)
+            if value < 1 or value & (value - 1):
                 raise ValueError(f"{name}: must be a power of two, got {value}")
 
 
@@ -160,7 +168,8 @@ class ConvConfig:
     """block_m rows by block_n columns of the result, block_k of the reduced dimension in a step.
 
     Rows are pixels and columns output channels, but for the weight gradient rows are Cout, columns Cin, and pixels
-    are reduced.
+    are reduced. With `boxes` the copy engine of sm_90 and newer fetches tiles, where strides and map allow it. `parts`:
+    sums that a tap pass is made of, each of which may have a program of its own; 0 for one sum over all taps.
     """
 
     block_m: int
@@ -168,11 +177,16 @@ class ConvConfig:
     block_k: int
     num_warps: int
     num_stages: int
+    boxes: bool = False
+    parts: int = 0
 
     def __post_init__(self) -> None:
-        for name, value in asdict(self).items():
-            if name != "num_stages" and (value < 1 or value & (value - 1)):
+        for name in ("block_m", "block_n", "block_k", "num_warps"):
+            value = getattr(self, name)
+            if value < 1 or value & (value - 1):
                 raise ValueError(f"{name}: must be a power of two, got {value}")
+        if self.parts < 0:
+            raise ValueError(f"parts: must be >= 0, got {self.parts}")
 
 
 @functools.cache
@@ -217,7 +231,49 @@ def conv_config(
     # columns with wgmma and 32 without.
     if direction == "dgrad_dot":
         block_n = min(block_n, widest // 2)
-    return ConvConfig(block_m, block_n, block_k, 4 if small else 8, stages)
+    # A part of 16 steps is four times what fills the pipeline, and reads 8 times the bytes of its own sum. Maps beyond
+    # 8 x 8 make tiles enough in training, and their larger ones have no registers for a third accumulator.
+    parts = min(4, 9 * -(-reduced // block_k) // 16) if pixels <= 64 else 0
+    # Counted in SASS for sm_90, 128 x 128 x 64: a step of the loop is 110 instructions with boxes and 226 with pointers
+    # (past taps; last taps 109 and 197; dgrad 115 and 205 to 238), both 4 of them HGMMA, 2 copies of whole boxes
+    # against 8 masked ones of 16 bytes a thread, 182 registers against 246 (dgrad 130 and 219); sm_120 the same but for
+    # mma.sync: 124 instructions and 231. Shared memory and products are equal where boxes tile the map.
+    # block_n are the rows of the transposed product: 64 in a warpgroup's instruction, 16 in a warp's.
+    boxes = architecture >= 90 and block_n >= (64 if architecture in (90, 100) else 16)
+    return ConvConfig(block_m, block_n, block_k, 4 if small else 8, stages, boxes, parts)
+
+
+# Multiprocessors of the largest common device of each compute capability: A100, RTX 3090, RTX 4090, H100, B200, RTX 5090.
+MULTIPROCESSORS = {80: 108, 86: 82, 89: 128, 90: 132, 100: 148, 120: 170}
+
+
+def conv_spread(architecture: int, tiles: int, pixels: int, units: int, dot: bool) -> bool:
+    """Whether the parts of a tile's sums are spread over programs. It changes no number.
+
+    A program each where there are fewer tiles than multiprocessors: those without a tile would stay idle. From there
+    on the parts' way through memory, 8 bytes for each and every output, buys nothing. With the dot products of dgrad
+    (`dot`), whose rounding knows the kernel, the map decides alone: 4 x 4 pixels make few tiles in any batch.
+    """
+    if dot:
+        return units > 1 and pixels <= 16
+    return units > 1 and tiles < MULTIPROCESSORS.get(architecture, 128)
+
+
+@functools.cache
+def conv_box(block_m: int, Y: int, X: int) -> tuple[int, int, int]:
+    """(frames, rows, columns) of a tile of block_m pixels: powers of two that cover 16 frames of Y x X with least waste.
+
+    Of equal ones that of the fewest frames, then the squarest, whose shifted boxes overlap most. No other size decides,
+    so that a network compiles one kernel for each of its resolutions.
+    """
+    best, best_key = (block_m, 1, 1), (math.inf,)
+    for log_y, log_x in itertools.product(range(block_m.bit_length()), repeat=2):
+        by, bx = 1 << log_y, 1 << log_x
+        bf = block_m // (by * bx)
+        if 1 <= bf <= 16 and max(by, bx) <= 256:
+            key = (-(-16 // bf) * -(-Y // by) * -(-X // bx), bf, by + bx, bx)
+            best, best_key = min(((bf, by, bx), key), (best, best_key), key=lambda choice: choice[1])
+    return best
 
 
 def _conv_width(channels: int) -> int:

@@ -7,6 +7,11 @@ taps act on S = sum over streams of past_scale * grad, formed in one pass, last 
 weight gradient is one GEMM over pixels for each tap, past taps again on S, split over pixels into fp32 parts that are
 summed in a fixed order. No atomics; nothing depends on the batch but the split of the weight gradient.
 
+Boxes (sm_90 and newer): a tile is a box of frames x rows x columns, and a tap's operand that box, shifted, which the
+copy engine fetches with zeros beyond the map and the clip; no address or mask per pixel. A row's sum is the same, in
+the same order, with and without. Parts: on small maps of many channels a tap pass is summed in a fixed number of parts,
+which one program adds up in turn, or which programs of their own sum where tiles are too few: the same numbers.
+
 The frames before frame 0 are `history`, or one row of `pad_value` that is read with stride 0.
 K reduced and N output channels of a GEMM, rows its pixels; strides count units of 16 bytes (or of 1 element).
 """
@@ -19,6 +24,7 @@ from dataclasses import dataclass
 import torch
 import triton
 import triton.language as tl
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from .. import _configs
 from .._launch import Launch, architecture, run
@@ -30,6 +36,7 @@ AHEAD = tl.constexpr(1)
 
 _INTEGERS = [
     "rows", "frames", "first_frame", "source_frames", "Y", "X", "K", "N", "streams", "clean", "chunk",
+    "past_parts", "last_parts",
     "stride_wo", "stride_wt", *(f"stride_{tensor}{dim}" for tensor in "pxhzg" for dim in "bfyx"),
 ]  # fmt: skip
 
@@ -40,6 +47,33 @@ def _pixels(m, frames, Y, X):
     image = m // (Y * X)
     pixel = m % (Y * X)
     return image // frames, image % frames, pixel // X, pixel % X
+
+
+@triton.jit
+def _tile(tile, rows, frames, Y, X, BM: tl.constexpr, BF: tl.constexpr, BY: tl.constexpr, BX: tl.constexpr):
+    """(row, whether it is there, batch, frame, y, x) of a tile's BM pixels, and of its box's first (batch, .., x).
+
+    BX = 0: the pixels follow each other in memory. Else they are a box of BF frames, BY rows and BX columns.
+    """
+    if BX == 0:
+        m = tile * BM + tl.arange(0, BM)
+        batch, i, y, x = _pixels(m, frames, Y, X)
+        return m, m < rows, batch, i, y, x, 0, 0, 0, 0
+    else:
+        across = tl.cdiv(X, BX)
+        down = tl.cdiv(Y, BY)
+        deep = tl.cdiv(frames, BF)
+        box_x = tile % across * BX
+        box_y = tile // across % down * BY
+        box_i = tile // (across * down) % deep * BF
+        box_b = tile // (across * down * deep)
+        r = tl.arange(0, BM)
+        x = box_x + r % BX
+        y = box_y + r // BX % BY
+        i = box_i + r // (BX * BY)
+        batch = tl.zeros([BM], tl.int32) + box_b
+        there = (i < frames) & (y < Y) & (x < X)
+        return ((box_b * frames + i) * Y + y) * X + x, there, batch, i, y, x, box_b, box_i, box_y, box_x
 
 
 @triton.jit
@@ -73,22 +107,24 @@ def _choose(condition, a, b):
 
 @triton.jit
 def _accumulate(
-    acc, active, p_ptr, source, h_from_p, history, frame, y, x, row_ok, w_ptr, n, source_frames, Y, X, K, N,
+    acc, begin, end, p_ptr, source, h_from_p, history, frame, y, x, row_ok, w_ptr, n, source_frames, Y, X, K, N,
     stride_f, stride_y, stride_x, stride_hf, stride_hy, stride_hx, stride_wo, stride_wt,
-    PAST: tl.constexpr, KT: tl.constexpr, KY: tl.constexpr, KX: tl.constexpr,
+    PAST: tl.constexpr, HISTORY: tl.constexpr, KT: tl.constexpr, KY: tl.constexpr, KX: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, UNIT_K: tl.constexpr, UNIT_N: tl.constexpr,
     DIRECTION: tl.constexpr, WHOLE: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """acc + sum over past (or last) taps and K channels of source pixel times weight; acc alone if not active."""
+    """acc + sum over steps begin..end of past (or last) taps by K channels of source pixel times weight.
+
+    HISTORY: only of the frames that lie there, with p_ptr that tensor's.
+    """
     FIRST_TAP: tl.constexpr = 0 if PAST else (KT - 1) * KY * KX
-    TAPS: tl.constexpr = (KT - 1) * KY * KX if PAST else KY * KX
     blocks = tl.cdiv(K * UNIT_K, BK)
     channel = tl.arange(0, BK)
     if DIRECTION == BACK:
         w_rows = n * _index(stride_wo, UNIT_K, WIDE)
     else:
         w_rows = channel * _index(stride_wo, UNIT_N, WIDE)
-    for step in range(tl.where(active, TAPS * blocks, 0)):
+    for step in range(begin, end):
         index = step // blocks
         first = (step - index * blocks) * BK
         c = first + channel
@@ -102,7 +138,10 @@ def _accumulate(
             dx = -dx
         ok = row_ok & (y + dy >= 0) & (y + dy < Y) & (x + dx >= 0) & (x + dx < X)
         offset = source + _index(dy * stride_y + dx * stride_x - lag * stride_f, UNIT_K, WIDE)
-        if PAST:
+        if HISTORY:
+            ok = ok & (frame < lag)
+            offset = history + _index(dy * stride_hy + dx * stride_hx - lag * stride_hf, UNIT_K, WIDE)
+        elif PAST:
             if DIRECTION == BACK:
                 offset_h = history + _index(dy * stride_hy + dx * stride_hx - lag * stride_hf, UNIT_K, WIDE)
                 offset = _choose(frame >= lag, offset, h_from_p * UNIT_K + offset_h)
@@ -130,88 +169,321 @@ def _accumulate(
     return acc
 
 
+@triton.jit
+def _accumulate_boxes(
+    acc, begin, end, video, weight, batch, frame, y, x, n, K, N,
+    PAST: tl.constexpr, KT: tl.constexpr, KY: tl.constexpr, KX: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, UNIT_K: tl.constexpr, UNIT_N: tl.constexpr,
+    DIRECTION: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """`_accumulate` over the box that begins at (batch, frame, y, x): what lies outside of the video is zero.
+
+    The product is made transposed: only as its second operand does a reshaped box go to the tensor cores as it lies in
+    shared memory, and not through registers.
+    """
+    FIRST_TAP: tl.constexpr = 0 if PAST else (KT - 1) * KY * KX
+    channels = K * UNIT_K
+    columns = (K if DIRECTION == BACK else N) * (UNIT_K if DIRECTION == BACK else UNIT_N)
+    blocks = tl.cdiv(channels, BK)
+    tap = begin // blocks
+    first = (begin - tap * blocks) * BK
+    tap += FIRST_TAP
+    acc = tl.trans(acc)
+    for _ in range(begin, end):
+        lag = KT - 1 - tap // (KY * KX)
+        dy = tap // KX % KY - KY // 2
+        dx = tap % KX - KX // 2
+        if DIRECTION == AHEAD:
+            lag = -lag
+            dy = -dy
+            dx = -dx
+        a = tl.trans(tl.reshape(video.load([batch, frame - lag, y + dy, x + dx, first]), [BM, BK]))
+        # Columns of the weight are taps x Cin. A box that reaches into the next tap meets zeros of a, or makes columns
+        # that nobody stores.
+        if DIRECTION == BACK:
+            w = weight.load([n, tap * columns + first])
+        else:
+            w = tl.trans(weight.load([first, tap * columns + n]))
+        acc = tl.dot(w, a, acc, input_precision=PRECISION)
+        first += BK
+        tap += (first >= channels).to(tl.int32)
+        first = tl.where(first >= channels, 0, first)
+    return tl.trans(acc)
+
+
+@triton.jit
+def _sum_past(
+    acc, part, end_part, parts, p_ptr, p_box, h_ptr, w_ptr, w_box, batch, past_frame, y, x, row_ok, n,
+    box_b, box_frame, box_y, box_x, box_n, source_frames, Y, X, K, N,
+    stride_pb, stride_pf, stride_py, stride_px, stride_hb, stride_hf, stride_hy, stride_hx, stride_wo, stride_wt,
+    KT: tl.constexpr, KY: tl.constexpr, KX: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, BF: tl.constexpr, BX: tl.constexpr,
+    UNIT_K: tl.constexpr, UNIT_N: tl.constexpr, DIRECTION: tl.constexpr, PARTS: tl.constexpr,
+    HAS_HISTORY: tl.constexpr, WHOLE: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """acc + parts part..end_part of the past taps of a tile; without PARTS there is but one."""
+    history = _rows(batch, past_frame + KT - 1, y, x, stride_hb, stride_hf, stride_hy, stride_hx, UNIT_K, WIDE)
+    in_time_tap = tl.cdiv(K * UNIT_K, BK) * KY * KX
+    steps = in_time_tap * (KT - 1)
+    chunk = tl.cdiv(steps, parts)
+    # Without PARTS the sum goes on in acc itself.
+    for index in range(part, end_part if PARTS else part + 1):
+        begin = tl.minimum(index * chunk, steps)
+        end = tl.minimum(begin + chunk, steps) if PARTS else steps * end_part
+        summed = tl.zeros([BM, BN], tl.float32) if PARTS else acc
+        if BX == 0:
+            source = _rows(batch, past_frame, y, x, stride_pb, stride_pf, stride_py, stride_px, UNIT_K, WIDE)
+            summed = _accumulate(
+                summed, begin, end, p_ptr, source, _distance(h_ptr, p_ptr, UNIT_K), history,
+                past_frame, y, x, row_ok, w_ptr, n, source_frames, Y, X, K, N,
+                stride_pf, stride_py, stride_px, stride_hf, stride_hy, stride_hx, stride_wo, stride_wt,
+                True, False, KT, KY, KX, BM, BN, BK, UNIT_K, UNIT_N, DIRECTION, WHOLE, WIDE, PRECISION,
+            )  # fmt: skip
+        else:
+            # Time tap t of frame i reads frame i - (KT - 1 - t). Frames of one box pass from history to the clip at
+            # different taps, each once: all of history first keeps the order of every row's sum.
+            if HAS_HISTORY:
+                summed = _accumulate(
+                    summed, begin, tl.minimum(end, tl.maximum(KT - 1 - box_frame, 0) * in_time_tap),
+                    h_ptr, history, 0, history, past_frame, y, x, row_ok, w_ptr, n, source_frames, Y, X, K, N,
+                    stride_hf, stride_hy, stride_hx, stride_hf, stride_hy, stride_hx, stride_wo, stride_wt,
+                    True, True, KT, KY, KX, BM, BN, BK, UNIT_K, UNIT_N, DIRECTION, WHOLE, WIDE, PRECISION,
+                )  # fmt: skip
+                begin = tl.maximum(begin, (KT - box_frame - BF) * in_time_tap)
+            summed = _accumulate_boxes(
+                summed, begin, end, p_box, w_box, box_b, box_frame, box_y, box_x, box_n, K, N,
+                True, KT, KY, KX, BM, BN, BK, UNIT_K, UNIT_N, DIRECTION, PRECISION,
+            )  # fmt: skip
+        acc = acc + summed if PARTS else summed
+    return acc
+
+
+@triton.jit
+def _sum_last(
+    acc, part, end_part, parts, x_ptr, x_box, w_ptr, w_box, batch, frame, y, x, row_ok, n,
+    box_b, box_frame, box_y, box_x, box_n, Y, X, K, N,
+    stride_xb, stride_xf, stride_xy, stride_xx, stride_wo, stride_wt,
+    KT: tl.constexpr, KY: tl.constexpr, KX: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, BX: tl.constexpr,
+    UNIT_K: tl.constexpr, UNIT_N: tl.constexpr, DIRECTION: tl.constexpr, PARTS: tl.constexpr,
+    WHOLE: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """acc + parts part..end_part of the last taps of a tile; without PARTS there is but one."""
+    source = _rows(batch, frame, y, x, stride_xb, stride_xf, stride_xy, stride_xx, UNIT_K, WIDE)
+    steps = tl.cdiv(K * UNIT_K, BK) * KY * KX
+    chunk = tl.cdiv(steps, parts)
+    for index in range(part, end_part if PARTS else part + 1):
+        begin = tl.minimum(index * chunk, steps)
+        end = tl.minimum(begin + chunk, steps)
+        summed = tl.zeros([BM, BN], tl.float32) if PARTS else acc
+        if BX == 0:
+            summed = _accumulate(
+                summed, begin, end, x_ptr, source, 0, source, frame, y, x, row_ok, w_ptr, n, 0, Y, X, K, N,
+                stride_xf, stride_xy, stride_xx, stride_xf, stride_xy, stride_xx, stride_wo, stride_wt,
+                False, False, KT, KY, KX, BM, BN, BK, UNIT_K, UNIT_N, DIRECTION, WHOLE, WIDE, PRECISION,
+            )  # fmt: skip
+        else:
+            summed = _accumulate_boxes(
+                summed, begin, end, x_box, w_box, box_b, box_frame, box_y, box_x, box_n, K, N,
+                False, KT, KY, KX, BM, BN, BK, UNIT_K, UNIT_N, DIRECTION, PRECISION,
+            )  # fmt: skip
+        acc = acc + summed if PARTS else summed
+    return acc
+
+
+@triton.jit
+def _store_dot(
+    last, z_ptr, dot_ptr, stride_zb, stride_zf, stride_zy, stride_zx, rows, frames, Y, X, streams, stream, tile_n,
+    m, n, row_ok, store_ok, batch, i, y, x, UNIT_Z: tl.constexpr, WIDE: tl.constexpr,
+):  # fmt: skip
+    """<last, z> of each row, before the scale: the tile's part of last_scale's gradient."""
+    z = _rows(batch, i + stream * frames, y, x, stride_zb, stride_zf, stride_zy, stride_zx, UNIT_Z, WIDE)
+    z_tile = tl.load(z_ptr + z[:, None] + n[None, :], mask=store_ok, other=0.0)
+    out_row = m + (batch * (streams - 1) + stream) * (frames * Y * X)
+    dot = tl.sum(last * z_tile.to(tl.float32), 1)
+    tl.store(dot_ptr + tile_n.to(tl.int64) * rows * streams + out_row, dot, mask=row_ok)
+
+
+@triton.jit
+def _times_scale(value, scale_ptr, batch, i, frames, streams, stream, row_ok, SCALED: tl.constexpr):
+    """value times its frame's (B, F) scale."""
+    if SCALED:
+        index = (batch * streams + stream) * frames + i
+        value = value * tl.load(scale_ptr + index, mask=row_ok, other=0.0).to(tl.float32)[:, None]
+    return value
+
+
+@triton.jit
+def _plus_past(
+    last, past, scale_ptr, batch, i, frames, streams, stream, row_ok, SCALED: tl.constexpr
+):  # fmt: skip
+    """last + scale * past. The fused rounding is spelled out: both kernels that end here must round alike."""
+    if SCALED:
+        index = (batch * streams + stream) * frames + i
+        scale = tl.load(scale_ptr + index, mask=row_ok, other=0.0).to(tl.float32)[:, None]
+        return tl.fma(past, tl.broadcast_to(scale, past.shape), last)
+    else:
+        return last + past
+
+
+@triton.jit
+def _store_out(
+    out_ptr, value, frames, Y, X, N, streams, stream, m, n, store_ok, batch, UNIT_N: tl.constexpr, WIDE: tl.constexpr
+):  # fmt: skip
+    out_row = m + (batch * (streams - 1) + stream) * (frames * Y * X)
+    pointers = out_ptr + (out_row * _index(N, UNIT_N, WIDE))[:, None] + n[None, :]
+    tl.store(pointers, value.to(out_ptr.dtype.element_ty), mask=store_ok)
+
+
 @triton.jit(do_not_specialize=_INTEGERS)
 def causal_conv3d_kernel(
-    p_ptr, h_ptr, x_ptr, w_ptr, z_ptr, past_scale_ptr, last_scale_ptr, out_ptr, past_ptr, dot_ptr,
+    p_ptr, h_ptr, x_ptr, w_ptr, z_ptr, past_scale_ptr, last_scale_ptr, out_ptr, past_ptr, dot_ptr, part_ptr,
+    p_box, x_box, w_box,
     stride_pb: tl.int64, stride_pf: tl.int64, stride_py: tl.int64, stride_px: tl.int64,
     stride_hb: tl.int64, stride_hf: tl.int64, stride_hy: tl.int64, stride_hx: tl.int64,
     stride_xb: tl.int64, stride_xf: tl.int64, stride_xy: tl.int64, stride_xx: tl.int64,
     stride_zb: tl.int64, stride_zf: tl.int64, stride_zy: tl.int64, stride_zx: tl.int64,
     stride_wo: tl.int64, stride_wt: tl.int64,
     rows: tl.int32, frames: tl.int32, first_frame: tl.int32, source_frames: tl.int32, Y: tl.int32, X: tl.int32,
-    K: tl.int32, N: tl.int32, streams: tl.int32, clean: tl.int32,
+    K: tl.int32, N: tl.int32, streams: tl.int32, clean: tl.int32, past_parts: tl.int32, last_parts: tl.int32,
     KT: tl.constexpr, KY: tl.constexpr, KX: tl.constexpr,
-    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, BF: tl.constexpr, BY: tl.constexpr, BX: tl.constexpr,
     UNIT_K: tl.constexpr, UNIT_N: tl.constexpr, UNIT_Z: tl.constexpr,
     DIRECTION: tl.constexpr, PAST: tl.constexpr, LAST: tl.constexpr, STORE_PAST: tl.constexpr,
     HAS_PAST_SCALE: tl.constexpr, HAS_LAST_SCALE: tl.constexpr, STORE_OUT: tl.constexpr, DOT: tl.constexpr,
+    HAS_HISTORY: tl.constexpr, PARTS: tl.constexpr, SPREAD: tl.constexpr,
     WHOLE: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """One tile of pixels and output channels of all streams.
 
     p is what past taps read, x what last taps read. BACK adds past_scale * past to every stream, AHEAD adds it to the
-    clean one. DOT also writes <last, z> of each row, before the scale: the tile's part of last_scale's gradient.
+    clean one. DOT also writes <last, z> of each row, before the scale. With SPREAD each part of a sum has a program of
+    its own, the past's first, then the streams', and `causal_conv3d_combine_kernel` does the rest.
     """
+    tiles_n = tl.cdiv(N * UNIT_N, BN)
+    tile_n = tl.program_id(0) % tiles_n
+    m, row_ok, batch, i, y, x, box_b, box_i, box_y, box_x = _tile(
+        tl.program_id(0) // tiles_n, rows, frames, Y, X, BM, BF, BY, BX
+    )
+    box_n = tile_n * BN
+    n = box_n + tl.arange(0, BN)
+    store_ok = row_ok[:, None] & (n < N * UNIT_N)[None, :]
+    past_frame = i + first_frame
+    unit = tl.program_id(1)  # of the parts; without SPREAD there is one program
+
+    past = tl.zeros([BM, BN], tl.float32)
+    if PAST and (DIRECTION == BACK or SPREAD or not LAST):
+        past = _sum_past(
+            past, unit, unit + 1 if SPREAD else past_parts, past_parts,
+            p_ptr, p_box, h_ptr, w_ptr, w_box, batch, past_frame, y, x, row_ok, n,
+            box_b, box_i + first_frame, box_y, box_x, box_n, source_frames, Y, X, K, N,
+            stride_pb, stride_pf, stride_py, stride_px, stride_hb, stride_hf, stride_hy, stride_hx,
+            stride_wo, stride_wt, KT, KY, KX, BM, BN, BK, BF, BX, UNIT_K, UNIT_N,
+            DIRECTION, PARTS, HAS_HISTORY, WHOLE, WIDE, PRECISION,
+        )  # fmt: skip
+    if STORE_PAST and not SPREAD:
+        pointers = past_ptr + (m * _index(N, UNIT_N, WIDE))[:, None] + n[None, :]
+        tl.store(pointers, past.to(past_ptr.dtype.element_ty), mask=store_ok)
+    if SPREAD:
+        if LAST:
+            own = tl.maximum(unit - past_parts, 0)
+            stream = own // last_parts
+            part = own - stream * last_parts
+            frame = stream * frames
+            past = _sum_last(
+                past, part, tl.where(unit < past_parts, 0, part + 1), last_parts, x_ptr, x_box, w_ptr, w_box,
+                batch, i + frame, y, x, row_ok, n, box_b, box_i + frame, box_y, box_x, box_n, Y, X, K, N,
+                stride_xb, stride_xf, stride_xy, stride_xx, stride_wo, stride_wt,
+                KT, KY, KX, BM, BN, BK, BX, UNIT_K, UNIT_N, DIRECTION, PARTS, WHOLE, WIDE, PRECISION,
+            )  # fmt: skip
+        pointers = part_ptr + unit.to(tl.int64) * rows * (N * UNIT_N) + (m * _index(N, UNIT_N, WIDE))[:, None]
+        tl.store(pointers + n[None, :], past, mask=store_ok)
+    elif LAST:
+        for stream in range(streams):
+            frame = stream * frames
+            acc = _sum_last(
+                tl.zeros([BM, BN], tl.float32), 0, last_parts, last_parts, x_ptr, x_box, w_ptr, w_box,
+                batch, i + frame, y, x, row_ok, n, box_b, box_i + frame, box_y, box_x, box_n, Y, X, K, N,
+                stride_xb, stride_xf, stride_xy, stride_xx, stride_wo, stride_wt,
+                KT, KY, KX, BM, BN, BK, BX, UNIT_K, UNIT_N, DIRECTION, PARTS, WHOLE, WIDE, PRECISION,
+            )  # fmt: skip
+            if DOT:
+                _store_dot(
+                    acc, z_ptr, dot_ptr, stride_zb, stride_zf, stride_zy, stride_zx, rows, frames, Y, X, streams,
+                    stream, tile_n, m, n, row_ok, store_ok, batch, i, y, x, UNIT_Z, WIDE,
+                )  # fmt: skip
+            if STORE_OUT:
+                acc = _times_scale(acc, last_scale_ptr, batch, i, frames, streams, stream, row_ok, HAS_LAST_SCALE)
+                if PAST and DIRECTION == AHEAD:
+                    acc = _sum_past(
+                        acc, 0, tl.where(stream == clean, past_parts, 0), past_parts,
+                        p_ptr, p_box, h_ptr, w_ptr, w_box, batch, past_frame, y, x, row_ok, n,
+                        box_b, box_i + first_frame, box_y, box_x, box_n, source_frames, Y, X, K, N,
+                        stride_pb, stride_pf, stride_py, stride_px, stride_hb, stride_hf, stride_hy, stride_hx,
+                        stride_wo, stride_wt, KT, KY, KX, BM, BN, BK, BF, BX, UNIT_K, UNIT_N,
+                        DIRECTION, PARTS, HAS_HISTORY, WHOLE, WIDE, PRECISION,
+                    )  # fmt: skip
+                elif PAST:
+                    acc = _plus_past(
+                        acc, past, past_scale_ptr, batch, i, frames, streams, stream, row_ok, HAS_PAST_SCALE
+                    )
+                _store_out(out_ptr, acc, frames, Y, X, N, streams, stream, m, n, store_ok, batch, UNIT_N, WIDE)
+
+
+@triton.jit
+def _sum_stored(acc, part_ptr, offset, ok, plane, unit, end):
+    """acc + stored parts unit..end, one after the other."""
+    first = part_ptr + unit * plane
+    for index in range(end - unit):
+        acc += tl.load(first + index * plane + offset, mask=ok, other=0.0)
+    return acc
+
+
+@triton.jit(do_not_specialize=_INTEGERS)
+def causal_conv3d_combine_kernel(
+    part_ptr, z_ptr, past_scale_ptr, last_scale_ptr, out_ptr, past_ptr, dot_ptr,
+    stride_zb: tl.int64, stride_zf: tl.int64, stride_zy: tl.int64, stride_zx: tl.int64,
+    rows: tl.int32, frames: tl.int32, Y: tl.int32, X: tl.int32,
+    N: tl.int32, streams: tl.int32, clean: tl.int32, past_parts: tl.int32, last_parts: tl.int32,
+    BM: tl.constexpr, BN: tl.constexpr, UNIT_N: tl.constexpr, UNIT_Z: tl.constexpr,
+    DIRECTION: tl.constexpr, PAST: tl.constexpr, LAST: tl.constexpr, STORE_PAST: tl.constexpr,
+    HAS_PAST_SCALE: tl.constexpr, HAS_LAST_SCALE: tl.constexpr, STORE_OUT: tl.constexpr, DOT: tl.constexpr,
+    WIDE: tl.constexpr,
+):  # fmt: skip
+    """The end of `causal_conv3d_kernel` from the parts that its programs summed, added in the same order."""
     tiles_n = tl.cdiv(N * UNIT_N, BN)
     tile_n = tl.program_id(0) % tiles_n
     m = tl.program_id(0) // tiles_n * BM + tl.arange(0, BM)
     n = tile_n * BN + tl.arange(0, BN)
     row_ok = m < rows
-    n_ok = n < N * UNIT_N
+    ok = row_ok[:, None] & (n < N * UNIT_N)[None, :]
     batch, i, y, x = _pixels(m, frames, Y, X)
-    store_ok = row_ok[:, None] & n_ok[None, :]
-
-    if PAST:
-        past_frame = i + first_frame
-        past_source = _rows(batch, past_frame, y, x, stride_pb, stride_pf, stride_py, stride_px, UNIT_K, WIDE)
-        history = _rows(batch, past_frame + KT - 1, y, x, stride_hb, stride_hf, stride_hy, stride_hx, UNIT_K, WIDE)
-        h_from_p = _distance(h_ptr, p_ptr, UNIT_K)
-        if DIRECTION == BACK or not LAST:
-            past = _accumulate(
-                tl.zeros([BM, BN], tl.float32), True, p_ptr, past_source, h_from_p, history,
-                past_frame, y, x, row_ok, w_ptr, n, source_frames, Y, X, K, N,
-                stride_pf, stride_py, stride_px, stride_hf, stride_hy, stride_hx, stride_wo, stride_wt,
-                True, KT, KY, KX, BM, BN, BK, UNIT_K, UNIT_N, DIRECTION, WHOLE, WIDE, PRECISION,
-            )  # fmt: skip
-            if STORE_PAST:
-                pointers = past_ptr + (m * _index(N, UNIT_N, WIDE))[:, None] + n[None, :]
-                tl.store(pointers, past.to(past_ptr.dtype.element_ty), mask=store_ok)
-
+    plane = rows.to(tl.int64) * (N * UNIT_N)
+    offset = (m * _index(N, UNIT_N, WIDE))[:, None] + n[None, :]
+    past = tl.zeros([BM, BN], tl.float32)
+    if PAST and (DIRECTION == BACK or not LAST):
+        past = _sum_stored(past, part_ptr, offset, ok, plane, 0, past_parts)
+    if STORE_PAST:
+        tl.store(past_ptr + offset, past.to(past_ptr.dtype.element_ty), mask=ok)
     if LAST:
         for stream in range(streams):
-            frame = i + stream * frames
-            source = _rows(batch, frame, y, x, stride_xb, stride_xf, stride_xy, stride_xx, UNIT_K, WIDE)
-            acc = _accumulate(
-                tl.zeros([BM, BN], tl.float32), True, x_ptr, source, 0, source,
-                frame, y, x, row_ok, w_ptr, n, source_frames, Y, X, K, N,
-                stride_xf, stride_xy, stride_xx, stride_xf, stride_xy, stride_xx, stride_wo, stride_wt,
-                False, KT, KY, KX, BM, BN, BK, UNIT_K, UNIT_N, DIRECTION, WHOLE, WIDE, PRECISION,
-            )  # fmt: skip
-            scale_index = (batch * streams + stream) * frames + i
-            out_row = m + (batch * (streams - 1) + stream) * (frames * Y * X)
+            unit = past_parts + stream * last_parts
+            acc = _sum_stored(tl.zeros([BM, BN], tl.float32), part_ptr, offset, ok, plane, unit, unit + last_parts)
             if DOT:
-                z = _rows(batch, frame, y, x, stride_zb, stride_zf, stride_zy, stride_zx, UNIT_Z, WIDE)
-                z_tile = tl.load(z_ptr + z[:, None] + n[None, :], mask=store_ok, other=0.0)
-                dot = tl.sum(acc * z_tile.to(tl.float32), 1)
-                tl.store(dot_ptr + tile_n.to(tl.int64) * rows * streams + out_row, dot, mask=row_ok)
+                _store_dot(
+                    acc, z_ptr, dot_ptr, stride_zb, stride_zf, stride_zy, stride_zx, rows, frames, Y, X, streams,
+                    stream, tile_n, m, n, row_ok, ok, batch, i, y, x, UNIT_Z, WIDE,
+                )  # fmt: skip
             if STORE_OUT:
-                if HAS_LAST_SCALE:
-                    acc *= tl.load(last_scale_ptr + scale_index, mask=row_ok, other=0.0).to(tl.float32)[:, None]
-                if PAST:
-                    if DIRECTION == AHEAD:
-                        acc = _accumulate(
-                            acc, stream == clean, p_ptr, past_source, h_from_p, history,
-                            past_frame, y, x, row_ok, w_ptr, n, source_frames, Y, X, K, N,
-                            stride_pf, stride_py, stride_px, stride_hf, stride_hy, stride_hx, stride_wo, stride_wt,
-                            True, KT, KY, KX, BM, BN, BK, UNIT_K, UNIT_N, DIRECTION, WHOLE, WIDE, PRECISION,
-                        )  # fmt: skip
-                    elif HAS_PAST_SCALE:
-                        past_scale = tl.load(past_scale_ptr + scale_index, mask=row_ok, other=0.0).to(tl.float32)
-                        acc += past * past_scale[:, None]
-                    else:
-                        acc += past
-                pointers = out_ptr + (out_row * _index(N, UNIT_N, WIDE))[:, None] + n[None, :]
-                tl.store(pointers, acc.to(out_ptr.dtype.element_ty), mask=store_ok)
+                acc = _times_scale(acc, last_scale_ptr, batch, i, frames, streams, stream, row_ok, HAS_LAST_SCALE)
+                if PAST and DIRECTION == AHEAD:
+                    end = tl.where(stream == clean, past_parts, 0)
+                    acc = _sum_stored(acc, part_ptr, offset, ok, plane, 0, end)
+                elif PAST:
+                    acc = _plus_past(
+                        acc, past, past_scale_ptr, batch, i, frames, streams, stream, row_ok, HAS_PAST_SCALE
+                    )
+                _store_out(out_ptr, acc, frames, Y, X, N, streams, stream, m, n, ok, batch, UNIT_N, WIDE)
 
 
 @triton.jit(do_not_specialize=_INTEGERS)
@@ -419,12 +691,12 @@ def plan_forward(
     T = layout.frames
     out = _video(x, (B, Cout, layout.total_frames, Y, X))
     past = _video(x, (B, Cout, T, Y, X)) if keep_past and kt > 1 else None
-    launch = _convolution(
+    launches = _convolution(
         "fwd", x.narrow(2, layout.clean_start, T), _history(x, history, pad_value, kt), x, weight,
         frames=T, out=out, past=past, past_scale=past_scale, last_scale=last_scale,
         streams=layout.streams, architecture=architecture, config=config,
     )  # fmt: skip
-    return [launch], out, past
+    return launches, out, past
 
 
 def plan_backward(
@@ -455,9 +727,7 @@ def plan_backward(
 
     if kt > 1 and need_past_scale and past is None:
         past = _video(x, (B, Cout, T, Y, X))
-        launches.append(
-            _convolution("fwd", clean, source, None, weight, past=past, config=configs.get("fwd"), **options)
-        )
+        launches += _convolution("fwd", clean, source, None, weight, past=past, config=configs.get("fwd"), **options)
     need_sum = kt > 1 and (need_x or need_weight or need_history)
     total, scaled, past_dot = grad, grad, None
     if need_sum and (streams > 1 or past_scale is not None):
@@ -476,19 +746,17 @@ def plan_backward(
     grad_history = _video(x, (B, Cin, kt - 1, Y, X)) if need_history else None
     last_dot = None
     if need_x or need_last_scale:
-        launch = _convolution(
+        launches += _convolution(
             "dgrad", total if need_x and kt > 1 else None, None, grad, weight,
             out=grad_x, last_scale=last_scale, streams=streams, clean=layout.clean_start // T,
             dot_with=x if need_last_scale else None, config=configs.get("dgrad"), **options,
         )  # fmt: skip
-        last_dot = launch.args["dot_ptr"].unflatten(1, (B, F, Y * X)) if need_last_scale else None
-        launches.append(launch)
+        last_dot = launches[-1].args["dot_ptr"].unflatten(1, (B, F, Y * X)) if need_last_scale else None
     if grad_history is not None and kt > 1:
-        launch = _convolution(
+        launches += _convolution(
             "dgrad", total, None, None, weight, past=grad_history, frames=kt - 1, first_frame=1 - kt,
             architecture=architecture, config=configs.get("dgrad"),
         )  # fmt: skip
-        launches.append(launch)
     parts: list[torch.Tensor] = []
     if need_weight:
         if kt > 1:
@@ -501,10 +769,12 @@ def plan_past_term(history, weight, architecture, config=None) -> tuple[list[Lau
     """(launches, past (B, Cout, 1, Y, X))."""
     history, weight = _channels_last(history), _packed(weight)
     past = _video(history, (history.shape[0], weight.shape[0], 1, *history.shape[3:]))
-    launch = _convolution(
-        "fwd", history, history, None, weight, frames=1, past=past, architecture=architecture, config=config
-    )
-    return [launch], past
+    frames = history.shape[2]
+    launches = _convolution(
+        "fwd", history, None, None, weight, frames=1, first_frame=frames, past=past,
+        architecture=architecture, config=config,
+    )  # fmt: skip
+    return launches, past
 
 
 def plan_past_term_backward(
@@ -518,11 +788,10 @@ def plan_past_term_backward(
     if mask[0]:
         grad_history = _video(history, history.shape)
         frames = history.shape[2]
-        launch = _convolution(
+        launches += _convolution(
             "dgrad", grad, None, None, weight, past=grad_history, frames=frames, first_frame=-frames,
             architecture=architecture, config=configs.get("dgrad"),
         )  # fmt: skip
-        launches.append(launch)
     if mask[1]:
         launches.append(_weight_gradient(grad, history, history, weight, parts, True, architecture, configs))
     return launches, grad_history, parts
@@ -531,8 +800,11 @@ def plan_past_term_backward(
 def _convolution(
     direction, past_source, history, source, weight, *, frames, architecture, out=None, past=None, past_scale=None,
     last_scale=None, streams=0, clean=0, first_frame=0, dot_with=None, config=None,
-) -> Launch:  # fmt: skip
-    """One launch of the main kernel: past taps if there is a past_source, last taps if there is a source."""
+) -> list[Launch]:  # fmt: skip
+    """The main kernel, and the one that combines its parts where programs share a tile.
+
+    Past taps if there is a past_source, last taps if there is a source.
+    """
     like = past_source if source is None else source
     none = like.new_empty(0)
     B, K, _, Y, X = like.shape
@@ -554,7 +826,23 @@ def _convolution(
         architecture, like.dtype, K, N, Y * X, direction if dot_with is None else "dgrad_dot"
     )
     rows = _rows_of(B, frames, Y, X, streams)
-    tiles_n = _ceil(N, config.block_n)
+    tiles_m, tiles_n = _ceil(rows, config.block_m), _ceil(N, config.block_n)
+    box = None
+    if config.boxes and unit_k > 1 and unit_w > 1:
+        # What a descriptor takes is asked for of each; a box that is mostly border is worse than masks.
+        box = _configs.conv_box(config.block_m, Y, X)
+        tiles_box = B * _ceil(frames, box[0]) * _ceil(Y, box[1]) * _ceil(X, box[2])
+        used = [videos["p"]] * has_past + [like] * (source is not None)
+        if BOX_WASTE * tiles_m < tiles_box or not all(map(_has_strides, used)):
+            box = None
+        else:
+            tiles_m = tiles_box
+    past_parts = has_past * (config.parts * (kt - 1) or 1)
+    last_parts = (source is not None) * (config.parts or 1)
+    spread = config.parts > 0 and _configs.conv_spread(
+        architecture, tiles_m * tiles_n, Y * X, past_parts + streams * last_parts, dot_with is not None
+    )
+    units = past_parts + streams * last_parts if spread else 1
     args = {
         "p_ptr": videos["p"] if has_past else none,
         "h_ptr": none if history is None else history,
@@ -566,22 +854,62 @@ def _convolution(
         "out_ptr": none if out is None else out,
         "past_ptr": none if past is None else past,
         "dot_ptr": none if dot_with is None else like.new_empty(tiles_n, rows * streams, dtype=torch.float32),
+        "part_ptr": like.new_empty(units, rows, N, dtype=torch.float32) if spread else none,
+        "p_box": _video_boxes(videos["p"], box, config.block_k) if box and has_past else none,
+        "x_box": _video_boxes(like, box, config.block_k) if box and source is not None else none,
+        "w_box": _weight_boxes(weight, config, back) if box else none,
         **_strides("p", videos["p"], unit_k), **_strides("h", videos["h"], unit_k),
         **_strides("x", videos["x"], unit_k), **_strides("z", videos["z"], unit_z),
         "stride_wo": kt * ky * kx * Cin // unit_w, "stride_wt": Cin // unit_w,
         "rows": rows, "frames": frames, "first_frame": first_frame, "source_frames": videos["p"].shape[2],
         "Y": Y, "X": X, "K": K // unit_k, "N": N // unit_n, "streams": streams, "clean": clean,
+        "past_parts": past_parts, "last_parts": max(last_parts, 1),
         "KT": kt, "KY": ky, "KX": kx,
         "BM": config.block_m, "BN": config.block_n, "BK": config.block_k,
+        **dict(zip(("BF", "BY", "BX"), box or (0, 0, 0), strict=True)),
         "UNIT_K": unit_k, "UNIT_N": unit_n, "UNIT_Z": unit_z,
         "DIRECTION": BACK.value if back else AHEAD.value,
         "PAST": has_past, "LAST": source is not None, "STORE_PAST": past is not None,
         "HAS_PAST_SCALE": past_scale is not None, "HAS_LAST_SCALE": last_scale is not None,
-        "STORE_OUT": out is not None, "DOT": dot_with is not None,
+        "STORE_OUT": out is not None, "DOT": dot_with is not None, "HAS_HISTORY": has_past and history is not None,
+        "PARTS": config.parts > 0, "SPREAD": spread,
         "WHOLE": K % config.block_k == 0 and N % config.block_n == 0,
         "WIDE": _wide(*videos.values(), weight, out), "PRECISION": _precision(like.dtype),
     }  # fmt: skip
-    return _launch(causal_conv3d_kernel, _ceil(rows, config.block_m) * tiles_n, args, config)
+    launches = [_launch(causal_conv3d_kernel, (tiles_m * tiles_n, units), args, config)]
+    if spread:
+        launches[0].args.update({key: none for key in ("z_ptr", "out_ptr", "past_ptr", "dot_ptr")})
+        # The same columns: the dot products of a row are one sum for each tile of them.
+        combine = args | {"BM": 32}
+        programs = _ceil(rows, combine["BM"]) * tiles_n
+        launches.append(_launch(causal_conv3d_combine_kernel, (programs, 1), combine, config))
+    return launches
+
+
+# Tiles of boxes for each tile of consecutive pixels up to which boxes are taken: what they save is the arithmetic of
+# addresses and masks, not products (`_configs.ConvConfig` has the counts).
+BOX_WASTE = 1.125
+
+
+def _has_strides(video: torch.Tensor) -> bool:
+    """Whether a descriptor can address the video: no dimension is read again and again."""
+    return all(stride > 0 for size, stride in zip(video.shape, video.stride(), strict=True) if size > 1)
+
+
+def _video_boxes(video: torch.Tensor, box: tuple[int, int, int], channels: int) -> TensorDescriptor:
+    """The video as (B, F, Y, X, C), in boxes of one batch item."""
+    order = (0, 2, 3, 4)
+    unit = 16 // video.element_size()
+    strides = [video.stride(dim) if video.shape[dim] > 1 else unit for dim in order]
+    shape = [video.shape[dim] for dim in order]
+    return TensorDescriptor(video, [*shape, video.shape[1]], [*strides, 1], [1, *box, channels])
+
+
+def _weight_boxes(weight: torch.Tensor, config: _configs.ConvConfig, back: bool) -> TensorDescriptor:
+    """The packed weight as (Cout, taps x Cin)."""
+    Cout, columns = weight.shape[0], weight[0].numel()
+    block = [config.block_n, config.block_k] if back else [config.block_k, config.block_n]
+    return TensorDescriptor(weight, [Cout, columns], [columns, 1], block)
 
 
 def _streams_pass(
@@ -606,7 +934,7 @@ def _streams_pass(
         "HAS_PAST_SCALE": past_scale is not None, "SUM": total is not None, "SCALED": scaled is not None,
         "DOT": dot is not None, "WIDE": _wide(grad),
     }  # fmt: skip
-    launch = _launch(causal_conv3d_streams_kernel, _ceil(rows, config.block_m) * tiles_n, args, config)
+    launch = _launch(causal_conv3d_streams_kernel, (_ceil(rows, config.block_m) * tiles_n,), args, config)
     return launch, None if dot is None else dot.unflatten(1, (B, F, Y * X))
 
 
@@ -636,7 +964,7 @@ def _weight_gradient(grad, source, history, weight, parts, past, architecture, c
         "WHOLE": Cout % config.block_m == 0 and Cin % config.block_n == 0,
         "WIDE": _wide(grad, source, history), "PRECISION": _precision(grad.dtype),
     }  # fmt: skip
-    return _launch(causal_conv3d_weight_kernel, splits * programs, args, config)
+    return _launch(causal_conv3d_weight_kernel, (splits * programs,), args, config)
 
 
 # Programs that a launch of the weight gradient aims at: four for each multiprocessor of an H100.
@@ -736,7 +1064,5 @@ def _precision(dtype: torch.dtype) -> str:
     return "tf32" if dtype == torch.float32 and convolutions.fp32_precision == "tf32" else "ieee"
 
 
-def _launch(kernel, programs: int, args: dict, config) -> Launch:
-    return Launch(
-        kernel, (programs,), {name: args[name] for name in kernel.arg_names}, config.num_warps, config.num_stages
-    )
+def _launch(kernel, grid: tuple[int, ...], args: dict, config) -> Launch:
+    return Launch(kernel, grid, {name: args[name] for name in kernel.arg_names}, config.num_warps, config.num_stages)

@@ -44,15 +44,17 @@ def checked_integers():
 
 
 def use_tiles(monkeypatch, tile):
-    """(rows, columns, reduced) for every kernel but the weight gradient, which takes (columns, columns, rows)."""
+    """(rows, columns, reduced[, boxes, parts]) for every kernel but the weight gradient's (columns, columns, rows)."""
     if tile is None:
         return
-    m, n, k = tile
+    m, n, k, *options = tile
 
     def choose(architecture, dtype, reduced, produced, pixels, direction):
-        return ConvConfig(n, n, m, 4, 1) if direction == "wgrad" else ConvConfig(m, n, k, 4, 1)
+        return ConvConfig(n, n, m, 4, 1) if direction == "wgrad" else ConvConfig(m, n, k, 4, 1, *options)
 
     monkeypatch.setattr(_configs, "conv_config", choose)
+    if options:
+        monkeypatch.setattr(kernels, "BOX_WASTE", 100)
 
 
 # (resolution, Cin, Cout) of every 3x3x3 convolution of the reference network; the tests divide resolutions by 8 and
@@ -78,6 +80,12 @@ def test_network_shapes(resolution, Cin, Cout):
     compare(tensors, grad, layout, 1.0, impl="triton")
 
 
+TILES = (
+    None, None, (16, 16, 16), (32, 16, 16), (64, 32, 16), (16, 32, 32),
+    (32, 16, 16, True), (64, 16, 32, True, 1), (32, 32, 16, False, 2),
+)  # fmt: skip
+
+
 def case(n):
     """The n-th description of a shape: every kernel size, map, order, scale, source of the past and memory order."""
     draw = random.Random(n)
@@ -96,7 +104,7 @@ def case(n):
         "pad_value": draw.choice((0.0, 1.0, -0.7)),
         "memory": draw.choice(("channels_last_3d", "contiguous_format", "strided", "channels_last_strided")),
         "dtype": DTYPES[n // len(kernels) % 3],
-        "tile": draw.choice((None, None, None, (16, 16, 16), (32, 16, 16), (64, 32, 16), (16, 32, 32))),
+        "tile": draw.choice(TILES),
     }
 
 
@@ -128,6 +136,110 @@ def test_triton_is_the_reference(n, monkeypatch):
 def test_any_shape_and_dtype(n):
     with pytest.MonkeyPatch.context() as monkeypatch:
         compare_case(n, monkeypatch)
+
+
+ROUTES = {  # (boxes, parts, spread)
+    "pointers": (False, 0, False),
+    "boxes": (True, 0, False),
+    "parts": (False, 2, False),
+    "parts, spread": (False, 2, True),
+    "boxes, parts": (True, 2, False),
+    "boxes, parts, spread": (True, 2, True),
+}
+
+
+def use_route(monkeypatch, route, tile=(32, 16, 16)):
+    boxes, parts, spread = ROUTES[route]
+    use_tiles(monkeypatch, (*tile, boxes, parts))
+    monkeypatch.setattr(_configs, "conv_spread", lambda *given: spread)
+
+
+def ordered_dot(self, a, b, acc, *options):
+    """One product after the other: a matrix library rounds by where in a tile an element lies."""
+
+    def numbers(handle):
+        bits = handle.dtype.scalar == triton.language.bfloat16
+        return (handle.data.astype("uint32") << 16).view("float32") if bits else handle.data.astype("float32")
+
+    left, right, total = numbers(a), numbers(b), acc.data
+    for k in range(left.shape[1]):
+        total = total + left[:, k : k + 1] * right[k : k + 1]
+    return interpreter.TensorHandle(total, acc.dtype.scalar)
+
+
+@pytest.mark.parametrize(
+    ("T", "K", "kernel", "channels", "size", "history", "dtype"),
+    [
+        (3, 1, (3, 3, 1), (24, 16), (4, 4), True, torch.bfloat16),  # tails of channels; frames of a box part in history
+        (2, 2, (4, 1, 3), (8, 16), (3, 4), False, torch.float16),  # boxes over the border of every dimension
+        (2, 0, (2, 3, 3), (16, 8), (8, 2), True, torch.float32),
+        (1, 1, (1, 3, 3), (16, 16), (4, 8), False, torch.bfloat16),  # no past
+    ],
+    ids=str,
+)
+def test_every_route_gives_the_same_numbers(T, K, kernel, channels, size, history, dtype, monkeypatch):
+    """Bitwise: pointers or boxes; parts summed by one program or by many. The last one against the reference."""
+    _interpreter.correct()
+    monkeypatch.setattr(interpreter.InterpreterBuilder, "create_dot", ordered_dot)
+    layout = FrameLayout(T, 1, noisy_copies=K, noisy_first=T == 3)
+    Cin, Cout = channels
+    tensors, grad = make(layout, B=2, Cin=Cin, Cout=Cout, size=size, kernel=kernel, history=history, dtype=dtype)
+    used, results = [], {}
+    launch = kernels._launch
+
+    def recorded(kernel, grid, args, config):
+        used.append((kernel, args.get("BX", 0) > 0, args.get("SPREAD", False)))
+        return launch(kernel, grid, args, config)
+
+    monkeypatch.setattr(kernels, "_launch", recorded)
+    for route, (boxes, _, spread) in ROUTES.items():
+        used.clear()
+        use_route(monkeypatch, route)
+        results[route] = run(tensors, grad, layout, dtype, "triton", 0.5)
+        assert {(boxes, spread)} == {u[1:] for u in used if u[0] is kernels.causal_conv3d_kernel}
+    for route, got in results.items():
+        same_as = "parts" if "parts" in route else "pointers"
+        assert all(torch.equal(a, b) for a, b in zip(got, results[same_as], strict=True)), route
+    compare(tensors, grad, layout, 0.5, impl="triton")
+
+
+def test_boxes_only_where_a_descriptor_can_address_the_video_and_tiles_are_not_mostly_border(monkeypatch):
+    """Strides of 16 bytes that move on, channels in whole 16 bytes, maps that boxes cover: else pointers."""
+
+    def boxed(x, weight, T=16, K=0):
+        launches, _, _ = kernels.plan_forward(x, weight, None, None, None, 0.0, FrameLayout(T, 1, noisy_copies=K), 90)
+        return launches[0].args["BX"] > 0
+
+    weight = meta((128, 64, 3, 3, 3))
+    assert boxed(meta((2, 64, 16, 16, 16)), weight)
+    assert boxed(meta((2, 128, 16, 16, 16))[:, :64], weight)
+    assert boxed(meta((2, 64, 16, 12, 16)), weight)
+    assert not boxed(meta((2, 64, 16, 9, 9)), weight)
+    assert not boxed(meta((2, 68, 16, 16, 16))[:, :64], weight)
+    assert not boxed(meta((1, 64, 16, 16, 16)).expand(2, 64, 16, 16, 16), weight)
+    assert not boxed(meta((2, 60, 16, 16, 16)), meta((128, 60, 3, 3, 3)))
+    assert not boxed(meta((2, 64, 16, 16, 16)), meta((4, 64, 3, 3, 3)))
+    # One frame of 4 x 4 pixels in a box of four frames: two such batch items share a tile of pixels.
+    assert boxed(meta((1, 64, 1, 4, 4)), weight, T=1) and not boxed(meta((2, 64, 1, 4, 4)), weight, T=1)
+
+
+def test_boxes_of_pixels():
+    """The network's maps without waste; powers of two whose product is the tile."""
+    assert [_configs.conv_box(64, n, n) for n in (2, 4, 8)] == [(16, 2, 2), (4, 4, 4), (1, 8, 8)]
+    assert [_configs.conv_box(128, n, n) for n in (16, 32, 256)] == [(1, 16, 8)] * 3
+    assert _configs.conv_box(128, 6, 24) == (8, 2, 8)
+    assert _configs.conv_box(128, 1, 300) == (8, 1, 16)
+
+
+def test_parts_are_spread_while_multiprocessors_are_idle():
+    assert _configs.conv_spread(90, 131, 16, 4, False) and not _configs.conv_spread(90, 132, 16, 4, False)
+    assert not _configs.conv_spread(90, 8, 16, 1, False)
+    # What the map alone decides is no matter of the batch.
+    assert _configs.conv_spread(90, 8, 16, 4, True) == _configs.conv_spread(90, 800, 16, 4, True) is True
+    assert _configs.conv_spread(90, 8, 64, 4, True) == _configs.conv_spread(90, 800, 64, 4, True) is False
+    for channels, parts in ((64, 0), (128, 1), (256, 2), (512, 4), (1024, 4)):
+        assert _configs.conv_config(90, torch.bfloat16, channels, 256, 16, "fwd").parts == parts
+        assert _configs.conv_config(90, torch.bfloat16, channels, 256, 256, "fwd").parts == 0
 
 
 @pytest.mark.usefixtures("checked_integers")
@@ -284,30 +396,37 @@ def meta(shape, dtype=torch.bfloat16):
     return torch.empty(shape, dtype=dtype, device="meta", **channels_last)
 
 
-def plans(B=2, T=6, K=1, kt=3, C=(64, 128), size=(8, 8), scales=True, mask=(True,) * 5, dtype=torch.bfloat16):
-    """(forward launches, backward launches) for an H100, without a GPU or memory."""
+def plans(
+    B=2, T=6, K=1, kt=3, C=(64, 128), size=(8, 8), scales=True, mask=(True,) * 5, dtype=torch.bfloat16,
+    architecture=80,
+):  # fmt: skip
+    """(forward launches, backward launches) for an A100 or an H100 (90), without a GPU or memory."""
     layout = FrameLayout(T, 1, noisy_copies=K)
     F = layout.total_frames
     x, grad = (meta((B, c, F, *size), dtype) for c in C)
     weight = meta((C[1], C[0], kt, 3, 3), dtype)
     history = meta((B, C[0], kt - 1, *size), dtype) if mask[4] else None
     scale = meta((B, F), dtype) if scales else None
-    forward, _, past = kernels.plan_forward(x, weight, scale, scale, history, 1.0, layout, 90, keep_past=scales)
-    backward = kernels.plan_backward(grad, x, weight, scale, scale, history, past, 1.0, layout, mask, 90)[0]
+    forward, _, past = kernels.plan_forward(
+        x, weight, scale, scale, history, 1.0, layout, architecture, keep_past=scales
+    )
+    backward = kernels.plan_backward(grad, x, weight, scale, scale, history, past, 1.0, layout, mask, architecture)[0]
     return forward, backward
 
 
+@pytest.mark.parametrize("architecture", [80, 90])
 @pytest.mark.parametrize(("T", "K", "kt"), [(6, 1, 3), (5, 3, 4), (7, 0, 2), (3, 1, 1), (2, 1, 5)])
-def test_tap_passes_and_bytes_are_those_of_the_contract(T, K, kt):
+def test_tap_passes_and_bytes_are_those_of_the_contract(T, K, kt, architecture):
     """(kt - 1) T + (1 + K) T tap passes forward and for each gradient; every operand from memory once."""
-    B, (Cin, Cout), pixels = 2, (64, 128), 64
+    B, (Cin, Cout), pixels = 2, (64, 128), 256
+    options = {"size": (16, 16), "architecture": architecture}
     passes = B * ((kt - 1) * T + (1 + K) * T)
     per_pass = 9 * pixels * Cin * Cout
     F = (1 + K) * T
     frame_in, frame_out, weight = 2 * B * pixels * Cin, 2 * B * pixels * Cout, 2 * kt * 9 * Cin * Cout
     pad_row = 2 * Cin if kt > 1 else 0
 
-    forward, backward = plans(B, T, K, kt, scales=False, mask=(True, False, False, False, False))
+    forward, backward = plans(B, T, K, kt, scales=False, mask=(True, False, False, False, False), **options)
     done = kernels.work(forward)
     assert (done.tap_passes, done.multiply_adds) == (passes, passes * per_pass)
     assert done.bytes == F * (frame_in + frame_out) + weight + pad_row
@@ -318,17 +437,38 @@ def test_tap_passes_and_bytes_are_those_of_the_contract(T, K, kt):
     sums = (F + 2 * T) * frame_out if K > 0 and kt > 1 else 0
     assert done.bytes == F * (frame_in + frame_out) + weight + sums
 
-    done = kernels.work(plans(B, T, K, kt, scales=False, mask=(False, True, False, False, False))[1])
+    done = kernels.work(plans(B, T, K, kt, scales=False, mask=(False, True, False, False, False), **options)[1])
     assert (done.tap_passes, done.multiply_adds) == (passes, passes * per_pass)
 
     # With history, scales and the kept past, all gradients: history's own taps are the rest.
-    forward, backward = plans(B, T, K, kt)
+    forward, backward = plans(B, T, K, kt, **options)
     done = kernels.work(forward)
     assert done.tap_passes == passes
     kept = T * frame_out if kt > 1 else 0
     scale_bytes = 2 * B * F  # the meta tensors of both scales are one
     assert done.bytes == F * (frame_in + frame_out) + weight + (kt - 1) * frame_in + kept + scale_bytes
     assert kernels.work(backward).tap_passes == 2 * passes + B * (kt - 1) ** 2
+
+
+@pytest.mark.parametrize("architecture", [80, 90])
+def test_parts_that_are_spread_add_their_sums_to_the_bytes_and_nothing_else(architecture):
+    """Written once and read once in fp32, for each tap pass of a frame as many as the configuration says."""
+    B, T, K, kt, C = 2, 4, 1, 3, 512
+    options = {"C": (C, C), "size": (4, 4), "scales": False, "architecture": architecture}
+    launches, _ = plans(B, T, K, kt, mask=(False,) * 5, **options)
+    config = _configs.conv_config(architecture, torch.bfloat16, C, C, 16, "fwd")
+    assert [launch.kernel for launch in launches] == [
+        kernels.causal_conv3d_kernel,
+        kernels.causal_conv3d_combine_kernel,
+    ]
+    passes = B * ((kt - 1) * T + (1 + K) * T)
+    done, frame = kernels.work(launches), 16 * C
+    assert (done.tap_passes, done.multiply_adds) == (passes, passes * 9 * 16 * C * C)
+    sums = passes * config.parts * frame * 4
+    assert done.bytes == 2 * 2 * B * (1 + K) * T * frame + 2 * kt * 9 * C * C + 2 * C + 2 * sums
+    tiles, units = launches[0].grid
+    assert tiles < _configs.MULTIPROCESSORS[architecture] and units == sums // (B * T * frame * 4)
+    assert [launch.kernel for launch in plans(32, 16, **options)[0]] == [kernels.causal_conv3d_kernel]
 
 
 def test_products_computed_are_those_planned(monkeypatch):
@@ -359,18 +499,28 @@ def test_products_computed_are_those_planned(monkeypatch):
         assert count == products
 
 
-def test_sizes_select_no_other_binary():
-    """What a launch compiles for, its constants and options, is the same whatever the sizes."""
+@pytest.mark.parametrize(("architecture", "size"), [(80, (16, 24)), (90, (16, 16))])
+def test_sizes_select_no_other_binary(architecture, size):
+    """What a launch compiles for, its constants and options, is the same whatever the sizes; of boxes, but the map."""
 
     def binaries(**options):
         return [
-            (launch.options, {k: v for k, v in launch.args.items() if k not in kernels._INTEGERS and "_ptr" not in k})
-            for part in plans(**options)
+            (
+                launch.options,
+                {
+                    k: v
+                    for k, v in launch.args.items()
+                    if k not in kernels._INTEGERS and not k.endswith(("_ptr", "_box"))
+                },
+                [v.block_shape for k, v in launch.args.items() if hasattr(v, "block_shape")],
+            )
+            for part in plans(**options, architecture=architecture)
             for launch in part
         ]
 
-    assert len(binaries()) == 6
-    assert binaries() == binaries(B=5, T=9, K=3, C=(192, 256), size=(4, 8))
+    assert len(binaries(size=(16, 16))) == 6
+    assert any(blocks for *_, blocks in binaries(size=(16, 16))) == (architecture == 90)
+    assert binaries(size=(16, 16)) == binaries(B=5, T=9, K=3, C=(192, 256), size=size)
 
 
 def test_offsets_beyond_32_bits():
@@ -427,11 +577,11 @@ def test_configurations():
 
 FAULTS = {
     "wrong tap order": ("        lag = KT - 1 - tap // (KY * KX)\n        dy", "        lag = 1 + tap // (KY * KX) if PAST else 0\n        dy"),
-    "last tap is the first": ("0 if PAST else (KT - 1) * KY * KX\n    TAPS: tl.constexpr = (KT - 1) * KY * KX if PAST else KY * KX\n    blocks", "0\n    TAPS: tl.constexpr = (KT - 1) * KY * KX if PAST else KY * KX\n    blocks"),
+    "last tap is the first": ("0 if PAST else (KT - 1) * KY * KX\n    blocks", "0\n    blocks"),
     "past taps read a noisy stream": ('"fwd", x.narrow(2, layout.clean_start, T)', '"fwd", x.narrow(2, layout.noisy_start, T)'),
     "wrong pad value": ("1, 1, 1), pad_value)", "1, 1, 1), 0.0)"),
     "pad value in the spatial border": ("mask=ok[:, None] & (c[None, :] < K * UNIT_K), other=0.0)", "mask=ok[:, None] & (c[None, :] < K * UNIT_K), other=0.5)"),
-    "scales swapped": ("past_scale = tl.load(past_scale_ptr +", "past_scale = tl.load(last_scale_ptr +"),
+    "scales swapped": ("acc, past, past_scale_ptr, batch", "acc, past, last_scale_ptr, batch"),
     "history shifted by a frame": ("history = _rows(batch, past_frame + KT - 1, y", "history = _rows(batch, past_frame + KT - 2, y"),
     "history one frame longer": ("offset = _choose(frame >= lag,", "offset = _choose(frame > lag,"),
     "spatial border off by one": ("(y + dy < Y) & (x + dx >= 0) & (x + dx < X)\n        offset", "(y + dy < Y) & (x + dx >= 0) & (x + dx <= X)\n        offset"),
@@ -440,23 +590,50 @@ FAULTS = {
     "mirror forgotten": ("            dy = -dy\n", ""),
     "time not mirrored": ("            lag = -lag\n", ""),
     "past gradient reads beyond the clip": (" & (frame - lag < source_frames)", ""),
-    "past gradient to every stream": ("acc, stream == clean, p_ptr", "acc, True, p_ptr"),
+    "past gradient to every stream": ("tl.where(stream == clean, past_parts, 0), past_parts", "past_parts, past_parts"),
     "past gradient to a noisy stream": ("clean=layout.clean_start // T", "clean=layout.noisy_start // T"),
     "past gradient not scaled": ("g *= tl.load(past_scale_ptr", "g *= 1.0 + 0.0 * tl.load(past_scale_ptr"),
     "sum of streams forgets one": ("            total += g\n", "            total = g\n"),
-    "data gradient not scaled": ("                    acc *= tl.load(last_scale_ptr", "                    acc *= 1.0 + 0.0 * tl.load(last_scale_ptr"),
-    "last scale's gradient already scaled": ("dot = tl.sum(acc * z_tile.to(tl.float32), 1)", "dot = tl.sum(acc * z_tile.to(tl.float32), 1) * tl.load(last_scale_ptr + scale_index, mask=row_ok, other=0.0)"),
+    "data gradient not scaled": ("stream, row_ok, HAS_LAST_SCALE)", "stream, row_ok, HAS_LAST_SCALE and DIRECTION == BACK)"),
+    "last scale's gradient already scaled": ("            if DOT:\n                _store_dot(", "            if DOT:\n                acc = _times_scale(acc, last_scale_ptr, batch, i, frames, streams, stream, row_ok, HAS_LAST_SCALE)\n                _store_dot("),
     "history gradient shifted": ("first_frame=1 - kt", "first_frame=2 - kt"),
     "weight gradient of unscaled streams": ("_weight_gradient(scaled, x, None", "_weight_gradient(grad, x, None"),
     "weight gradient loses the last pixel": ("row_ok = m < end", "row_ok = m < end - 1"),
     "weight gradient without history": ("x_rows = _choose(i >= lag,", "x_rows = _choose(i >= 0,"),
 }  # fmt: skip
+BOX_FAULTS = {
+    "box shifted by a column": ("y + dy, x + dx, first])", "y + dy, x + dx + 1, first])"),
+    "box of another frame": ("video.load([batch, frame - lag,", "video.load([batch, frame - lag - 1,"),
+    "box of the first batch item": ("video.load([batch,", "video.load([batch * 0,"),
+    "rows of a box in another order": ("x = box_x + r % BX", "x = box_x + r // BY % BX"),
+    "mirror of boxes forgotten": ("            dx = -dx\n        a = tl", "        a = tl"),
+    "channels go on in the next tap": ("tap += (first >= channels).to(tl.int32)", "tap += (first >= BK).to(tl.int32)"),
+    "weights of another tap": ("weight.load([n, tap * columns + first])", "weight.load([n, (tap - 1) * columns + first])"),
+    "history ends a tap early": ("tl.maximum(KT - 1 - box_frame, 0)", "tl.maximum(KT - 2 - box_frame, 0)"),
+    "history of frames that have none": ("ok = ok & (frame < lag)", "ok = ok & (frame <= lag)"),
+    "clip begins a tap late": ("(KT - box_frame - BF)", "(KT - box_frame - BF + 1)"),
+    "descriptor of exchanged rows and columns": ("order = (0, 2, 3, 4)", "order = (0, 2, 4, 3)"),
+}  # fmt: skip
+PART_FAULTS = {
+    "a stream loses its last part": ("part_ptr, offset, ok, plane, unit, unit + last_parts)", "part_ptr, offset, ok, plane, unit, unit + last_parts - 1)"),
+    "the past loses its first part": ("_sum_stored(past, part_ptr, offset, ok, plane, 0, past_parts)", "_sum_stored(past, part_ptr, offset, ok, plane, 1, past_parts)"),
+    "parts overlap by a step": ("        end = tl.minimum(begin + chunk, steps)\n        summed", "        end = tl.minimum(begin + chunk + 1, steps)\n        summed"),
+    "a stream's parts taken for the past's": ("unit = past_parts + stream * last_parts", "unit = stream * last_parts"),
+    "a part of another stream": ("stream = own // last_parts", "stream = own * 0"),
+    "past gradient of the parts to every stream": ("end = tl.where(stream == clean, past_parts, 0)", "end = past_parts"),
+    "parts beside each other": ("unit.to(tl.int64) * rows * (N", "unit.to(tl.int64) * (rows - 1) * (N"),
+}  # fmt: skip
 
 
-@pytest.mark.parametrize("fault", FAULTS)
+@pytest.mark.parametrize("fault", [*FAULTS, *BOX_FAULTS, *PART_FAULTS])
 def test_seeded_fault_is_caught(fault, monkeypatch, tmp_path):
     """Each fault, put into the source of the kernels, makes the comparison fail."""
-    old, new = FAULTS[fault]
+    old, new = (FAULTS | BOX_FAULTS | PART_FAULTS)[fault]
+    shape = {"B": 1, "Cin": 2, "Cout": 3, "size": (2, 3)}
+    if fault not in FAULTS:
+        use_route(monkeypatch, "boxes" if fault in BOX_FAULTS else "parts, spread")
+        # Boxes of two frames of 4 x 4, the last one beyond the clip; channels of a step and a half.
+        shape = {"B": 2, "Cin": 24, "Cout": 8, "size": (4, 4)}
     source = inspect.getsource(kernels)
     assert old in source, "the seeded fault no longer matches the source"
     path = tmp_path / "faulty.py"
@@ -465,11 +642,12 @@ def test_seeded_fault_is_caught(fault, monkeypatch, tmp_path):
     module = importlib.util.module_from_spec(spec)
     monkeypatch.setitem(sys.modules, spec.name, module)
     spec.loader.exec_module(module)
+    module.BOX_WASTE = kernels.BOX_WASTE
     monkeypatch.setattr(sys.modules["sae_kernels.causal_conv3d"], "triton", module)
     caught = 0
     for history in (True, False):
         layout = FrameLayout(3, 6, noisy_copies=1)
-        tensors, grad = make(layout, history=history, B=1, Cin=2, Cout=3, kernel=(3, 3, 3), size=(2, 3))
+        tensors, grad = make(layout, history=history, kernel=(3, 3, 3), **shape)
         try:
             compare(tensors, grad, layout, pad_value=0.5, impl="triton")
         except (AssertionError, FloatingPointError):
