@@ -1,0 +1,224 @@
+"""The commands `sae series train | sample | plot | study`."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Literal
+
+import numpy as np
+import tyro
+
+from .data import Source, read_series, split_series
+from .plot import plot_series, plot_study
+from .sampling import error_quartiles, generate, negative_log_likelihood
+from .study import RESULT, StudyConfig, run_study, table
+from .train import ScheduleConfig, SeriesTrainConfig, SeriesTrainer, heldout_series, load_series_model
+
+Solver = Literal["ancestral", "ddpm", "ddim", "euler", "heun", "dpm++2m", "stochastic-heun"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class SeriesTrain:
+    """Train on a generator or on your own series; the same command resumes.
+
+    Your own: --train.data FILE, .npz (count, length, channels), or .csv and .parquet in the long format (columns series,
+    time, then channels) or the wide one (a row per series, a column per point).
+
+    Args:
+        train: the run.
+        debug: show where an error came from.
+    """
+
+    train: Annotated[SeriesTrainConfig, tyro.conf.arg(name="")] = field(default_factory=SeriesTrainConfig)
+    debug: bool = False
+
+    def run(self) -> None:
+        trainer = SeriesTrainer(self.train)
+        given = "fresh series" if trainer.data is None else f"{len(trainer.data)} series"
+        print(
+            f"{given} of {trainer.model.length} points and {trainer.model.channels} channels; "
+            f"{trainer.model.num_parameters() / 1e3:.0f} k parameters on {trainer.device}"
+        )
+        reason = trainer.train()
+        print(f"{self.train.run_dir}: step {trainer.step}, stopped by: {reason}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class SeriesSample:
+    """Generate series with a trained network and judge it; writes samples.npz, report.json and samples.png.
+
+    Args:
+        run_dir: run folder or checkpoint.
+        out: folder to write into; <run_dir>/samples if not given.
+        count: series.
+        steps: of the solver.
+        solver: "ancestral" draws from the closed-form posterior, "ddim", "euler", "heun" and "dpm++2m" follow the flow.
+        eta: of "ddim".
+        window: another window than that trained with, which suits networks trained with independent levels; inf is
+            joint generation.
+        likelihood: held-out series to take the negative log-likelihood of; 0 takes none.
+        weights: the average of weights, or those as trained.
+        seed: of noise.
+        device: "auto" takes CUDA where there is one.
+        debug: show where an error came from.
+    """
+
+    run_dir: Path
+    out: Path | None = None
+    count: int = 256
+    steps: int = 400
+    solver: Solver = "ancestral"
+    eta: float = 0.0
+    window: float | None = None
+    likelihood: int = 64
+    weights: Literal["average", "trained"] = "average"
+    seed: int = 0
+    device: str = "auto"
+    debug: bool = False
+
+    def run(self) -> None:
+        from ..cli import pick_device, progress_bar
+
+        for name in ("count", "steps"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}: must be at least 1, got {getattr(self, name)}")
+        if self.likelihood < 0:
+            raise ValueError(f"likelihood: must be at least 0, got {self.likelihood}")
+        model, stats, config = load_series_model(
+            self.run_dir, average=self.weights == "average", device=pick_device(self.device)
+        )
+        chosen = config.schedule
+        if self.window is not None:
+            chosen = dataclasses.replace(chosen, kind="staggered", window=self.window)
+        schedule = chosen.build(model.length)
+        batch = 256
+        with progress_bar("sample", -(-self.count // batch) * self.steps, "steps") as update:
+            x = generate(
+                model, stats, schedule, self.count, steps=self.steps, solver=self.solver, eta=self.eta,
+                seed=self.seed, batch=batch, callback=update,
+            )  # fmt: skip
+        if config.data is None:
+            true = heldout_series(config.source, max(self.likelihood, self.count), config.seed)
+        else:
+            true = split_series(read_series(config.data), config.heldout_fraction, config.seed)[1]
+        report: dict[str, object] = {
+            "count": self.count, "steps": self.steps, "solver": self.solver, "seed": self.seed,
+            "schedule": dataclasses.asdict(chosen),
+        }  # fmt: skip
+        if config.data is None and config.source.has_clauses:
+            report["clause_error"] = error_quartiles(config.source, x)
+            print("clause error: median {median:.4g}, quartiles {q25:.4g} and {q75:.4g}".format(**report["clause_error"]))
+        if self.likelihood:
+            nats = negative_log_likelihood(model, stats, schedule, true[: self.likelihood], seed=self.seed)
+            report["nll"] = {
+                "nats_per_series": float(nats.mean()),
+                "standard_error": float(nats.std(ddof=1) / math.sqrt(len(nats))) if len(nats) > 1 else None,
+                "series": len(nats),
+            }
+            print(f"held-out series: {nats.mean():.4g} nats each ({len(nats)} series)")
+        run_dir = self.run_dir if not (self.run_dir / "state.json").exists() else self.run_dir.parent
+        out = self.out or run_dir / "samples"
+        out.mkdir(parents=True, exist_ok=True)
+        np.savez_compressed(out / "samples.npz", series=x, heldout=true)
+        (out / "report.json").write_text(json.dumps(report, indent=1, default=str) + "\n", encoding="utf-8")
+        plot_series(out / "samples.png", {"generated": x, "held out": true})
+        for name in ("samples.npz", "report.json", "samples.png"):
+            print(out / name)
+
+
+@dataclass(frozen=True, kw_only=True)
+class SeriesPlot:
+    """Draw series of a file or of a generator, or the table of a study once more.
+
+    Args:
+        data: .csv, .parquet or .npz file of series; none draws `source`.
+        study: windows.json of a study, drawn instead of series.
+        source: the generator.
+        out: picture to write.
+        count: series taken from the generator.
+        shown: series drawn as lines.
+        channel: of the series.
+        seed: of the generator.
+        device: accepted for symmetry.
+        debug: show where an error came from.
+    """
+
+    data: Path | None = None
+    study: Path | None = None
+    source: Source = field(default_factory=Source)
+    out: Path = Path("series.png")
+    count: int = 256
+    shown: int = 4
+    channel: int = 0
+    seed: int = 0
+    device: str = "auto"
+    debug: bool = False
+
+    def run(self) -> None:
+        if self.study is not None:
+            result = json.loads(self.study.read_text(encoding="utf-8"))
+            print(plot_study(self.out, result["rows"], result["settings"]["length"]))
+            return
+        if self.data is not None:
+            x, name = read_series(self.data), self.data.name
+        else:
+            x, name = self.source.sample(self.count, self.seed), self.source.kind
+        if not 0 <= self.channel < x.shape[2]:
+            raise ValueError(f"channel: must be in [0, {x.shape[2]}), got {self.channel}")
+        print(plot_series(self.out, {name: x}, shown=self.shown, channel=self.channel))
+
+
+# 2 orders x 3 windows of a smaller network: about 3 minutes on 2 cores, and the shape is there.
+QUICK = StudyConfig()
+
+
+@dataclass(frozen=True, kw_only=True)
+class SeriesStudy:
+    """Clause error over window, for natural and permuted chains; writes windows.json, windows.md and windows.png.
+
+    The same command goes on with what an interrupted study left.
+
+    Args:
+        out: folder to write into.
+        study: grid and budget.
+        minutes: take the small grid, and begin no training after so long; none runs the whole of `study`.
+        workers: processes, one thread each.
+        seed: added to the seeds of `study`.
+        device: accepted for symmetry; the study runs on the CPU.
+        debug: show where an error came from.
+    """
+
+    out: Path = Path("runs/series-study")
+    study: Annotated[StudyConfig, tyro.conf.arg(name="")] = field(default_factory=StudyConfig)
+    minutes: float | None = None
+    workers: int = 2
+    seed: int = 0
+    device: str = "auto"
+    debug: bool = False
+
+    def run(self) -> None:
+        from ..cli import progress_bar
+
+        config = self.study if self.minutes is None else QUICK
+        config = dataclasses.replace(config, seeds=tuple(seed + self.seed for seed in config.seeds))
+        with progress_bar("study", len(config.cells()), "networks") as update:
+            result = run_study(
+                config, self.out, workers=self.workers,
+                max_seconds=None if self.minutes is None else 60 * self.minutes,
+                callback=lambda done, _total, note: update(done, note),
+            )  # fmt: skip
+        print(table(result))
+        for suffix in ("json", "md", "png"):
+            print(self.out / f"{RESULT}.{suffix}")
+
+
+SeriesCommand = (
+    Annotated[SeriesTrain, tyro.conf.subcommand("train")]
+    | Annotated[SeriesSample, tyro.conf.subcommand("sample")]
+    | Annotated[SeriesPlot, tyro.conf.subcommand("plot")]
+    | Annotated[SeriesStudy, tyro.conf.subcommand("study")]
+)

@@ -1,0 +1,69 @@
+"""Pictures: series beside each other, and the window study."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+# Colour-blind safe (Okabe and Ito).
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7")
+
+
+def _axes(width: float, height: float, columns: int = 1) -> Any:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    return plt.subplots(1, columns, figsize=(width, height), squeeze=False, sharey=True, layout="constrained")
+
+
+def _save(figure: Any, path: Path) -> Path:
+    from matplotlib import pyplot as plt
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    # without these the same figures would give other bytes on another day
+    figure.savefig(path, dpi=110, metadata={"Software": None})
+    plt.close(figure)
+    return path
+
+
+def plot_series(path: Path, groups: dict[str, np.ndarray], *, shown: int = 4, channel: int = 0) -> Path:
+    """One panel per named group of series (count, length, channels): `shown` of them and the middle half as a band."""
+    figure, axes = _axes(5 * len(groups), 3.2, len(groups))
+    for axis, (name, x) in zip(axes[0], groups.items()):
+        points = np.arange(x.shape[1])
+        low, high = np.quantile(x[:, :, channel], [0.25, 0.75], axis=0)
+        axis.fill_between(points, low, high, color="#999999", alpha=0.3, lw=0, label="middle half")
+        for i, series in enumerate(x[:shown, :, channel]):
+            axis.plot(points, series, color=COLOURS[i % len(COLOURS)], lw=1.2, marker=".", ms=4)
+        axis.set(title=f"{name}, {len(x)} series", xlabel="point")
+    axes[0][0].legend(frameon=False)
+    return _save(figure, path)
+
+
+def plot_study(path: Path, rows: list[dict[str, Any]], length: int) -> Path:
+    """Clause error over window, one line per order: median with its quartiles, all seeds' series together."""
+    figure, axes = _axes(7, 4)
+    axis = axes[0][0]
+    for colour, order in zip(COLOURS, dict.fromkeys(row["order"] for row in rows)):
+        own = sorted((row for row in rows if row["order"] == order), key=lambda row: row["window"])
+        window = [row["window"] for row in own]
+        axis.fill_between(
+            window, [row["q25"] for row in own], [row["q75"] for row in own], color=colour, alpha=0.15, lw=0
+        )
+        axis.plot(window, [row["median"] for row in own], color=colour, marker="o", ms=4, label=order)
+        for row in own:
+            medians = row["seed_medians"]
+            axis.plot([row["window"]] * len(medians), medians, color=colour, ls="", marker="_", ms=7)
+    axis.set_xscale("log", base=2)
+    axis.set_yscale("log")
+    axis.axvline(length, color="#999999", lw=0.8, ls=":")
+    axis.set(xlabel=f"window w, of {length} points (1: autoregressive, large: joint)", ylabel="clause error of a series")
+    axis.legend(frameon=False, title="median, quartiles; dashes: one seed")
+    ticks = sorted({row["window"] for row in rows})
+    axis.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
+    axis.minorticks_off()
+    return _save(figure, path)
