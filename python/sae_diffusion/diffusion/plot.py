@@ -94,8 +94,8 @@ class SchedulePlot:
         order: in which "staggered" and "triangular" generate; "random" is drawn with --seed.
         steps_per_token: of "triangular".
         lag: macro steps between two tokens of "triangular".
-        softness: b of "columns" and "rows" in [0, 1): 0 is all at once.
-        hardness: a of "components": 1 is standard diffusion, 0 the same SNR for all.
+        a: of "components": 0 gives all the same SNR, 1 is standard diffusion, above it they come one after another.
+        b: of "columns" and "rows" in [0, 1): 0 is all at once, towards 1 they come one after another.
         size: height and width of "columns" and "rows".
         start: log-SNR at t = 0 of the log-linear curve and of "components".
         end: log-SNR at t = 1 of the same.
@@ -116,8 +116,8 @@ class SchedulePlot:
     order: Literal["natural", "reverse", "random"] = "natural"
     steps_per_token: int = 10
     lag: int = 2
-    softness: float = 0.5
-    hardness: float = 2.0
+    a: float = 2.0
+    b: float = 0.5
     size: tuple[int, int] = (8, 8)
     start: float = 9.2
     end: float = -4.6
@@ -143,15 +143,13 @@ class SchedulePlot:
                 raise ValueError(f"window: must be a whole number of tokens for 'rolling', got {self.window}")
             return Rolling(int(self.window), curve, scaling=self.scaling)
         if self.kind in ("columns", "rows"):
-            make = Columns if self.kind == "columns" else Rows
-            return make((1, *self.size), self.softness, curve, scaling=self.scaling)
+            lines = Columns if self.kind == "columns" else Rows
+            return lines((1, *self.size), self.b, curve, scaling=self.scaling)
         if self.tokens < 1:
             raise ValueError(f"tokens: must be at least 1, got {self.tokens}")
         if self.kind == "components":
             variances = (1 + torch.arange(self.tokens, dtype=torch.float64)) ** -2
-            return ComponentLinear(
-                variances, self.hardness, start=self.start, end=self.end, scaling=self.scaling or "vp"
-            )
+            return ComponentLinear(variances, self.a, start=self.start, end=self.end, scaling=self.scaling or "vp")
         order = torch.arange(self.tokens)
         if self.order == "reverse":
             order = order.flip(0)

@@ -168,10 +168,11 @@ def elbo(
         seed, offset: of `sae_kernels.token_noise`.
     """
     log_snr = schedule.log_snr(t)
-    signal, noise = (expand_to(scale, x0).to(x0) for scale in scales_of(log_snr, schedule.scaling))
+    work = torch.float64 if x0.dtype == torch.float64 else torch.float32
+    signal, noise = (expand_to(s, x0).to(x0.device, work) for s in scales_of(log_snr, schedule.scaling))
     layout = FrameLayout(frames=x0.shape[1], tokens_per_frame=1, noisy_copies=0)
     x, _ = token_noise(x0, signal, noise, layout, seed=seed, offset=offset, return_noise=True)
-    prediction = predict(x, log_snr.to(x0))
+    prediction = predict(x, log_snr.to(x0.device, work))
     target = from_x0(x0, x, signal, noise, kind)
     integrand = elbo_integrand(prediction, target, schedule, t, kind)
     return integrand * weight.reshape(weight.shape + (1,) * (integrand.ndim - weight.ndim)).to(integrand)

@@ -12,6 +12,7 @@ import itertools
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -130,6 +131,8 @@ def step_normals(x: torch.Tensor, seed: int, step: int) -> torch.Tensor:
 class Churn:
     """Noise added before a step of "stochastic-heun" (EDM, algorithm 2), token by token.
 
+    EDM also churns before its last step to sigma = 0; here that step is the evaluation for final="data", without noise.
+
     Args:
         amount: S_churn, spread over the steps in which a token moves.
         least, greatest: S_tmin, S_tmax, on sigma = noise / signal of the token.
@@ -169,8 +172,8 @@ def sample(
     Solvers, with eps_hat = (x - a x0_hat) / s:
 
     * "ancestral": draw from q(x_p | x_t, x0_hat), mean (a_p / a_t) (1 - c) x + a_p c x0_hat, variance s_p^2 c.
-    * "ddpm": the same mean with the greater variance beta = 1 - vp_t^2 / vp_p^2 of Ho et al. 2020, in units of
-      a_p^2 + s_p^2; exact for data N(0, 1).
+    * "ddpm": the same mean with the greater variance of Ho et al. 2020, beta(p, t) = 1 - alpha(t) / alpha(p) times
+      a_p^2 + s_p^2, alpha = sigmoid(lambda); exact for data N(0, 1).
     * "ddim": a_p x0_hat + sqrt(s_p^2 - v) eps_hat plus noise of variance v = eta^2 s_p^2 c; eta = 1 is "ancestral".
     * "euler": a step of the probability-flow ODE dx = x0_hat da + eps_hat ds; the same as "ddim" with eta = 0.
     * "heun": the trapezoidal rule for this ODE, two evaluations a step; EDM's for "ve", flow matching's for "flow".
@@ -240,7 +243,7 @@ def roll(
         raise ValueError(f"schedule: must be a Rolling with first=False, got {type(schedule).__name__}")
     if len(shape) < 2 or shape[1] != schedule.window:
         raise ValueError(f"shape: must be (B, W = {schedule.window}, ...), got {tuple(shape)}")
-    options = {"solver": solver, "eta": eta, "churn": churn, "final": "state"}
+    options: dict[str, Any] = {"solver": solver, "eta": eta, "churn": churn, "final": "state"}
     run_in = Rolling(schedule.window, schedule.curve, first=True, scaling=schedule.scaling)
     entry = Rolling(1, schedule.curve, scaling=schedule.scaling)
     first = derive_seed(seed, _ROLL, 1)
