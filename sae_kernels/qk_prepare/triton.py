@@ -29,20 +29,23 @@ def _cos_sin(
     """cos and sin [tokens, pairs], fp32; table: turns of each pair, then its axis."""
     pair = tl.arange(0, BP)
     turns = tl.load(table_ptr + pair, mask=pair < PAIRS, other=0)[None, :]
+    # Division in 32 bits: there are fewer than 2^31 tokens.
+    index, P = token.to(tl.int32), tokens_per_frame.to(tl.int32)
+    frame = start + (index // P % frames.to(tl.int32)).to(tl.int64)
     if AXES == 1:
         if EXPLICIT:
             at = tl.load(positions_ptr + batch * positions_b + token, mask=token_ok, other=0)[:, None]
         else:
-            at = (start + token // tokens_per_frame % frames)[:, None]
+            at = frame[:, None]
     else:
         axis = tl.load(table_ptr + PAIRS + pair, mask=pair < PAIRS, other=0)[None, :]
         if EXPLICIT:
             ok = token_ok[:, None] & (pair < PAIRS)[None, :]
             at = tl.load(positions_ptr + batch * positions_b + token[:, None] * AXES + axis, mask=ok, other=0)
         else:
-            inside = (token % tokens_per_frame)[:, None]
-            at = tl.where(axis == 1, inside // width, inside % width)
-            at = tl.where(axis == 0, (start + token // tokens_per_frame % frames)[:, None], at)
+            row, column = index % P // width.to(tl.int32), index % P % width.to(tl.int32)
+            at = tl.where(axis == 1, row.to(tl.int64)[:, None], column.to(tl.int64)[:, None])
+            at = tl.where(axis == 0, frame[:, None], at)
     phase = at * turns
     quarter = (phase + (1 << 61)) >> 62
     x = (phase - (quarter << 62)).to(tl.float32) * RADIANS
@@ -58,14 +61,16 @@ def _cos_sin(
 
 
 @triton.jit
-def _load(ptr, row, row_ok, PAIRS: tl.constexpr, BP: tl.constexpr, INTERLEAVED: tl.constexpr):
+def _load(ptr, row, row_ok, PAIRS: tl.constexpr, BP: tl.constexpr, BS: tl.constexpr, INTERLEAVED: tl.constexpr):
     """First and second channels of the pairs, fp32 [tokens, pairs]."""
-    pair = tl.arange(0, BP)
     if INTERLEAVED:
-        at = row[:, None, None] + (2 * pair[:, None] + tl.arange(0, 2)[None, :])[None, :, :]
-        ok = row_ok[:, None, None] & (pair < PAIRS)[None, :, None]
-        a, b = tl.split(tl.load(ptr + at, mask=ok, other=0.0).to(tl.float32))
+        # Loaded in a row, for 16-byte accesses, then taken apart in registers.
+        channel = tl.arange(0, 2 * BP)
+        ok = row_ok[:, None] & (channel < 2 * PAIRS)[None, :]
+        both = tl.load(ptr + row[:, None] + channel[None, :], mask=ok, other=0.0).to(tl.float32)
+        a, b = tl.split(tl.reshape(both, [BS, BP, 2]))
     else:
+        pair = tl.arange(0, BP)
         at = row[:, None] + pair[None, :]
         ok = row_ok[:, None] & (pair < PAIRS)[None, :]
         a = tl.load(ptr + at, mask=ok, other=0.0).to(tl.float32)
@@ -74,13 +79,14 @@ def _load(ptr, row, row_ok, PAIRS: tl.constexpr, BP: tl.constexpr, INTERLEAVED: 
 
 
 @triton.jit
-def _store(ptr, row, row_ok, a, b, PAIRS: tl.constexpr, BP: tl.constexpr, INTERLEAVED: tl.constexpr):
-    pair = tl.arange(0, BP)
+def _store(ptr, row, row_ok, a, b, PAIRS: tl.constexpr, BP: tl.constexpr, BS: tl.constexpr, INTERLEAVED: tl.constexpr):
     if INTERLEAVED:
-        at = row[:, None, None] + (2 * pair[:, None] + tl.arange(0, 2)[None, :])[None, :, :]
-        ok = row_ok[:, None, None] & (pair < PAIRS)[None, :, None]
-        tl.store(ptr + at, tl.join(a, b).to(ptr.dtype.element_ty), mask=ok)
+        channel = tl.arange(0, 2 * BP)
+        ok = row_ok[:, None] & (channel < 2 * PAIRS)[None, :]
+        both = tl.reshape(tl.join(a, b), [BS, 2 * BP])
+        tl.store(ptr + row[:, None] + channel[None, :], both.to(ptr.dtype.element_ty), mask=ok)
     else:
+        pair = tl.arange(0, BP)
         at = row[:, None] + pair[None, :]
         ok = row_ok[:, None] & (pair < PAIRS)[None, :]
         tl.store(ptr + at, a.to(ptr.dtype.element_ty), mask=ok)
@@ -95,7 +101,7 @@ def _forward_head(
     """One head of a tile of tokens; BR >= D - 2 PAIRS channels are not turned."""
     total = tl.zeros([BS], tl.float32)
     if PAIRS > 0:
-        a, b = _load(x_ptr, x_row, row_ok, PAIRS, BP, INTERLEAVED)
+        a, b = _load(x_ptr, x_row, row_ok, PAIRS, BP, BS, INTERLEAVED)
         total += tl.sum(a * a + b * b, axis=1)
     if D > 2 * PAIRS:
         channel = 2 * PAIRS + tl.arange(0, BR)
@@ -109,7 +115,7 @@ def _forward_head(
     if PAIRS > 0:
         if NORMALIZE:
             a, b = a * factor, b * factor
-        _store(out_ptr, out_row, row_ok, a * cos - b * sin, b * cos + a * sin, PAIRS, BP, INTERLEAVED)
+        _store(out_ptr, out_row, row_ok, a * cos - b * sin, b * cos + a * sin, PAIRS, BP, BS, INTERLEAVED)
     if D > 2 * PAIRS:
         if NORMALIZE:
             rest = rest.to(tl.float32) * factor
@@ -124,7 +130,7 @@ def _backward_head(
 ):  # fmt: skip
     """R(-p) (grad / (rms + eps) - y <grad, y> / (n rms)), with y the output of forward; no second term at rms 0."""
     if PAIRS > 0:
-        a, b = _load(grad_ptr, grad_row, row_ok, PAIRS, BP, INTERLEAVED)
+        a, b = _load(grad_ptr, grad_row, row_ok, PAIRS, BP, BS, INTERLEAVED)
     if D > 2 * PAIRS:
         channel = 2 * PAIRS + tl.arange(0, BR)
         ok = row_ok[:, None] & (channel < D)[None, :]
@@ -132,7 +138,7 @@ def _backward_head(
     if NORMALIZE:
         dot = tl.zeros([BS], tl.float32)
         if PAIRS > 0:
-            y_a, y_b = _load(y_ptr, y_row, row_ok, PAIRS, BP, INTERLEAVED)
+            y_a, y_b = _load(y_ptr, y_row, row_ok, PAIRS, BP, BS, INTERLEAVED)
             dot += tl.sum(a * y_a + b * y_b, axis=1)
         if D > 2 * PAIRS:
             y_rest = tl.load(y_ptr + y_row[:, None] + channel[None, :], mask=ok, other=0.0).to(tl.float32)
@@ -145,7 +151,7 @@ def _backward_head(
         if D > 2 * PAIRS:
             rest = rest * factor - y_rest * slope
     if PAIRS > 0:
-        _store(out_ptr, out_row, row_ok, a * cos + b * sin, b * cos - a * sin, PAIRS, BP, INTERLEAVED)
+        _store(out_ptr, out_row, row_ok, a * cos + b * sin, b * cos - a * sin, PAIRS, BP, BS, INTERLEAVED)
     if D > 2 * PAIRS:
         tl.store(out_ptr + out_row[:, None] + channel[None, :], rest.to(out_ptr.dtype.element_ty), mask=ok)
 
