@@ -12,7 +12,7 @@ from .._launch import Launch, run
 
 BLOCK = 1024
 
-_INTEGERS = ["seed", "offset", "inner", "frames", "streams", "blocks",
+_INTEGERS = ["seed", "offset", "inner_units", "frames", "streams", "blocks",
              *(f"{scale}_{dim}" for scale in ("signal", "scale") for dim in "brt")]  # fmt: skip
 
 
@@ -109,13 +109,15 @@ def _normals(group, seed, offset):
 @triton.jit(do_not_specialize=_INTEGERS)
 def token_noise_fwd_kernel(
     x_ptr, signal_ptr, scale_ptr, out_ptr, noise_ptr,
-    seed: tl.int64, offset: tl.int64, inner: tl.int64, frames: tl.int64, streams: tl.int64, blocks: tl.int64,
+    seed: tl.int64, offset: tl.int64, inner_units: tl.int64, frames: tl.int64, streams: tl.int64, blocks: tl.int64,
     signal_b: tl.int64, signal_r: tl.int64, signal_t: tl.int64, scale_b: tl.int64, scale_r: tl.int64, scale_t: tl.int64,
-    SIGNAL_INNER: tl.constexpr, SCALE_INNER: tl.constexpr, NOISE: tl.constexpr, ALIGNED: tl.constexpr,
-    BLOCK: tl.constexpr,
+    SIGNAL_INNER: tl.constexpr, SCALE_INNER: tl.constexpr, NOISE: tl.constexpr, UNIT: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """out[b, r, t, i] = signal x[b, t, i] + scale eps. A frame of 4 n elements starts on a group in every stream; of
-    another size it does not, and blocks overlap by a group."""
+    another size it does not, and blocks overlap by a group. Sizes in units of UNIT elements let the compiler know that
+    16-byte accesses stay inside the mask."""
+    ALIGNED: tl.constexpr = UNIT % 4 == 0
+    inner = inner_units * UNIT
     STEP: tl.constexpr = BLOCK if ALIGNED else BLOCK - 4
     program = tl.program_id(0).to(tl.int64)
     frame = program // blocks
@@ -129,15 +131,16 @@ def token_noise_fwd_kernel(
     i = first + tl.arange(0, BLOCK)
     x = tl.zeros([BLOCK], tl.float32)
     if ALIGNED:
-        x = tl.load(x_ptr + i, mask=i < end, other=0.0).to(tl.float32)
+        x = tl.load(x_ptr + i, mask=i < inner, other=0.0).to(tl.float32)
     for r in range(streams):
         start = ((batch * streams + r) * frames + t) * inner
         group = (start + first) // 4 + tl.arange(0, BLOCK // 4)
         z = _normals(group, seed, offset)
-        if not ALIGNED:
+        if ALIGNED:
+            ok = i < inner
+        else:
             i = (start + first) // 4 * 4 - start + tl.arange(0, BLOCK)
-        ok = (i >= first) & (i < end)
-        if not ALIGNED:
+            ok = (i >= first) & (i < end)
             x = tl.load(x_ptr + i, mask=ok, other=0.0).to(tl.float32)
         if SIGNAL_INNER:
             signal = tl.load(signal_ptr + r * signal_r + i, mask=ok, other=0.0).to(tl.float32)
@@ -153,16 +156,24 @@ def token_noise_fwd_kernel(
             tl.store(noise_ptr + start + i, z.to(noise_ptr.dtype.element_ty), mask=ok)
 
 
-@triton.jit(do_not_specialize=["seed", "offset", "count"])
-def token_noise_eps_kernel(out_ptr, seed: tl.int64, offset: tl.int64, count: tl.int64, BLOCK: tl.constexpr):
+@triton.jit(do_not_specialize=["seed", "offset", "units"])
+def token_noise_eps_kernel(
+    out_ptr, seed: tl.int64, offset: tl.int64, units: tl.int64, UNIT: tl.constexpr, BLOCK: tl.constexpr
+):
     program = tl.program_id(0).to(tl.int64)
     z = _normals(program * (BLOCK // 4) + tl.arange(0, BLOCK // 4), seed, offset)
     i = program * BLOCK + tl.arange(0, BLOCK)
-    tl.store(out_ptr + i, z.to(out_ptr.dtype.element_ty), mask=i < count)
+    tl.store(out_ptr + i, z.to(out_ptr.dtype.element_ty), mask=i < units * UNIT)
+
+
+def _unit(size: int) -> int:
+    """16, 8 or 4 if that divides size, else 1."""
+    return next((unit for unit in (16, 8, 4) if size % unit == 0), 1)
 
 
 def plan_eps(out: torch.Tensor, seed: int, offset: int) -> list[Launch]:
-    args = {"out_ptr": out, "seed": seed, "offset": offset, "count": out.numel(), "BLOCK": BLOCK}
+    unit = _unit(out.numel())
+    args = {"out_ptr": out, "seed": seed, "offset": offset, "units": out.numel() // unit, "UNIT": unit, "BLOCK": BLOCK}
     return [Launch(token_noise_eps_kernel, (-(-out.numel() // BLOCK),), args, num_warps=4, num_stages=1)]
 
 
@@ -178,9 +189,9 @@ def plan_forward(
 ) -> list[Launch]:
     B, T = x.shape[:2]
     inner = x[0, 0].numel()
-    aligned = inner % 4 == 0
+    unit = _unit(inner)
     block = min(BLOCK, max(16, triton.next_power_of_2(inner)))
-    blocks = -(-inner // (block if aligned else block - 4))
+    blocks = -(-inner // (block if unit > 1 else block - 4))
     args: dict = {"x_ptr": x.contiguous(), "out_ptr": out, "noise_ptr": out if noise is None else noise}
     for name, value in (("signal", signal_scale), ("scale", noise_scale)):
         varies = any(n > 1 for n in value.shape[2:])
@@ -191,8 +202,15 @@ def plan_forward(
         args[f"{name}_t"] = 0 if value.shape[1] == 1 else value.stride(1)
         args[f"{name}_r"] = T * args[f"{name}_t"]
         args[f"{name.upper()}_INNER"] = varies
-    args |= {"seed": seed, "offset": offset, "inner": inner, "frames": T, "streams": streams, "blocks": blocks}
-    args |= {"NOISE": noise is not None, "ALIGNED": aligned, "BLOCK": block}
+    args |= {
+        "seed": seed,
+        "offset": offset,
+        "inner_units": inner // unit,
+        "frames": T,
+        "streams": streams,
+        "blocks": blocks,
+    }
+    args |= {"NOISE": noise is not None, "UNIT": unit, "BLOCK": block}
     warps = max(1, min(4, block // 256))
     return [Launch(token_noise_fwd_kernel, (B * T * blocks,), args, num_warps=warps, num_stages=1)]
 

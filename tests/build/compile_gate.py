@@ -51,6 +51,7 @@ def compile_one(case: tuple[str, int, str]) -> dict:
         "wide_loads": len(re.findall(r"LDG\S*\.128", code)),
         "wide_stores": len(re.findall(r"STG\S*\.128", code)),
         "wide_copies": len(re.findall(r"LDGSTS\S*\.128", code)),
+        "boxes": code.count("UTMALDG"),
     }
 
 

@@ -47,8 +47,13 @@ def causal_conv3d(architecture: int) -> dict[str, Launch]:
     from sae_kernels.causal_conv3d import triton as kernels
 
     # (dtype, Cin, Cout, Y and X, scales): with scales dgrad makes last_scale's gradient too.
+    # No box tiles 17 x 17 pixels; 256 channels at 4 x 4 are summed in parts, by programs of their own but for dgrad.
     cases = [(torch.bfloat16, 128, 128, 16, True), (torch.bfloat16, 128, 128, 16, False)]
+    cases += [(torch.bfloat16, 256, 256, 4, True)]
+    if architecture >= 90:
+        cases += [(torch.bfloat16, 128, 128, 17, False)]
     if architecture == 90:
+        cases += [(torch.bfloat16, 128, 128, 17, True), (torch.bfloat16, 256, 256, 8, True)]
         cases += [(torch.bfloat16, 64, 64, 8, False), (torch.bfloat16, 5, 64, 32, False)]
         cases += [(torch.bfloat16, 64, 4, 32, False), (torch.float32, 64, 64, 16, True)]
     layout = FrameLayout(4, 1)
@@ -70,7 +75,11 @@ def causal_conv3d(architecture: int) -> dict[str, Launch]:
                 "_dot" if args.get("DOT") and direction else "_history" if direction and not args["LAST"] else ""
             )
             tile = "x".join(str(args[key]) for key in ("BM", "BN", "BK") if key in args)
-            name = f"{launch.kernel.__name__}-{direction or args.get('PAST')}-{str(dtype)[6:]}-{tile}"
+            if "PARTS" in args:
+                direction += "_boxes" * (args["BX"] > 0) + "_parts" * args["PARTS"] + "_spread" * args["SPREAD"]
+            # Without products there is nothing to ask of the matrix instructions.
+            label = str(dtype)[6:] if "BK" in args or "SUM" in args else "combine"
+            name = f"{launch.kernel.__name__}-{direction or args.get('PAST')}-{label}-{tile}"
             name += f"-w{launch.num_warps}-s{launch.num_stages}"
             # One pass over streams, one of history and one wide pair of weight gradients stand for all.
             whole = "DIRECTION" in args and "history" not in name
@@ -97,12 +106,30 @@ def least_copies(op: str, launch: Launch, architecture: int) -> int:
         return 1
     if "BK" not in args:
         return 0
+    if args.get("BX", 0) > 0:
+        # Only history goes through pointers.
+        return (
+            (args["BM"] + args["BN"])
+            * args["BK"]
+            * 2
+            // (512 * launch.num_warps)
+            * launch.num_stages
+            * (args["HAS_HISTORY"])
+        )
     size = args["w_ptr" if "w_ptr" in args else "g_ptr"].element_size()
     # Before wgmma, a first operand that lies transposed goes through registers.
     lines = args["BN"] if "g_ptr" in args and architecture != 90 else args["BM"] + args["BN"]
     one_stage = lines * args["BK"] * size // (16 * 32 * launch.num_warps)
     loops = int(args["PAST"]) + int(args["LAST"]) if "LAST" in args else 1
     return one_stage * loops * launch.num_stages
+
+
+def least_boxes(op: str, launch: Launch) -> int:
+    """Bulk copies of tiles by the copy engine: of a video and of the weight, in each stage of each loop."""
+    args = launch.args
+    if op != "causal_conv3d" or args.get("BX", 0) == 0:
+        return 0
+    return 2 * launch.num_stages * (int(args["PAST"]) + int(args["LAST"]))
 
 
 def token_noise(architecture: int) -> dict[str, Launch]:
@@ -155,7 +182,10 @@ def magnitude(architecture: int) -> dict[str, Launch]:
         backward = {"grad_ptr": w, "grad_w_ptr": w, "part_ptr": column, "NEEDS_W": True, "NEEDS_GAIN": True}
         add(label, kernels.plan_weight(kernels.normalize_weight_fwd_kernel, w, column, 1.0, out_ptr=w, rms_ptr=column))
         add(label, kernels.plan_weight(kernels.normalize_weight_bwd_kernel, w, column, 1.0, rms_ptr=column, **backward))
-        for order, x in (("last", _video(8, dtype, 256, 4)), ("first", torch.empty(2, 20, 4, 8, 8, dtype=dtype, device="meta"))):
+        for order, x in (
+            ("last", _video(8, dtype, 256, 4)),
+            ("first", torch.empty(2, 20, 4, 8, 8, dtype=dtype, device="meta")),
+        ):
             name, scale = f"{label}-{order}", torch.empty(2, 4, x.shape[1], dtype=dtype, device="meta")
             t, walk = torch.empty(2, 4, device="meta"), {"walk": True, "NEEDS_X": True, "NEEDS_SCALE": True}
             kernel, args = kernels.modulated_silu_fwd_kernel, {"x_ptr": x, "scale_ptr": scale, "gain": 1.0}
@@ -185,7 +215,10 @@ def magnitude(architecture: int) -> dict[str, Launch]:
 
 
 def is_wide(op: str, name: str) -> bool:
-    """Whether a memory-bound kernel must read and write 16 bytes at a time; channels that lie apart are not together."""
+    """Whether a memory-bound kernel must write 16 bytes at a time (and read so, if it reads)."""
+    if op == "token_noise":
+        return not name.endswith("-unaligned")
+    # Channels that lie apart are not read together.
     return op == "magnitude" and not (name.startswith("pixel_norm") and "-first" in name)
 
 
