@@ -162,6 +162,17 @@ def test_any_window_holds_no_more_than_its_frames_and_gives_each_all_levels(wind
         assert block - window / steps < clock <= block + 1e-9
 
 
+@pytest.mark.parametrize("solver", ["heun", "euler"])
+def test_noise_belongs_to_the_frame_whatever_the_window(solver):
+    """With an estimate that does not depend on other frames the window must not matter, churn included."""
+    settings = config(steps=6, churn=2.0, context_noise=0.1, solver=solver)
+    plain = generate(Recorder(), None, None, 5, settings, seed=2, batch=2)
+    for window in (1, 2, 4):
+        assert torch.equal(generate_window(Recorder(), None, None, 5, window, settings, seed=2, batch=2), plain)
+    blocks = generate(Recorder(2), None, None, 6, settings, seed=2)
+    assert torch.equal(generate_window(Recorder(2), None, None, 6, 6, settings, seed=2), blocks)
+
+
 def test_heun_evaluates_twice_but_for_a_last_step_of_one():
     net = Recorder()
     generate_window(net, None, None, 4, 2, config(steps=4))
