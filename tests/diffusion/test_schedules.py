@@ -395,6 +395,7 @@ def test_expand_to():
         (lambda: Staggered(0, 1), ValueError, "tokens: must be at least 1, got 0"),
         (lambda: Staggered(2.0, 1), TypeError, "tokens: must be an integer"),
         (lambda: Staggered(3, 0), ValueError, "window: must be positive, got 0"),
+        (lambda: Staggered(3, "8"), TypeError, "window: must be a number, got str"),
         (lambda: Staggered(3, math.nan), ValueError, "window: must be positive, got nan"),
         (lambda: Staggered(3, 1, order=[0, 1, 1]), ValueError, "order: must be a permutation"),
         (lambda: Staggered(3, 1, order=[0, 1]), ValueError, "order: must be a permutation"),
@@ -477,3 +478,16 @@ def test_check_schedule_refuses_by_name(broken, message):
 
 def test_check_schedule_accepts_the_unbroken_one():
     check_schedule(Broken(pair))
+
+
+@pytest.mark.parametrize(
+    "schedule",
+    [
+        Staggered(1000, 1, Cosine()),
+        Staggered(600, 0.5, EDM()),
+        ComponentLinear(torch.logspace(1, -5, 3072, dtype=torch.float64), 3.0, clip=(-6.0, 7.0)),
+    ],
+    ids=["narrow", "gaps", "many components"],
+)
+def test_check_schedule_accepts_large_ones(schedule):
+    check_schedule(schedule)
