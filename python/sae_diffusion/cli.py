@@ -1,4 +1,4 @@
-"""The command `sae`: collect | train | sample | schedule | series | info. Options are the fields of dataclasses."""
+"""The command `sae`: collect | train | sample | schedule | series | images | info."""
 
 from __future__ import annotations
 
@@ -20,6 +20,7 @@ from .data import ClipDataset, FrameStats, collect, open_dataset
 from .diffusion.plot import SchedulePlot
 from .diffusion.sampler import SamplerConfig
 from .diffusion.window_sampler import check_trained_for_window
+from .images.cli import ImagesCommand
 from .media import write_png
 from .model import Denoiser, ModelConfig
 from .presets import PRESETS, ClipConfig, Preset
@@ -218,6 +219,16 @@ class Series:
         self.command.run()
 
 
+@dataclass(frozen=True)
+class Images:
+    """Small images by diffusion in any orthonormal basis, with any schedule for each component."""
+
+    command: Annotated[ImagesCommand, tyro.conf.arg(name="")]
+
+    def run(self) -> None:
+        self.command.run()
+
+
 @dataclass(frozen=True, kw_only=True)
 class Info:
     """Print versions, devices, and which implementation each op takes here and why not the others.
@@ -405,6 +416,7 @@ def parse(arguments: Sequence[str]) -> Any:
         | Annotated[Sample, tyro.conf.subcommand("sample", default=sample)]
         | Annotated[SchedulePlot, tyro.conf.subcommand("schedule")]
         | Annotated[Series, tyro.conf.subcommand("series")]
+        | Annotated[Images, tyro.conf.subcommand("images")]
         | Annotated[Info, tyro.conf.subcommand("info")]
     )
     return tyro.cli(commands, args=list(arguments), prog="sae", description="World models by autoregressive diffusion.")

@@ -46,10 +46,14 @@ def trained(recorded, tmp_path_factory):
     return run
 
 
-@pytest.mark.parametrize("command", ["collect", "train", "sample", "info"])
+COMMANDS = """collect; train; sample; info; schedule; series train; series sample; series plot; series study;
+    images train; images sample; images evaluate; images compare"""
+
+
+@pytest.mark.parametrize("command", [c.strip() for c in COMMANDS.split(";")])
 def test_every_command_explains_itself(command, capsys):
     with pytest.raises(SystemExit) as end:
-        cli.main([command, "--help"])
+        cli.main([*command.split(), "--help"])
     assert end.value.code == 0
     text = capsys.readouterr().out
     assert "--seed" in text and "--device" in text and "--debug" in text
@@ -166,3 +170,22 @@ def test_info_names_every_op_and_why_not(capsys):
     assert cli.main(["info", "--json"]) == 0
     result = json.loads(capsys.readouterr().out)
     assert result["ops"]["frame_attention"]["cpu"]["auto"] and result["model layer"]["tyro"]
+
+
+def test_schedule_is_printed_or_drawn(tmp_path, capsys):
+    assert cli.main(words("schedule --tokens 3 --window 1 --rows 3")) == 0
+    last = capsys.readouterr().out.splitlines()[-2].split()
+    # At t = 2/3 the last two tokens are noise and token 0, which is generated first, is clean still.
+    assert [float(v) for v in last] == pytest.approx([0.667, 9.2, -4.6, -4.6], abs=1e-3)
+    assert cli.main(words(f"schedule --kind rolling --plot {tmp_path / 'a' / 'schedule.png'}")) == 0
+    assert (tmp_path / "a" / "schedule.png").read_bytes()[1:4] == b"PNG"
+    assert cli.main(words("schedule --window 0")) == 2
+    assert "window: must be" in capsys.readouterr().err
+
+
+def test_series_and_images_are_reached(tmp_path, capsys):
+    assert cli.main(words(f"series plot --out {tmp_path / 'series.png'}")) == 0
+    assert (tmp_path / "series.png").exists()
+    assert cli.main(words(f"series sample --run-dir {tmp_path / 'none'}")) == 2
+    assert cli.main(words(f"images evaluate --run-dir {tmp_path / 'none'}")) == 2
+    assert capsys.readouterr().err.count("sae: ") == 2
