@@ -12,7 +12,7 @@ import itertools
 import json
 import math
 import os
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -90,27 +90,31 @@ def _default(
 
 # 227 KB of shared memory. A warpgroup instruction has 64 rows, so block_m is 64 (one warpgroup, 4 warps) or 128 (two).
 # Forward: head dim 64 has room for three stages of 128 keys (112 KB), 128 for two (160 KB), 256 for two of 64 (192 KB).
-# dk/dv: two fp32 accumulators [block_n, D] take half of the registers; 64 rows x 128 keys at D = 128 spill in 13 of
-# the loop's 494 instructions, yet halve the shared-memory reads of the spill-free 32 x 128.
+# dk/dv: two fp32 accumulators [block_n, D] take half of the registers; 64 rows x 128 keys at D = 128 spill in 5 of the
+# loop's 461 instructions, yet halve the shared-memory reads of the spill-free 32 x 128.
+# Descriptors, decided by counting sm_90 instructions, pointers -> descriptors, not yet by the clock. At D = 128 forward:
+# 569 -> 525 in the loop over full tiles, 1479 -> 894 over masked ones, 25 -> 0 of those spills; dk/dv: 494 -> 461 and
+# 693 -> 639. At D = 256 dk/dv spills 232 -> 440 bytes: pointers. Each descriptor costs the host an encoding at every
+# launch, which a CUDA graph records once. sm_120 loses its pipelining and spills up to 1.7 KB with them: pointers.
 _HOPPER = {
-    ("fwd", 64, False): AttentionConfig(128, 128, 8, 3),
-    ("fwd", 64, True): AttentionConfig(64, 64, 4, 3),
-    ("fwd", 128, False): AttentionConfig(128, 128, 8, 2),
-    ("fwd", 128, True): AttentionConfig(64, 64, 4, 2),
-    ("fwd", 256, False): AttentionConfig(128, 64, 8, 2),
-    ("fwd", 256, True): AttentionConfig(128, 64, 8, 2),
-    ("dkdv", 64, False): AttentionConfig(64, 128, 8, 3),
-    ("dkdv", 64, True): AttentionConfig(64, 64, 4, 3),
-    ("dkdv", 128, False): AttentionConfig(64, 128, 8, 2),
-    ("dkdv", 128, True): AttentionConfig(32, 64, 4, 2),
+    ("fwd", 64, False): AttentionConfig(128, 128, 8, 3, True),
+    ("fwd", 64, True): AttentionConfig(64, 64, 4, 3, True),
+    ("fwd", 128, False): AttentionConfig(128, 128, 8, 2, True),
+    ("fwd", 128, True): AttentionConfig(64, 64, 4, 2, True),
+    ("fwd", 256, False): AttentionConfig(128, 64, 8, 2, True),
+    ("fwd", 256, True): AttentionConfig(128, 64, 8, 2, True),
+    ("dkdv", 64, False): AttentionConfig(64, 128, 8, 3, True),
+    ("dkdv", 64, True): AttentionConfig(64, 64, 4, 3, True),
+    ("dkdv", 128, False): AttentionConfig(64, 128, 8, 2, True),
+    ("dkdv", 128, True): AttentionConfig(32, 64, 4, 2, True),
     ("dkdv", 256, False): AttentionConfig(32, 64, 8, 2),
     ("dkdv", 256, True): AttentionConfig(32, 64, 8, 2),
-    ("dq", 64, False): AttentionConfig(128, 64, 8, 3),
-    ("dq", 64, True): AttentionConfig(64, 64, 4, 3),
-    ("dq", 128, False): AttentionConfig(128, 64, 8, 2),
-    ("dq", 128, True): AttentionConfig(64, 64, 4, 2),
-    ("dq", 256, False): AttentionConfig(64, 32, 8, 2),
-    ("dq", 256, True): AttentionConfig(64, 32, 8, 2),
+    ("dq", 64, False): AttentionConfig(128, 64, 8, 3, True),
+    ("dq", 64, True): AttentionConfig(64, 64, 4, 3, True),
+    ("dq", 128, False): AttentionConfig(128, 64, 8, 2, True),
+    ("dq", 128, True): AttentionConfig(64, 64, 4, 2, True),
+    ("dq", 256, False): AttentionConfig(64, 32, 8, 2, True),
+    ("dq", 256, True): AttentionConfig(64, 32, 8, 2, True),
 }
 # Everything else, sm_80 to sm_120: fits the 99 KB of sm_86, sm_89 and sm_120, and spills at most 96 bytes.
 _PORTABLE = {
@@ -243,7 +247,7 @@ def conv_config(
     return ConvConfig(block_m, block_n, block_k, 4 if small else 8, stages, boxes, parts)
 
 
-# Multiprocessors of the largest common device of each compute capability: A100, RTX 3090, RTX 4090, H100, B200, RTX 5090.
+# Multiprocessors of a device of each compute capability: A100, RTX 3090, RTX 4090, H100, B200, RTX 5090.
 MULTIPROCESSORS = {80: 108, 86: 82, 89: 128, 90: 132, 100: 148, 120: 170}
 
 
@@ -261,7 +265,7 @@ def conv_spread(architecture: int, tiles: int, pixels: int, units: int, dot: boo
 
 @functools.cache
 def conv_box(block_m: int, Y: int, X: int) -> tuple[int, int, int]:
-    """(frames, rows, columns) of a tile of block_m pixels: powers of two that cover 16 frames of Y x X with least waste.
+    """(frames, rows, columns) of a tile of block_m pixels, powers of two: what covers 16 frames of Y x X with least.
 
     Of equal ones that of the fewest frames, then the squarest, whose shifted boxes overlap most. No other size decides,
     so that a network compiles one kernel for each of its resolutions.

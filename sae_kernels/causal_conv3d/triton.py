@@ -878,7 +878,7 @@ def _convolution(
     }  # fmt: skip
     launches = [_launch(causal_conv3d_kernel, (tiles_m * tiles_n, units), args, config)]
     if spread:
-        launches[0].args.update({key: none for key in ("z_ptr", "out_ptr", "past_ptr", "dot_ptr")})
+        launches[0].args.update(dict.fromkeys(("z_ptr", "out_ptr", "past_ptr", "dot_ptr"), none))
         # The same columns: the dot products of a row are one sum for each tile of them.
         combine = args | {"BM": 32}
         programs = _ceil(rows, combine["BM"]) * tiles_n
