@@ -319,14 +319,16 @@ pixel_norm_bwd = _library.define(
 def _norm_context(ctx, inputs, output) -> None:
     _, *ctx.options = inputs
     ctx.mark_non_differentiable(output[1])
+    ctx.set_materialize_grads(False)  # else a launch fills zeros for the rms
     ctx.save_for_backward(*output)
 
 
-_library.register_autograd(
-    pixel_norm,
-    lambda ctx, grad_out, _: (pixel_norm_bwd(grad_out, *ctx.saved_tensors, *ctx.options), None, None, None),
-    _norm_context,
-)
+def _norm_gradient(ctx, grad_out, _):
+    grad_x = None if grad_out is None else pixel_norm_bwd(grad_out, *ctx.saved_tensors, *ctx.options)
+    return grad_x, None, None, None
+
+
+_library.register_autograd(pixel_norm, _norm_gradient, _norm_context)
 
 
 def _empty_norm_silu(x, dim, eps, impl):
@@ -359,11 +361,19 @@ pixel_norm_silu_bwd = _library.define(
 def _norm_silu_context(ctx, inputs, output) -> None:
     _, *ctx.options = inputs
     ctx.mark_non_differentiable(output[2])
+    ctx.set_materialize_grads(False)
     ctx.save_for_backward(output[0], output[2])
 
 
 def _norm_silu_gradient(ctx, grad_out, grad_act, _):
-    return pixel_norm_silu_bwd(grad_out, grad_act, *ctx.saved_tensors, *ctx.options), None, None, None
+    out, rms = ctx.saved_tensors
+    if grad_act is None and grad_out is None:
+        return None, None, None, None
+    if grad_act is None:
+        return pixel_norm_bwd(grad_out, out, rms, *ctx.options), None, None, None
+    if grad_out is None:
+        grad_out = torch.zeros_like(out)
+    return pixel_norm_silu_bwd(grad_out, grad_act, out, rms, *ctx.options), None, None, None
 
 
 _library.register_autograd(pixel_norm_silu, _norm_silu_gradient, _norm_silu_context)
@@ -406,10 +416,13 @@ normalize_weight_bwd = _library.define(
 def _weight_context(ctx, inputs, output) -> None:
     w, gain, ctx.factor, ctx.impl = inputs
     ctx.mark_non_differentiable(output[1])
+    ctx.set_materialize_grads(False)
     ctx.save_for_backward(w, gain, output[1])
 
 
 def _weight_gradient(ctx, grad_out, _):
+    if grad_out is None:
+        return None, None, None, None
     w, gain, rms = ctx.saved_tensors
     needs = ctx.needs_input_grad[:2]
     grads = normalize_weight_bwd(grad_out, w, gain, ctx.factor, rms, *needs, ctx.impl)

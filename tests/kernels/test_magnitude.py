@@ -184,6 +184,7 @@ def test_triton_where_sizes_pass_a_tile(name):
             compare(CASES[name][0], [order(x) for x in inputs], order(grad), name, impl="triton")
 
 
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")  # the interpreter's
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf"), 1e-40, -3e-45, 1e37])
 @pytest.mark.parametrize("impl", ["composed", pytest.param("triton", marks=needs_triton)])
 def test_bad_values_have_the_effect_they_have_in_the_reference(impl, value):
@@ -379,7 +380,7 @@ def test_types_are_promoted():
 
 
 @pytest.mark.parametrize(
-    "name", ["mp_silu", "modulated_silu", "mp_sum", "mp_sum to a limit", "mp_sum per frame", "mp_cat"]
+    "name", ["mp_silu", "modulated_silu", "mp_sum", "mp_sum per frame", "mp_cat"]
 )
 def test_bad_values_stay_in_their_elements(name):
     function, inputs, _ = CASES[name][0], *make(name)
@@ -431,6 +432,10 @@ def test_only_wanted_gradients_are_made():
         mp_sum(a, b, t).sum().backward()
         assert needed.grad is not None
         needed.requires_grad_(False)
+    for index in (0, 1):
+        x = torch.randn(2, 8, 3, requires_grad=True)
+        grads = [torch.autograd.grad(pixel_norm_silu(x, impl=i)[index].sum(), x)[0] for i in ("composed", "reference")]
+        torch.testing.assert_close(*grads)
     b.requires_grad_().grad = None
     mp_sum(a, b, 0.5).sum().backward()
     assert a.grad is not None and torch.equal(b.grad, torch.full_like(b, 0.5**0.5))
