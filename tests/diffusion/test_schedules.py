@@ -158,6 +158,12 @@ def test_edm_grid_is_the_one_of_the_video_sampler():
     torch.testing.assert_close(sigma, sigma_schedule(config)[:-1], rtol=1e-12, atol=0)
 
 
+def test_curves_take_their_published_numbers_by_position():
+    assert VPLinear(0.2, 10.0) == VPLinear(beta_min=0.2, beta_max=10.0)
+    assert Cosine(0.01) == Cosine(s=0.01)
+    assert EDM(0.1, 2.0, 3.0) == EDM(sigma_min=0.1, sigma_max=2.0, rho=3.0)
+
+
 def test_vp_linear():
     u = grid(33)[1:]
     signal, noise = scales_of(VPLinear()(u), "vp")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import ClassVar
 
 import torch
@@ -52,7 +52,7 @@ class LogLinear(Curve):
 class _Clipped(Curve):
     """A curve whose lambda is infinite at an end: u is clipped to [margin, 1 - margin] and the slope is 0 outside."""
 
-    margin: float = 1e-3
+    margin: float = field(default=1e-3, kw_only=True)
 
     def __post_init__(self) -> None:
         if not 0 < self.margin < 0.5:
