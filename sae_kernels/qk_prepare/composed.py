@@ -7,7 +7,7 @@ token and pair, shared by all heads.
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 import torch
 
@@ -107,22 +107,26 @@ def turn(
         out.copy_(work)
 
 
-def pieces(like: torch.Tensor) -> Iterator[slice]:
+def pieces(like: torch.Tensor) -> list[slice]:
     """Ranges of tokens."""
     B, H, S, D = like.shape
     step = S if like.device.type != "cpu" else max(1, PIECE // (B * H * D))
-    for first in range(0, S, step):
-        yield slice(first, first + step)
+    return [slice(first, first + step) for first in range(0, S, step)]
 
 
-def cut(
+def cut(x: torch.Tensor, tokens: slice, dim: int = 2) -> torch.Tensor:
+    whole = tokens.start == 0 and tokens.stop >= x.shape[dim]
+    return x if whole else x.narrow(dim, tokens.start, min(tokens.stop, x.shape[dim]) - tokens.start)
+
+
+def angles_of(
     angles: tuple[torch.Tensor, torch.Tensor] | None, part: int, tokens: slice
 ) -> tuple[torch.Tensor, torch.Tensor] | None:
     """The angles of these tokens; none for part 2, which is v."""
     if angles is None or part == 2:
         return None
     cos, sin = angles
-    return cos[..., tokens, :], sin[..., tokens, :]
+    return cut(cos, tokens, -2), cut(sin, tokens, -2)
 
 
 def forward(
@@ -142,12 +146,11 @@ def forward(
     angles = rotation(x.shape[2], positions, place, axes, base, dtype, x.device)
     for index, (x, out, r) in enumerate(zip(parts, outs, rms, strict=True)):
         for tokens in pieces(x):
-            some, factor = x[:, :, tokens], None
+            some, factor = cut(x, tokens), None
             if r is not None:
-                norm = torch.linalg.vector_norm(some, dim=-1, dtype=dtype).mul_(x.shape[-1] ** -0.5)
-                r[:, :, tokens] = norm
-                factor = norm.add_(eps).reciprocal_()[..., None]
-            turn(some.to(dtype), cut(angles, index, tokens), interleaved, 1, factor, out[:, :, tokens])
+                norm = torch.linalg.vector_norm(some, dim=-1, dtype=dtype, out=cut(r, tokens))
+                factor = norm.mul_(x.shape[-1] ** -0.5).add(eps).reciprocal_()[..., None]
+            turn(some.to(dtype), angles_of(angles, index, tokens), interleaved, 1, factor, cut(out, tokens))
 
 
 def backward(
@@ -168,10 +171,10 @@ def backward(
     angles = rotation(grad.shape[2], positions, place, axes, base, dtype, grad.device)
     for index, (grad, y, r, grad_x) in enumerate(zip(grads, outs, rms, grad_parts, strict=True)):
         for tokens in pieces(grad):
-            some = grad[:, :, tokens].to(dtype)
+            some = cut(grad, tokens).to(dtype)
             if r is not None and y is not None:
-                out, scale = y[:, :, tokens].to(dtype), r[:, :, tokens, None]
+                out, scale = cut(y, tokens).to(dtype), cut(r, tokens)[..., None]
                 # The norm has gradient zero at the origin, by autograd's convention.
                 slope = ((some * out).sum(-1, keepdim=True) / (-y.shape[-1] * scale)).masked_fill_(scale == 0, 0)
                 some = torch.mul(out, slope).addcmul_(some, 1 / (scale + eps))
-            turn(some, cut(angles, index, tokens), interleaved, -1, None, grad_x[:, :, tokens])
+            turn(some, angles_of(angles, index, tokens), interleaved, -1, None, cut(grad_x, tokens))

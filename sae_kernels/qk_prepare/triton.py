@@ -29,9 +29,10 @@ def _cos_sin(
     """cos and sin [tokens, pairs], fp32; table: turns of each pair, then its axis."""
     pair = tl.arange(0, BP)
     turns = tl.load(table_ptr + pair, mask=pair < PAIRS, other=0)[None, :]
-    # Division in 32 bits: there are fewer than 2^31 tokens.
-    index, P = token.to(tl.int32), tokens_per_frame.to(tl.int32)
-    frame = start + (index // P % frames.to(tl.int32)).to(tl.int64)
+    if not EXPLICIT:
+        # Division in 32 bits: there are fewer than 2^31 tokens.
+        index, P = token.to(tl.int32), tokens_per_frame.to(tl.int32)
+        frame = start + (index // P % frames.to(tl.int32)).to(tl.int64)
     if AXES == 1:
         if EXPLICIT:
             at = tl.load(positions_ptr + batch * positions_b + token, mask=token_ok, other=0)[:, None]

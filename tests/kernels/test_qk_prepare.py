@@ -199,7 +199,7 @@ def test_angles_are_exact_at_frame_a_million(impl, interleaved):
     """cos and sin within 2^-22 of those of the true angle.
 
     The angle may be off by 3 x 2^-25 of pi / 4 by fp32, and 10^6 x (2^-53 + 2 pi 2^-65) by frequency and fixed point:
-    7.1e-8; sine, cosine and their rounding add 1.5 x 2^-24 at most. In fp32 position x frequency is off by 0.03.
+    7.1e-8; sine, cosine and their rounding add 1.5 x 2^-24 at most. In fp32 position x frequency is off by 0.05.
     """
     D = 128
     pairs = torch.tensor([1.0, 0.0]).repeat(D // 2) if interleaved else torch.tensor([1.0] * 64 + [0.0] * 64)
@@ -456,12 +456,12 @@ def test_bad_input_names_argument_rule_and_value(call, error, message):
 
 FAULTS = {
     "norm, not RMS": ("mul_(x.shape[-1] ** -0.5)", "mul_(1)"),
-    "eps forgotten": ("norm.add_(eps)", "norm.add_(0)"),
+    "eps forgotten": (".add(eps)", ".add(0)"),
     "eps forgotten in backward": ("addcmul_(some, 1 / (scale + eps))", "addcmul_(some, 1 / scale)"),
     "norm treated as a constant": ("torch.mul(out, slope)", "torch.mul(out, 0 * slope)"),
     "turned the other way": ("interleaved, 1, factor", "interleaved, -1, factor"),
     "gradient turned forwards": ("interleaved, -1, None", "interleaved, 1, None"),
-    "angles of the first piece": ("sin[..., tokens, :]", "sin[..., : len(range(sin.shape[-2])[tokens]), :]"),
+    "angles of the first piece": ("cut(sin, tokens, -2)", "sin[..., : cut(sin, tokens, -2).shape[-2], :]"),
     "v turned": ("if angles is None or part == 2", "if angles is None"),
     "start forgotten": ("(start if axis == 0 else 0)", "0"),
     "start on every axis": ("(start if axis == 0 else 0)", "start"),
