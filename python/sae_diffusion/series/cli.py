@@ -16,7 +16,7 @@ from .data import Source, read_series, split_series
 from .plot import plot_series, plot_study
 from .sampling import error_quartiles, generate, negative_log_likelihood
 from .study import RESULT, StudyConfig, run_study, table
-from .train import ScheduleConfig, SeriesTrainConfig, SeriesTrainer, heldout_series, load_series_model
+from .train import SeriesTrainConfig, SeriesTrainer, heldout_series, load_series_model
 
 Solver = Literal["ancestral", "ddpm", "ddim", "euler", "heun", "dpm++2m", "stochastic-heun"]
 
@@ -25,8 +25,8 @@ Solver = Literal["ancestral", "ddpm", "ddim", "euler", "heun", "dpm++2m", "stoch
 class SeriesTrain:
     """Train on a generator or on your own series; the same command resumes.
 
-    Your own: --train.data FILE, .npz (count, length, channels), or .csv and .parquet in the long format (columns series,
-    time, then channels) or the wide one (a row per series, a column per point).
+    Your own: --data FILE, .npz (count, length, channels), or .csv and .parquet in the long format (columns
+    series, time, then channels) or the wide one (a row per series, a column per point).
 
     Args:
         train: the run.
@@ -110,8 +110,9 @@ class SeriesSample:
             "schedule": dataclasses.asdict(chosen),
         }  # fmt: skip
         if config.data is None and config.source.has_clauses:
-            report["clause_error"] = error_quartiles(config.source, x)
-            print("clause error: median {median:.4g}, quartiles {q25:.4g} and {q75:.4g}".format(**report["clause_error"]))
+            error = error_quartiles(config.source, x)
+            report["clause_error"] = error
+            print(f"clause error: median {error['median']:.4g}, quartiles {error['q25']:.4g} and {error['q75']:.4g}")
         if self.likelihood:
             nats = negative_log_likelihood(model, stats, schedule, true[: self.likelihood], seed=self.seed)
             report["nll"] = {
@@ -172,8 +173,10 @@ class SeriesPlot:
         print(plot_series(self.out, {name: x}, shown=self.shown, channel=self.channel))
 
 
-# 2 orders x 3 windows of a smaller network: about 3 minutes on 2 cores, and the shape is there.
-QUICK = StudyConfig()
+# About three CPU minutes, of which two cores make less than two; the shape is there.
+QUICK = StudyConfig(
+    windows=(1, 4, 16, 64), seeds=(0,), losses=("x0",), base_steps=1000, steps=200, samples=128, sampling_steps=150
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -185,7 +188,7 @@ class SeriesStudy:
     Args:
         out: folder to write into.
         study: grid and budget.
-        minutes: take the small grid, and begin no training after so long; none runs the whole of `study`.
+        minutes: begin no training on a window after so long; in place of the default grid take a small one.
         workers: processes, one thread each.
         seed: added to the seeds of `study`.
         device: accepted for symmetry; the study runs on the CPU.
@@ -203,13 +206,16 @@ class SeriesStudy:
     def run(self) -> None:
         from ..cli import progress_bar
 
-        config = self.study if self.minutes is None else QUICK
+        if self.minutes is not None and not self.minutes > 0:
+            raise ValueError(f"minutes: must be positive, got {self.minutes}")
+        config = QUICK if self.minutes is not None and self.study == StudyConfig() else self.study
         config = dataclasses.replace(config, seeds=tuple(seed + self.seed for seed in config.seeds))
-        with progress_bar("study", len(config.cells()), "networks") as update:
+        total = len(config.lines()) * len(config.windows)
+        with progress_bar("study", total, "networks") as update:
             result = run_study(
                 config, self.out, workers=self.workers,
                 max_seconds=None if self.minutes is None else 60 * self.minutes,
-                callback=lambda done, _total, note: update(done, note),
+                callback=lambda done, _total: update(done),
             )  # fmt: skip
         print(table(result))
         for suffix in ("json", "md", "png"):

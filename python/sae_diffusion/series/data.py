@@ -222,8 +222,8 @@ def read_series(
     """Series of a .csv, .parquet or .npz file, (count, length, channels) float64.
 
     .npz: the array `key`, or the only array, of shape (count, length, channels) or (count, length).
-    .csv (with a header line), .parquet: *long* if it has the columns `series_column` and `time_column`: a row per point,
-        sorted here by time within a series, every further column a channel; series in order of first appearance.
+    .csv (with a header line), .parquet: *long* if it has the columns `series_column` and `time_column`: a row per
+        point, sorted here by time within a series, every further column a channel; series in order of appearance.
         *Wide* if it has neither: a row per series, a column per point, one channel.
 
     Raises:
@@ -258,7 +258,8 @@ def _read_npz(path: Path, key: str) -> np.ndarray:
             names = list(file.keys())
             name = key if key in names else names[0] if len(names) == 1 else None
             if name is None:
-                raise ValueError(f"{path}: must hold an array {key!r} or a single one, got {', '.join(names) or 'none'}")
+                found = ", ".join(names) or "none"
+                raise ValueError(f"{path}: must hold an array {key!r} or a single one, got {found}")
             x = file[name]
     except (OSError, EOFError, ValueError, zipfile.BadZipFile) as error:
         if str(error).startswith(str(path)):

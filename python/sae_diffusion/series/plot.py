@@ -45,25 +45,28 @@ def plot_series(path: Path, groups: dict[str, np.ndarray], *, shown: int = 4, ch
 
 
 def plot_study(path: Path, rows: list[dict[str, Any]], length: int) -> Path:
-    """Clause error over window, one line per order: median with its quartiles, all seeds' series together."""
-    figure, axes = _axes(7, 4)
-    axis = axes[0][0]
-    for colour, order in zip(COLOURS, dict.fromkeys(row["order"] for row in rows)):
-        own = sorted((row for row in rows if row["order"] == order), key=lambda row: row["window"])
-        window = [row["window"] for row in own]
-        axis.fill_between(
-            window, [row["q25"] for row in own], [row["q75"] for row in own], color=colour, alpha=0.15, lw=0
-        )
-        axis.plot(window, [row["median"] for row in own], color=colour, marker="o", ms=4, label=order)
-        for row in own:
-            medians = row["seed_medians"]
-            axis.plot([row["window"]] * len(medians), medians, color=colour, ls="", marker="_", ms=7)
-    axis.set_xscale("log", base=2)
-    axis.set_yscale("log")
-    axis.axvline(length, color="#999999", lw=0.8, ls=":")
-    axis.set(xlabel=f"window w, of {length} points (1: autoregressive, large: joint)", ylabel="clause error of a series")
-    axis.legend(frameon=False, title="median, quartiles; dashes: one seed")
+    """Clause error over window, a panel per loss, a line per order: median and quartiles of all seeds' series."""
+    losses = list(dict.fromkeys(row["loss"] for row in rows))
+    figure, axes = _axes(1.5 + 4.5 * len(losses), 3.8, len(losses))
     ticks = sorted({row["window"] for row in rows})
-    axis.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
-    axis.minorticks_off()
+    for axis, loss in zip(axes[0], losses):
+        orders = dict.fromkeys(row["order"] for row in rows if row["loss"] == loss)
+        for colour, order in zip(COLOURS, orders):
+            own = [row for row in rows if (row["loss"], row["order"]) == (loss, order)]
+            own.sort(key=lambda row: row["window"])
+            window = [row["window"] for row in own]
+            low, high = [row["q25"] for row in own], [row["q75"] for row in own]
+            axis.fill_between(window, low, high, color=colour, alpha=0.15, lw=0)
+            axis.plot(window, [row["median"] for row in own], color=colour, marker="o", ms=4, label=order)
+            for row in own:
+                medians = row["seed_medians"]
+                axis.plot([row["window"]] * len(medians), medians, color=colour, ls="", marker="_", ms=7)
+        axis.set_xscale("log", base=2)
+        axis.set_yscale("log")
+        axis.axvline(length, color="#999999", lw=0.8, ls=":")
+        axis.set(title=f"trained on squared error of {loss}", xlabel=f"window w (1: autoregressive; {length} points)")
+        axis.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
+        axis.minorticks_off()
+    axes[0][0].set_ylabel("clause error of a series")
+    axes[0][0].legend(frameon=False, title="median, quartiles; dashes: seeds")
     return _save(figure, path)

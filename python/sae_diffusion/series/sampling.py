@@ -86,11 +86,11 @@ def negative_log_likelihood(
     from ..diffusion.likelihood import log_likelihood
 
     z = stats.normalize(x).to(next(model.parameters()).device)
-    values = [
-        log_likelihood(
-            model, part, schedule,
-            divergence=divergence, seed=derive_seed(seed, number), rtol=rtol, atol=atol, data_end=data_end,
+    values = []
+    for number, part in enumerate(z.split(batch)):
+        log_p = log_likelihood(
+            model, part, schedule, divergence=divergence, seed=derive_seed(seed, number), rtol=rtol, atol=atol,
+            data_end=data_end,
         )  # fmt: skip
-        for number, part in enumerate(z.split(batch))
-    ]
-    return stats.log_det - torch.cat(values).detach().cpu().double().numpy()
+        values.append(log_p.detach())
+    return stats.log_det - torch.cat(values).cpu().double().numpy()

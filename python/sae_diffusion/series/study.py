@@ -1,7 +1,8 @@
 """The window study: clause error over the window of a staggered schedule, for natural and permuted chains.
 
-Every cell (order, window, seed) trains a network of its own with the same budget and samples it with its own schedule.
-A finished cell is a small file, so that an interrupted study goes on where it was; cells run side by side in processes.
+For each loss, order and seed one network is trained on independent levels. A copy of it is then trained on each
+window alone and sampled with that window's schedule. Every finished window is a small file, so that an interrupted
+study goes on where it was.
 """
 
 from __future__ import annotations
@@ -9,20 +10,19 @@ from __future__ import annotations
 import dataclasses
 import datetime
 import json
-import math
 import multiprocessing
 import os
-import platform
 import sys
 import time
 from collections.abc import Callable
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures import ProcessPoolExecutor, wait
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
+from safetensors.torch import load_file, save_file
 
 from ..diffusion.noise import derive_seed
 from ..train.checkpoint import versions
@@ -30,25 +30,35 @@ from .data import Source
 from .model import SeriesModelConfig
 from .plot import plot_study
 from .sampling import generate
-from .train import ScheduleConfig, SeriesTrainConfig, SeriesTrainer
+from .train import ScheduleConfig, SeriesTrainConfig, SeriesTrainer, source_stats
 
 RESULT = "windows"  # stem of the table and the picture
-_SAMPLE = 15
+_SAMPLE = 15  # purpose of random numbers
+
+
+class Line(NamedTuple):
+    """The cells that share a pre-trained network."""
+
+    loss_space: str
+    swap: int
+    seed: int
 
 
 @dataclass(frozen=True, kw_only=True)
 class StudyConfig:
-    """The grid and the budget of each of its cells.
+    """The grid, and the budget of each network.
 
     Args:
         windows: of the staggered schedule.
         swaps: steps of the "swaps" orders; 1 is the natural order.
-        seeds: networks per order and window.
+        seeds: networks per loss, order and window.
+        losses: what squared error is taken of: "x0", as in the reference, or "v".
         length: points of a series.
-        steps, batch, lr: of each training.
+        base_steps: optimizer steps on independent levels, once per loss, order and seed.
+        steps: optimizer steps on one window.
+        batch: series per step.
+        base_lr, lr: learning rates of the two.
         model: the network.
-        start: log-SNR at t = 0.
-        end: log-SNR at t = 1.
         samples: series per network that clause errors are taken from.
         sampling_steps: of the ancestral solver.
     """
@@ -56,33 +66,40 @@ class StudyConfig:
     windows: tuple[float, ...] = (1, 2, 4, 8, 12, 16, 24, 64, 256)
     swaps: tuple[int, ...] = (1, 4)
     seeds: tuple[int, ...] = (0, 1)
+    losses: tuple[Literal["x0", "v"], ...] = ("x0", "v")
     length: int = 20
-    steps: int = 3000
+    base_steps: int = 1500
+    steps: int = 300
     batch: int = 64
-    lr: float = 3e-3
+    base_lr: float = 3e-3
+    lr: float = 1e-3
     model: SeriesModelConfig = field(default_factory=SeriesModelConfig)
-    start: float = 9.2
-    end: float = -4.6
     samples: int = 256
-    sampling_steps: int = 300
+    sampling_steps: int = 200
 
     def __post_init__(self) -> None:
-        for name in ("windows", "swaps", "seeds"):
+        for name in ("windows", "swaps", "seeds", "losses"):
             if not getattr(self, name):
                 raise ValueError(f"{name}: must name at least one, got none")
-        for name in ("samples", "sampling_steps"):
+        for name in ("base_steps", "steps", "samples", "sampling_steps"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}: must be at least 1, got {getattr(self, name)}")
 
-    def cells(self) -> list[tuple[int, float, int]]:
-        """(swap step, window, seed), a whole grid for one seed before the next seed begins."""
-        return [(swap, window, seed) for seed in self.seeds for swap in self.swaps for window in self.windows]
+    def lines(self) -> list[Line]:
+        """A whole picture for one seed before the next seed begins."""
+        return [Line(loss, swap, seed) for seed in self.seeds for loss in self.losses for swap in self.swaps]
 
-    def training(self, swap: int, window: float, seed: int) -> SeriesTrainConfig:
+    def training(self, line: Line, window: float | None) -> SeriesTrainConfig:
+        """Settings of the training on one window, or, for None, of that on independent levels."""
+        if window is None:
+            schedule, steps, lr = ScheduleConfig(kind="independent"), self.base_steps, self.base_lr
+        else:
+            schedule, steps, lr = ScheduleConfig(window=float(window)), self.steps, self.lr
+        # seeds differ from window to window: the second training must not see the first one's series again
+        seed = line.seed if window is None else derive_seed(line.seed, round(window * 1000))
         return SeriesTrainConfig(
-            source=Source(length=self.length, order="swaps", step=swap),
-            schedule=ScheduleConfig(window=float(window), start=self.start, end=self.end),
-            model=self.model, steps=self.steps, batch=self.batch, lr=self.lr, warmup=min(200, self.steps // 10),
+            source=Source(length=self.length, order="swaps", step=line.swap), schedule=schedule, model=self.model,
+            steps=steps, batch=self.batch, lr=lr, warmup=min(50, steps // 4), loss_space=line.loss_space,  # type: ignore[arg-type]
             seed=seed, device="cpu",
         )  # fmt: skip
 
@@ -91,33 +108,70 @@ def order_name(swap: int) -> str:
     return "natural order" if swap == 1 else f"swaps, step {swap}"
 
 
-def run_cell(config: StudyConfig, swap: int, window: float, seed: int) -> dict[str, Any]:
-    """Train and sample one network on one thread; its clause errors and times."""
+def _budget(config: StudyConfig) -> dict[str, Any]:
+    """What a single cell depends on; windows, orders, seeds and losses can be added later."""
+    settings = json.loads(json.dumps(dataclasses.asdict(config)))
+    return {name: value for name, value in settings.items() if name not in ("windows", "swaps", "seeds", "losses")}
+
+
+def _cell_path(out: Path, line: Line, window: float) -> Path:
+    return out / "cells" / f"{line.loss_space}-swap{line.swap}-seed{line.seed}-window{window:g}.json"
+
+
+def _write(path: Path, text: str) -> None:
+    temporary = path.with_name(f".{path.name}.tmp")
+    temporary.write_text(text, encoding="utf-8")
+    os.replace(temporary, path)
+
+
+def run_line(config: StudyConfig, out: Path, line: Line, deadline: float | None = None) -> None:
+    """Train, sample and write the missing cells of one line, on one thread; begin none after `deadline` (time.time)."""
     torch.set_num_threads(1)
-    training = config.training(swap, window, seed)
-    trainer = SeriesTrainer(training)
+    base_path = out / "bases" / f"{line.loss_space}-swap{line.swap}-seed{line.seed}.safetensors"
+    base: dict[str, torch.Tensor] | None = None
+    for window in config.windows:
+        path = _cell_path(out, line, window)
+        if path.exists() or (deadline is not None and time.time() > deadline):
+            continue
+        seconds = 0.0
+        if base is None:
+            base, seconds = _base(config, line, base_path)
+        began = time.process_time()
+        trainer = SeriesTrainer(config.training(line, window))
+        trainer.model.load_state_dict(base)
+        trainer.stats = source_stats(trainer.config.source, line.seed)  # those of the base
+        trainer.average = [p.detach().clone() for p in trainer.parameters]
+        losses = torch.stack([trainer.train_step() for _ in range(config.steps)])
+        trained = time.process_time()
+        x = generate(
+            trainer.averaged(), trainer.stats, trainer.schedule, config.samples,
+            steps=config.sampling_steps, seed=derive_seed(line.seed, _SAMPLE), batch=128,
+        )  # fmt: skip
+        cell = {
+            "window": window,
+            "loss": float(losses[-max(1, config.steps // 4) :].mean()),
+            "base_cpu_seconds": round(seconds, 1),
+            "training_cpu_seconds": round(trained - began, 1),
+            "sampling_cpu_seconds": round(time.process_time() - trained, 1),
+            "errors": [float(f"{e:.4g}") for e in np.sort(trainer.config.source.clause_error(x))],
+        }
+        _write(path, json.dumps({"settings": _budget(config), "line": line, "cell": cell}))
+
+
+def _base(config: StudyConfig, line: Line, path: Path) -> tuple[dict[str, torch.Tensor], float]:
+    """The network trained on independent levels, and the seconds it took now."""
+    if path.exists():
+        return load_file(path), 0.0
     began = time.process_time()
-    losses = torch.stack([trainer.train_step() for _ in range(training.steps)])
-    trained = time.process_time()
-    x = generate(
-        trainer.averaged(), trainer.stats, trainer.schedule, config.samples,
-        steps=config.sampling_steps, seed=derive_seed(seed, _SAMPLE), batch=64,
-    )  # fmt: skip
-    errors = np.sort(training.source.clause_error(x))
-    tail = losses[-max(1, training.steps // 10) :]
-    return {
-        "swap": swap,
-        "window": window,
-        "seed": seed,
-        "final_loss": float(tail.mean()),
-        "training_cpu_seconds": round(trained - began, 1),
-        "sampling_cpu_seconds": round(time.process_time() - trained, 1),
-        "errors": [float(f"{e:.4g}") for e in errors],
-    }
-
-
-def _cell_path(folder: Path, swap: int, window: float, seed: int) -> Path:
-    return folder / "cells" / f"swap{swap}-window{window:g}-seed{seed}.json"
+    trainer = SeriesTrainer(config.training(line, None))
+    for _ in range(config.base_steps):
+        trainer.train_step()
+    state = trainer.averaged().state_dict()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.tmp")
+    save_file({name: tensor.contiguous() for name, tensor in state.items()}, temporary)
+    os.replace(temporary, path)
+    return state, time.process_time() - began
 
 
 def run_study(
@@ -126,125 +180,107 @@ def run_study(
     *,
     workers: int = 1,
     max_seconds: float | None = None,
-    callback: Callable[[int, int, str], None] | None = None,
+    callback: Callable[[int, int], None] | None = None,
 ) -> dict[str, Any]:
-    """Run the cells that `out` does not hold yet; write windows.json, windows.md and windows.png there.
+    """Run what `out` does not hold yet; write windows.json, windows.md and windows.png there.
 
     Args:
         out: folder; finished cells of the same settings in it are kept.
         workers: processes, one thread each.
-        max_seconds: begin no cell after so long; the result then says which are missing.
-        callback: called with (cells done, cells in all, note).
+        max_seconds: begin no network after so long; the result then says how many cells there are.
+        callback: called with (cells done, cells in all).
 
     Raises:
         ValueError: workers below 1, or the folder holds cells of other settings.
     """
     if workers < 1:
         raise ValueError(f"workers: must be at least 1, got {workers}")
-    settings = json.loads(json.dumps(dataclasses.asdict(config)))
-    # what a single cell depends on: windows, orders and seeds can be added later
-    budget = {name: value for name, value in settings.items() if name not in ("windows", "swaps", "seeds")}
     (out / "cells").mkdir(parents=True, exist_ok=True)
-    kept: dict[tuple[int, float, int], dict[str, Any]] = {}
-    for cell in config.cells():
-        path = _cell_path(out, *cell)
-        if path.exists():
-            content = json.loads(path.read_text(encoding="utf-8"))
-            if content["settings"] != budget:
-                raise ValueError(f"out: {path} was made with other settings; name another folder")
-            kept[cell] = content["cell"]
-    todo = [cell for cell in config.cells() if cell not in kept]
-    total, began = len(config.cells()), time.perf_counter()
+    lines = config.lines()
+    paths = {(line, window): _cell_path(out, line, window) for line in lines for window in config.windows}
+    for path in paths.values():
+        if path.exists() and json.loads(path.read_text(encoding="utf-8"))["settings"] != _budget(config):
+            raise ValueError(f"out: {path} was made with other settings; name another folder")
+    deadline = None if max_seconds is None else time.time() + max_seconds
 
-    def finish(cell: tuple[int, float, int], result: dict[str, Any]) -> None:
-        kept[cell] = result
-        path = _cell_path(out, *cell)
-        temporary = path.with_suffix(".tmp")
-        temporary.write_text(json.dumps({"settings": budget, "cell": result}), encoding="utf-8")
-        os.replace(temporary, path)
+    def report() -> None:
         if callback is not None:
-            callback(len(kept), total, f"{order_name(cell[0])}, w = {cell[1]:g}: {np.median(result['errors']):.3g}")
+            callback(sum(path.exists() for path in paths.values()), len(paths))
 
-    def in_time() -> bool:
-        return max_seconds is None or time.perf_counter() - began < max_seconds
-
-    if callback is not None:
-        callback(len(kept), total, "")
+    report()
     if workers == 1:
-        for cell in todo:
-            if not in_time():
-                break
-            finish(cell, run_cell(config, *cell))
+        for line in lines:
+            run_line(config, out, line, deadline)
+            report()
     else:
         # spawn: a forked child would inherit the parent's thread pools in an unknown state
         with ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn")) as pool:
-            running: dict[Any, tuple[int, float, int]] = {}
-            queue = list(todo)
-            while queue or running:
-                while queue and len(running) < workers and in_time():
-                    cell = queue.pop(0)
-                    running[pool.submit(run_cell, config, *cell)] = cell
-                if not running:
-                    break
-                done = next(as_completed(running))
-                finish(running.pop(done), done.result())
-    result = summarise(config, [kept[cell] for cell in config.cells() if cell in kept])
-    result["workers"] = workers
-    (out / f"{RESULT}.json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-    (out / f"{RESULT}.md").write_text(table(result) + "\n", encoding="utf-8")
+            running = {pool.submit(run_line, config, out, line, deadline) for line in lines}
+            while running:
+                done, running = wait(running, timeout=2)
+                for future in done:
+                    future.result()
+                report()
+    cells = {key: json.loads(path.read_text(encoding="utf-8"))["cell"] for key, path in paths.items() if path.exists()}
+    result = summarise(config, cells)
+    _write(out / f"{RESULT}.json", json.dumps(result, indent=1) + "\n")
+    _write(out / f"{RESULT}.md", table(result) + "\n")
     if result["rows"]:
         plot_study(out / f"{RESULT}.png", result["rows"], config.length)
     return result
 
 
-def summarise(config: StudyConfig, cells: list[dict[str, Any]]) -> dict[str, Any]:
-    """The study as JSON: per order and window the quartiles over all seeds' series, and each seed's median."""
+def summarise(config: StudyConfig, cells: dict[tuple[Line, float], dict[str, Any]]) -> dict[str, Any]:
+    """The study as JSON: per loss, order and window the quartiles over all seeds' series, and each seed's median."""
     rows = []
-    for swap in config.swaps:
-        for window in config.windows:
-            own = [cell for cell in cells if (cell["swap"], cell["window"]) == (swap, window)]
-            if not own:
-                continue
-            low, median, high = np.quantile(np.concatenate([cell["errors"] for cell in own]), [0.25, 0.5, 0.75])
-            rows.append(
-                {
-                    "order": order_name(swap),
-                    "swap": swap,
-                    "window": window,
-                    "q25": _round(low),
-                    "median": _round(median),
-                    "q75": _round(high),
-                    "seed_medians": [_round(np.median(cell["errors"])) for cell in own],
-                    "seeds": [cell["seed"] for cell in own],
-                    "final_loss": _round(np.mean([cell["final_loss"] for cell in own])),
+    for loss in config.losses:
+        for swap in config.swaps:
+            for window in config.windows:
+                own = {
+                    line.seed: cell
+                    for (line, w), cell in cells.items()
+                    if (line.loss_space, line.swap, w) == (loss, swap, window)
                 }
-            )
-    seconds = sum(cell["training_cpu_seconds"] + cell["sampling_cpu_seconds"] for cell in cells)
+                if not own:
+                    continue
+                errors = np.concatenate([cell["errors"] for cell in own.values()])
+                low, median, high = np.quantile(errors, [0.25, 0.5, 0.75])
+                rows.append(
+                    {
+                        "loss": loss, "order": order_name(swap), "swap": swap, "window": window,
+                        "q25": _round(low), "median": _round(median), "q75": _round(high), "seeds": list(own),
+                        "seed_medians": [_round(np.median(cell["errors"])) for cell in own.values()],
+                        "final_loss": _round(np.mean([cell["loss"] for cell in own.values()])),
+                    }
+                )  # fmt: skip
+    names = ("base_cpu_seconds", "training_cpu_seconds", "sampling_cpu_seconds")
+    seconds = sum(cell[name] for cell in cells.values() for name in names)
     return {
         "date": datetime.date.today().isoformat(),
         "command": " ".join(["sae", *sys.argv[1:]]),
         "versions": versions(),
-        "machine": f"{platform.machine()}, {os.cpu_count()} cores",
-        "settings": json.loads(json.dumps(dataclasses.asdict(config))),
-        "cells": f"{len(cells)} of {len(config.cells())}",
+        "cores": os.cpu_count(),
         "cpu_minutes": round(seconds / 60, 1),
+        "cells": f"{len(cells)} of {len(config.lines()) * len(config.windows)}",
+        "settings": json.loads(json.dumps(dataclasses.asdict(config))),
         "rows": rows,
     }
 
 
-def _round(value: float) -> float:
-    return float(f"{value:.4g}") if math.isfinite(value) else value
+def _round(value: Any) -> float:
+    return float(f"{value:.4g}")
 
 
 def table(result: dict[str, Any]) -> str:
-    """Markdown: a line per window, a column per order, median (first to third quartile)."""
-    rows = {(row["order"], row["window"]): row for row in result["rows"]}
-    orders = list(dict.fromkeys(order for order, _ in rows))
-    lines = ["| window | " + " | ".join(orders) + " |", "|---" * (1 + len(orders)) + "|"]
-    for window in dict.fromkeys(window for _, window in rows):
-        texts = []
-        for order in orders:
-            row = rows.get((order, window))
-            texts.append("" if row is None else f"{row['median']:.3g} ({row['q25']:.2g} to {row['q75']:.2g})")
+    """Markdown: a line per window, a column per loss and order: median (first to third quartile)."""
+    rows = {(row["loss"], row["order"], row["window"]): row for row in result["rows"]}
+    columns = list(dict.fromkeys((loss, order) for loss, order, _ in rows))
+    lines = [
+        "| window | " + " | ".join(f"{order}, loss in {loss}" for loss, order in columns) + " |",
+        "|---" * (1 + len(columns)) + "|",
+    ]
+    for window in dict.fromkeys(window for _, _, window in rows):
+        cells = [rows.get((*column, window)) for column in columns]
+        texts = ["" if c is None else f"{c['median']:.3g} ({c['q25']:.2g} to {c['q75']:.2g})" for c in cells]
         lines.append(f"| {window:g} | " + " | ".join(texts) + " |")
     return "\n".join(lines)

@@ -423,9 +423,8 @@ class SeriesTrainer:
 
     def averaged(self) -> SeriesDenoiser:
         """A copy of the network with the averaged weights, in eval mode."""
-        model = SeriesDenoiser(
-            self.config.model, self.model.length, self.model.channels, self.model.scaling
-        ).to(self.device)
+        like = self.model
+        model = SeriesDenoiser(like.config, like.length, like.channels, like.scaling).to(self.device)
         with torch.no_grad():
             for p, mean in zip((p for p in model.parameters() if p.requires_grad), self.average, strict=True):
                 p.copy_(mean)

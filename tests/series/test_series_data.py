@@ -7,10 +7,9 @@ import pyarrow as pa
 import pyarrow.csv
 import pyarrow.parquet
 import pytest
-
 from sae_diffusion.series.data import (
-    Source,
     SeriesStats,
+    Source,
     gen,
     gen_dataset,
     permutation,
