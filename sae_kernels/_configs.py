@@ -159,7 +159,7 @@ def _measured() -> dict[tuple, AttentionConfig]:
 
 def load_attention(path: Path) -> dict[tuple, AttentionConfig]:
     """Read a table that `python -m sae_kernels.tune` wrote."""
-    entries = json.loads(path.read_text())["frame_attention"]
+    entries = json.loads(path.read_text()).get("frame_attention", [])
     fields = ("architecture", "dtype", "width", "small_blocks", "direction")
     return {tuple(e[f] for f in fields): AttentionConfig(**e["config"]) for e in entries}
 
@@ -212,6 +212,14 @@ def conv_config(
         raise ValueError(f"direction: must be one of {CONV_DIRECTIONS}, got {direction!r}")
     if architecture == 0:
         return ConvConfig(32, 32, 128, 4, 1) if direction == "wgrad" else ConvConfig(128, 32, 32, 4, 1)
+    measured = _measured_conv().get((*conv_key(architecture, dtype, reduced, produced, pixels), direction))
+    return measured or _conv_default(architecture, dtype, reduced, produced, pixels, direction)
+
+
+def _conv_default(
+    architecture: int, dtype: torch.dtype, reduced: int, produced: int, pixels: int, direction: str
+) -> ConvConfig:
+    """Sized by what must fit; the compile gate holds every entry to the shared memory and registers there are."""
     if direction == "streams":
         # Loads and stores of whole 16-byte groups; nothing is used twice.
         return ConvConfig(32, _conv_width(produced), 16, 4, 1)
@@ -245,6 +253,37 @@ def conv_config(
     # block_n are the rows of the transposed product: 64 in a warpgroup's instruction, 16 in a warp's.
     boxes = architecture >= 90 and block_n >= (64 if architecture in (90, 100) else 16)
     return ConvConfig(block_m, block_n, block_k, 4 if small else 8, stages, boxes, parts)
+
+
+def conv_key(
+    architecture: int, dtype: torch.dtype, reduced: int, produced: int, pixels: int
+) -> tuple[int, str, int, int, int]:
+    """What configurations are told apart by: of channels the tile's width, of maps 4 x 4, 8 x 8, 16 x 16 and more."""
+    scale = sum(pixels > limit for limit in (16, 64, 255))
+    return architecture, str(dtype).removeprefix("torch."), _conv_width(reduced), _conv_width(produced), scale
+
+
+CONV_KEY = ("architecture", "dtype", "reduced", "produced", "map")
+
+
+@functools.cache
+def _measured_conv() -> dict[tuple, ConvConfig]:
+    path = os.environ.get("SAE_KERNELS_CONFIGS")
+    return load_conv(Path(path)) if path else {}
+
+
+def load_conv(path: Path) -> dict[tuple, ConvConfig]:
+    """Read a table that `python -m sae_kernels.tune` wrote."""
+    entries = json.loads(path.read_text()).get("causal_conv3d", [])
+    return {tuple(e[f] for f in (*CONV_KEY, "direction")): ConvConfig(**e["config"]) for e in entries}
+
+
+@functools.cache
+def conv_slower() -> dict[tuple, float]:
+    """{key of Cin, Cout: time of the library route over that of the kernels} where that was measured below 1."""
+    path = os.environ.get("SAE_KERNELS_CONFIGS")
+    entries = json.loads(Path(path).read_text()).get("causal_conv3d_slower", []) if path else []
+    return {tuple(e[f] for f in CONV_KEY): e["composed_over_triton"] for e in entries}
 
 
 # Multiprocessors of a device of each compute capability: A100, RTX 3090, RTX 4090, H100, B200, RTX 5090.

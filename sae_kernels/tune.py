@@ -12,13 +12,13 @@ import json
 import math
 import sys
 from collections.abc import Callable, Iterable
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch
 
 from . import _configs
-from ._configs import AttentionConfig
+from ._configs import AttentionConfig, ConvConfig
 from .layout import FrameLayout
 
 # Long enough that scheduling, not launch, is measured; small blocks leave a 128-row tile mostly masked.
@@ -108,18 +108,28 @@ def _attention_launchers(layout: FrameLayout, head_dim: int, dtype: torch.dtype,
 
 def _time(launch: Callable[[], None], outputs, expected) -> float:
     """Median milliseconds of REPEATS launches; infinity if the kernel does not fit or gives another result."""
-    from triton.runtime.errors import OutOfResources, PTXASError
-
     for x in outputs:
         x.fill_(float("nan"))
+    return _median(launch) if _fits(launch) and _agree(outputs, expected) else math.inf
+
+
+def _fits(launch: Callable[[], None]) -> bool:
+    from triton.runtime.errors import OutOfResources, PTXASError
+
     try:
         launch()
     except (OutOfResources, PTXASError):
-        return math.inf
-    for x, y in zip(outputs, expected, strict=True):
-        # Another tiling is another order of summation; half a percent of the largest value is no tiling's rounding.
-        if not (x.float() - y.float()).abs().max() <= 5e-3 * y.float().abs().max() + 1e-3:
-            return math.inf
+        return False
+    return True
+
+
+def _agree(outputs, expected) -> bool:
+    """Another tiling is another order of summation; half a percent of the largest value is no tiling's rounding."""
+    pairs = zip(outputs, expected, strict=True)
+    return all(bool((x.float() - y.float()).abs().max() <= 5e-3 * y.float().abs().max() + 1e-3) for x, y in pairs)
+
+
+def _median(launch: Callable[[], None]) -> float:
     events = [(torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)) for _ in range(REPEATS)]
     for start, end in events:
         start.record()
@@ -129,6 +139,144 @@ def _time(launch: Callable[[], None], outputs, expected) -> float:
     return sorted(start.elapsed_time(end) for start, end in events)[REPEATS // 2]
 
 
+# (batch, Y = X, channels in and out) at 16 frames: one for each class of maps and widths of the networks' levels.
+CONVOLUTIONS = ((8, 32, 64), (2, 16, 256), (2, 8, 256), (2, 4, 512))
+
+
+def conv_candidates(default: ConvConfig, direction: str, architecture: int) -> list[ConvConfig]:
+    """The default first. Tiles beyond the shared memory are left out: they would only be compiled to fail."""
+    if direction == "streams":
+        return [default, *(ConvConfig(m, default.block_n, 16, w, 1) for m in (8, 16, 32, 64) for w in (2, 4, 8))]
+    limit = _configs.SHARED_MEMORY.get(architecture, 101_376)
+    rows = (64, 128, 256) if direction == "wgrad" else (64, 128)
+    boxes = (False, True) if architecture >= 90 and direction != "wgrad" else (False,)
+    grid = itertools.product(rows, (16, 32, 64, 128, 256), (16, 32, 64, 128), ((4, 3), (4, 4), (8, 3), (8, 4)), boxes)
+    found = [default]
+    for m, n, k, (warps, stages), box in grid:
+        useful = n <= 2 * default.block_n and 2 * n >= default.block_n and k <= 2 * default.block_k <= 4 * k
+        if useful and (m + n) * k * 2 * stages <= limit and m * n <= 128 * 128:
+            found.append(ConvConfig(m, n, k, warps, stages, box, default.parts))
+    return found
+
+
+def tune_convolution(
+    shapes: Iterable[tuple[int, int, int]],
+    dtypes: Iterable[torch.dtype],
+    log: Callable[[str], None],
+    *,
+    architecture: int,
+    device: str = "cuda",
+    median: Callable[[Callable[[], None]], float] = _median,
+    frames: int = 16,
+) -> tuple[list[dict], list[dict]]:
+    """(entries for `_configs.load_conv`, those for `_configs.conv_slower`), for every shape, dtype and kernel."""
+    from .causal_conv3d import triton as kernels
+
+    entries, slower = [], []
+    layout = FrameLayout(frames, 1)
+    for (B, size, C), dtype in itertools.product(shapes, dtypes):
+        generator = torch.Generator(device).manual_seed(0)
+
+        def video(channels: int, depth: int, B=B, size=size, dtype=dtype, generator=generator) -> torch.Tensor:
+            values = torch.randn((B, depth, size, size, channels), generator=generator, device=device)
+            return values.to(dtype).permute(0, 4, 1, 2, 3)
+
+        F = layout.total_frames
+        x, grad, weight = video(C, F), video(C, F), video(C, 3)[:1].new_empty(C, C, 3, 3, 3)
+        weight.copy_(torch.randn(weight.shape, generator=generator, device=device) / (27 * C) ** 0.5)
+        scale = torch.rand((B, F), generator=generator, device=device).to(dtype)
+        key = _configs.conv_key(architecture, dtype, C, C, size * size)
+        best: dict[str, ConvConfig] = {}
+        for direction in _configs.CONV_DIRECTIONS:
+            build = _conv_launches(kernels, direction, x, grad, weight, scale, layout, architecture)
+            default = _configs.conv_config(architecture, dtype, C, C, size * size, direction)
+            launches, read = build(default)
+            _run(launches)
+            expected = [t.clone() for t in read()]
+
+            def measure(config: ConvConfig, build=build, expected=expected) -> float:
+                launches, read = build(config)
+                fits = _fits(lambda: _run(launches))
+                return median(lambda: _run(launches)) if fits and _agree(read(), expected) else math.inf
+
+            before = measure(default)
+            config, after = fastest(conv_candidates(default, direction, architecture), measure)
+            if config is not None and default.parts > 0:
+                several = [replace(config, parts=parts) for parts in (config.parts, 0, 1, 2, 4, 8)]
+                config, after = fastest(several, measure)
+            if config is None:
+                raise RuntimeError(f"no configuration of {direction} runs at {C} channels, {size} x {size}, {dtype}")
+            best[direction] = config
+            entry = dict(zip(_configs.CONV_KEY, key, strict=True)) | {"direction": direction}
+            entries.append(entry | {"config": asdict(config), "milliseconds": after, "default_milliseconds": before})
+            log(f"{direction} C={C} {size}x{size} {key[1]}: {before:.3f} -> {after:.3f} ms with {config}")
+
+        ratio = _composed_over_triton(x, grad, weight, layout, architecture, best, median)
+        log(f"C={C} {size}x{size} {key[1]}: forward and backward {ratio:.2f} times the speed of the library route")
+        if ratio < 1:
+            slower.append(dict(zip(_configs.CONV_KEY, key, strict=True)) | {"composed_over_triton": ratio})
+    return entries, slower
+
+
+def _composed_over_triton(x, grad, weight, layout, architecture, best, median) -> float:
+    """Time of the library route over that of the kernels, forward and backward together."""
+    from .causal_conv3d import composed
+    from .causal_conv3d import triton as kernels
+
+    mask = [True, True, False, False, False]
+
+    def ours() -> None:
+        _run(
+            kernels.plan_forward(x, weight, None, None, None, 1.0, layout, architecture, best["fwd"], keep_past=False)[
+                0
+            ]
+        )
+        _run(kernels.plan_backward(grad, x, weight, None, None, None, None, 1.0, layout, mask, architecture, best)[0])
+
+    def library() -> None:
+        composed.forward(x, weight, None, None, None, 1.0, layout, keep_past=False)
+        composed.backward(grad, x, weight, None, None, None, None, 1.0, layout, mask)
+
+    return median(library) / median(ours)
+
+
+def _conv_launches(kernels, direction: str, x, grad, weight, scale, layout: FrameLayout, architecture: int) -> Callable:
+    """A function of a configuration: (the launches of one direction, a function that reads what they wrote)."""
+
+    def forward(config):
+        launches, out, _ = kernels.plan_forward(
+            x, weight, None, None, None, 1.0, layout, architecture, config, keep_past=False
+        )
+        return launches, lambda: [out]
+
+    def backward(config):
+        scales = (scale, scale) if direction in ("dgrad_dot", "streams") else (None, None)
+        mask = [
+            direction in ("dgrad", "dgrad_dot", "streams"),
+            direction == "wgrad",
+            False,
+            scales[1] is not None,
+            False,
+        ]
+        name = "dgrad" if direction == "dgrad_dot" else direction
+        launches, grad_x, parts, _, dot, _ = kernels.plan_backward(
+            grad, x, weight, *scales, None, None, 1.0, layout, mask, architecture, {name: config}
+        )
+        if direction == "streams":
+            launches = [launch for launch in launches if launch.kernel is kernels.causal_conv3d_streams_kernel]
+            return launches, lambda: [launches[0].args["sum_ptr"]]
+        if direction == "wgrad":
+            return launches, lambda: [part.sum(0) for part in parts]
+        return launches, lambda: [grad_x, *([] if dot is None else [dot.sum((0, 3))])]
+
+    return forward if direction == "fwd" else backward
+
+
+def _run(launches) -> None:
+    for launch in launches:
+        launch.run()
+
+
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m sae_kernels.tune", description=__doc__.split("\n")[0])
     parser.add_argument("--output", type=Path, default=Path("sae_kernels_configs.json"), help="file to write")
@@ -136,15 +284,25 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument(
         "--dtype", nargs="+", choices=("bfloat16", "float16", "float32"), default=["bfloat16", "float16"]
     )
+    ops = ("frame_attention", "causal_conv3d")
+    parser.add_argument("--op", nargs="+", choices=ops, default=list(ops), help="ops to tune")
     args = parser.parse_args(argv)
     if not torch.cuda.is_available():
         print("sae_kernels.tune: measuring needs a CUDA device, and PyTorch sees none here", file=sys.stderr)
         return 1
     import triton
 
-    entries = tune_attention(args.head_dim, [getattr(torch, d) for d in args.dtype], print)
+    dtypes = [getattr(torch, d) for d in args.dtype]
+    tables: dict[str, list[dict]] = {}
+    if "frame_attention" in args.op:
+        tables["frame_attention"] = tune_attention(args.head_dim, dtypes, print)
+    if "causal_conv3d" in args.op:
+        major, minor = torch.cuda.get_device_capability()
+        tables["causal_conv3d"], tables["causal_conv3d_slower"] = tune_convolution(
+            CONVOLUTIONS, dtypes, print, architecture=10 * major + minor
+        )
     machine = {"device": torch.cuda.get_device_name(), "torch": torch.__version__, "triton": triton.__version__}
-    args.output.write_text(json.dumps(machine | {"frame_attention": entries}, indent=1) + "\n")
+    args.output.write_text(json.dumps(machine | tables, indent=1) + "\n")
     print(f"wrote {args.output}; use it with SAE_KERNELS_CONFIGS={args.output}")
     return 0
 

@@ -40,8 +40,9 @@ def causal_conv3d(
         pad_value: without `history`, the constant that fills those frames; the spatial padding around them
             stays 0.
         impl: "auto", "reference" (one frame at a time, any float dtype), "composed" (library convolutions),
-            "triton" (not for noisy frames in blocks of several, where "auto" takes composed). A named one is used
-            or refused, never replaced.
+            "triton" (not for noisy frames in blocks of several). A named one is used or refused, never replaced.
+            "auto" takes triton on CUDA, but composed where it cannot run or where the table of
+            `python -m sae_kernels.tune` says that it is slower; `python -m sae_kernels` prints both.
 
     Returns:
         (B, Cout, F, Y, X) of the dtype of x; channels_last_3d if the channels of x are innermost in memory,
@@ -56,6 +57,8 @@ def causal_conv3d(
     chosen = _checks.choose_implementation("causal_conv3d", impl, x.device, available, why_not)
     if chosen == "reference":
         return reference.causal_conv3d(x, weight, layout, past_scale, last_scale, history, float(pad_value))
+    if impl == "auto" and chosen == "triton":
+        chosen = "auto"  # the op knows the sizes, and what was measured of them
     keep_past = past_scale is not None and past_scale.requires_grad and torch.is_grad_enabled()
     out, _ = ops.causal_conv3d_fwd(
         x,
@@ -99,6 +102,8 @@ def past_term(history: torch.Tensor, weight: torch.Tensor, *, impl: str = "auto"
     chosen = _checks.choose_implementation("past_term", impl, history.device, available, why_not)
     if chosen == "reference":
         return reference.past_term(history, weight)
+    if impl == "auto" and chosen == "triton":
+        chosen = "auto"
     return ops.causal_conv3d_past_fwd(history, weight, chosen)
 
 

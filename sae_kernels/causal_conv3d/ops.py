@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from .. import _launch, _library
+from .. import _configs, _launch, _library
 from ..layout import FrameLayout
 from . import composed
 
@@ -30,12 +30,35 @@ def implementations(
         why_not["triton"] = reason
         return available, why_not
     why_not["triton with frames_per_block > 1"] = _OWN_PAST
+    slower = _slower_note(device)
+    if slower:
+        why_not["triton by itself"] = slower
     # On the CPU it is interpreted, which serves tests: never the choice of "auto".
     available.insert(0 if device.type == "cuda" else len(available), "triton")
     return available, why_not
 
 
-def _backend(impl: str):
+@_library.constant_in_graphs
+def _slower_note(device: torch.device) -> str:
+    """The shapes for which "auto" takes composed although the kernels run, as SAE_KERNELS_CONFIGS measured them."""
+    if device.type != "cuda":
+        return ""
+    architecture = _launch.architecture(device)
+    maps = ("4 x 4", "8 x 8", "up to 15 x 15", "16 x 16 and more")
+    shapes = [
+        f"{dtype} {reduced} to {produced} channels, {maps[scale]} pixels ({ratio:.2f}x)"
+        for (tuned, dtype, reduced, produced, scale), ratio in _configs.conv_slower().items()
+        if tuned == architecture
+    ]
+    return f"measured slower, auto takes composed there: {'; '.join(shapes)}" if shapes else ""
+
+
+def _backend(impl: str, x: torch.Tensor, weight: torch.Tensor):
+    """`impl` may be "auto" where the kernels run: what a measurement found slower than the library goes there."""
+    if impl == "auto":
+        pixels = x.shape[3] * x.shape[4]
+        key = _configs.conv_key(_launch.architecture(x.device), x.dtype, weight.shape[1], weight.shape[0], pixels)
+        impl = "composed" if key in _configs.conv_slower() else "triton"
     if impl == "composed":
         return composed
     if impl == "triton":
@@ -67,7 +90,9 @@ def _forward(
     if x.numel() == 0:
         return _empty_forward(x, weight, frames, frames_per_block, noisy_copies, keep_past)
     layout = FrameLayout(frames, 1, frames_per_block, noisy_copies, noisy_first)
-    out, past = _backend(impl).forward(x, weight, past_scale, last_scale, history, pad_value, layout, keep_past)
+    out, past = _backend(impl, x, weight).forward(
+        x, weight, past_scale, last_scale, history, pad_value, layout, keep_past
+    )
     if x.stride(1) != 1:
         out = out.contiguous()
     return out, past if keep_past and past is not None else x.new_empty(0)
@@ -95,7 +120,9 @@ def _backward(
         return tuple(grad.zero_() for grad in _empty_backward(x, weight, mask))
     layout = FrameLayout(frames, 1, frames_per_block, noisy_copies, noisy_first)
     past = past if past.numel() > 0 else None
-    grads = _backend(impl).backward(grad_out, x, weight, past_scale, last_scale, history, past, pad_value, layout, mask)
+    grads = _backend(impl, x, weight).backward(
+        grad_out, x, weight, past_scale, last_scale, history, past, pad_value, layout, mask
+    )
     return tuple(x.new_empty(0) if grad is None else grad for grad in grads)
 
 
@@ -156,7 +183,7 @@ def _empty_past(history: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
 def _past_forward(history, weight, impl):
     if history.numel() == 0:
         return _empty_past(history, weight).zero_()
-    return _backend(impl).past_term(history, weight)
+    return _backend(impl, history, weight).past_term(history, weight)
 
 
 def _empty_past_backward(history, weight, mask):
@@ -167,7 +194,7 @@ def _empty_past_backward(history, weight, mask):
 def _past_backward(grad_out, history, weight, mask, impl):
     if history.numel() == 0:
         return tuple(grad.zero_() for grad in _empty_past_backward(history, weight, mask))
-    grads = _backend(impl).past_term_backward(grad_out, history, weight, mask)
+    grads = _backend(impl, history, weight).past_term_backward(grad_out, history, weight, mask)
     return tuple(history.new_empty(0) if grad is None else grad for grad in grads)
 
 

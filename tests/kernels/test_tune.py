@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 from dataclasses import asdict
@@ -10,7 +11,7 @@ import pytest
 import torch
 
 from sae_kernels import _configs, tune
-from sae_kernels._configs import AttentionConfig
+from sae_kernels._configs import AttentionConfig, ConvConfig
 
 
 def test_picks_the_fastest_that_works():
@@ -67,3 +68,101 @@ def test_without_a_gpu_it_says_so(tmp_path, capsys):
     assert tune.main(["--output", str(tmp_path / "configs.json")]) == 1
     assert "needs a CUDA device" in capsys.readouterr().err
     assert not list(tmp_path.iterdir())
+
+
+@pytest.fixture
+def measured_file(tmp_path, monkeypatch):
+    """write(tables): makes a file of them the measured one."""
+    caches = (_configs._measured_conv, _configs.conv_config, _configs.conv_slower)
+
+    def write(**tables):
+        path = tmp_path / "configs.json"
+        path.write_text(json.dumps(tables))
+        monkeypatch.setenv("SAE_KERNELS_CONFIGS", str(path))
+        for cache in caches:
+            cache.cache_clear()
+
+    yield write
+    for cache in caches:
+        cache.cache_clear()
+
+
+def test_every_default_of_the_convolution_is_a_candidate_and_others_fit():
+    for architecture in (80, 90, 120):
+        for (_, size, C), direction in itertools.product(tune.CONVOLUTIONS, _configs.CONV_DIRECTIONS):
+            default = _configs.conv_config(architecture, torch.bfloat16, C, C, size * size, direction)
+            tried = tune.conv_candidates(default, direction, architecture)
+            assert tried[0] == default and 8 < len(set(tried)) < 150
+            if direction in ("fwd", "dgrad"):
+                assert {c.boxes for c in tried} == ({False, True} if architecture >= 90 else {False})
+
+
+def test_convolutions_fill_classes_of_maps_and_widths():
+    keys = {_configs.conv_key(90, torch.float16, C, C, size * size) for _, size, C in tune.CONVOLUTIONS}
+    assert len(keys) == len(tune.CONVOLUTIONS)
+    assert {key[-1] for key in keys} == {0, 1, 3}
+
+
+def test_a_measured_convolution_is_used(measured_file):
+    chosen = ConvConfig(64, 128, 32, 4, 3, True, 2)
+    entry = dict(zip(_configs.CONV_KEY, _configs.conv_key(90, torch.bfloat16, 256, 384, 64), strict=True))
+    measured_file(causal_conv3d=[entry | {"direction": "fwd", "config": asdict(chosen)}])
+    assert _configs.conv_config(90, torch.bfloat16, 256, 384, 64, "fwd") == chosen
+    assert _configs.conv_config(90, torch.bfloat16, 512, 128, 36, "fwd") == chosen
+    for other in (
+        (80, torch.bfloat16, 256, 384, 64, "fwd"),
+        (90, torch.float16, 256, 384, 64, "fwd"),
+        (90, torch.bfloat16, 64, 384, 64, "fwd"),
+        (90, torch.bfloat16, 256, 384, 65, "fwd"),
+        (90, torch.bfloat16, 256, 384, 64, "dgrad"),
+    ):
+        assert _configs.conv_config(*other) != chosen
+
+
+def test_auto_leaves_a_convolution_that_was_measured_slower_to_the_library(measured_file, monkeypatch):
+    from sae_kernels.causal_conv3d import ops
+
+    entry = dict(zip(_configs.CONV_KEY, _configs.conv_key(90, torch.bfloat16, 64, 128, 64), strict=True))
+    measured_file(causal_conv3d_slower=[entry | {"composed_over_triton": 0.8}])
+    monkeypatch.setattr(ops._launch, "architecture", lambda device: 90)
+    monkeypatch.setattr(ops._launch, "why_not", lambda device: None)
+    weight = torch.empty(128, 64, 3, 3, 3, device="meta")
+    for pixels, dtype, name in (
+        (8, torch.bfloat16, "composed"),
+        (9, torch.bfloat16, "triton"),
+        (8, torch.half, "triton"),
+    ):
+        x = torch.empty(1, 64, 2, 8, pixels, dtype=dtype, device="meta")
+        assert ops._backend("auto", x, weight).__name__.endswith(name)
+        assert ops._backend("triton", x, weight).__name__.endswith("triton")
+    _, why_not = ops.implementations(torch.device("cuda"), torch.bfloat16)
+    assert "auto takes composed there: bfloat16 64 to 128 channels, 8 x 8 pixels (0.80x)" in why_not["triton by itself"]
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="the command measures the compiled kernels")
+def test_the_convolution_is_tuned_and_its_table_read_again(measured_file, monkeypatch):
+    """The whole run in the interpreter, with ever shorter times; a configuration that gives other numbers never wins."""
+    from sae_kernels.causal_conv3d import triton as kernels
+
+    other, wrong = ConvConfig(64, 16, 16, 4, 1), ConvConfig(32, 16, 16, 4, 1)
+    monkeypatch.setattr(tune, "conv_candidates", lambda default, direction, architecture: [default, other, wrong])
+    convolution = kernels._convolution
+
+    def faulty(*arguments, config=None, **options):
+        if config == wrong:
+            options["first_frame"] = options.get("first_frame", 0) + 1
+        return convolution(*arguments, config=config, **options)
+
+    monkeypatch.setattr(kernels, "_convolution", faulty)
+    times = itertools.count(100, -1)
+    entries, slower = tune.tune_convolution(
+        [(1, 2, 8)], [torch.float32], lambda line: None, architecture=0, device="cpu",
+        median=lambda launch: float(next(times)), frames=2,
+    )  # fmt: skip
+    chosen = {entry["direction"]: ConvConfig(**entry["config"]) for entry in entries}
+    assert set(chosen) == set(_configs.CONV_DIRECTIONS)
+    assert chosen == {d: wrong if d in ("wgrad", "streams") else other for d in _configs.CONV_DIRECTIONS}
+    assert all(entry["milliseconds"] < entry["default_milliseconds"] for entry in entries)
+    assert slower == []
+    measured_file(causal_conv3d=[entry | {"architecture": 90} for entry in entries])
+    assert _configs.conv_config(90, torch.float32, 8, 8, 4, "dgrad") == other
