@@ -81,8 +81,9 @@ def mp_cat_kernel(
 ):  # fmt: skip
     """out [rows, Wa + Wb] = weighted a [rows, Wa] beside weighted b [rows, Wb]; backward from out to a and b."""
     width_a, width_b = units_a * UNIT, units_b * UNIT
-    row = (tl.program_id(0).to(tl.int64) * BR + tl.arange(0, BR))[:, None]
-    col = (tl.program_id(1).to(tl.int64) * BW + tl.arange(0, BW))[None, :]
+    program, blocks = tl.program_id(0).to(tl.int64), tl.cdiv(width_a + width_b, BW)
+    row = (program // blocks * BR + tl.arange(0, BR))[:, None]
+    col = (program % blocks * BW + tl.arange(0, BW))[None, :]
     of_a = (row < rows) & (col < width_a)
     of_b = (row < rows) & (col >= width_a) & (col < width_a + width_b)
     at_a, at_b = a_ptr + row * width_a + col, b_ptr + row * width_b + (col - width_a)
@@ -197,9 +198,10 @@ def modulated_silu_fwd_kernel(
     """gain silu(x scale), scale [frame, channel]."""
     C = channel_units * (UNIT if CHANNELS_LAST else 1)
     P = pixel_units * (1 if CHANNELS_LAST else UNIT)
-    frame = tl.program_id(0).to(tl.int64)
+    program, blocks = tl.program_id(0).to(tl.int64), tl.cdiv(P, BP)
+    frame = program // blocks
+    pixel = (program - frame * blocks) * BP + tl.arange(0, BP)
     channel = tl.program_id(1).to(tl.int64) * BC + tl.arange(0, BC)
-    pixel = tl.program_id(2).to(tl.int64) * BP + tl.arange(0, BP)
     at, ok = _frame_tile(frame, channel, pixel, C, frames, P, CHANNELS_LAST)
     scale = tl.load(scale_ptr + frame * C + channel, mask=channel < C, other=0.0).to(tl.float32)
     z = tl.load(x_ptr + at, mask=ok, other=0.0).to(tl.float32) * scale[None, :]
@@ -241,9 +243,10 @@ def mp_sum_frames_fwd_kernel(
 ):  # fmt: skip
     C = channel_units * (UNIT if CHANNELS_LAST else 1)
     P = pixel_units * (1 if CHANNELS_LAST else UNIT)
-    frame = tl.program_id(0).to(tl.int64)
+    program, blocks = tl.program_id(0).to(tl.int64), tl.cdiv(P, BP)
+    frame = program // blocks
+    pixel = (program - frame * blocks) * BP + tl.arange(0, BP)
     channel = tl.program_id(1).to(tl.int64) * BC + tl.arange(0, BC)
-    pixel = tl.program_id(2).to(tl.int64) * BP + tl.arange(0, BP)
     at, ok = _frame_tile(frame, channel, pixel, C, frames, P, CHANNELS_LAST)
     t = tl.load(t_ptr + frame).to(tl.float32)
     norm = tl.sqrt_rn((1.0 - t) * (1.0 - t) + t * t)
@@ -263,9 +266,10 @@ def mp_sum_frames_bwd_kernel(
     """For t, ((1 - t) b - t a) grad / norm^3 summed over the tile, in its place of part [frame, tile]."""
     C = channel_units * (UNIT if CHANNELS_LAST else 1)
     P = pixel_units * (1 if CHANNELS_LAST else UNIT)
-    frame = tl.program_id(0).to(tl.int64)
+    program, blocks = tl.program_id(0).to(tl.int64), tl.cdiv(P, BP)
+    frame = program // blocks
+    pixel = (program - frame * blocks) * BP + tl.arange(0, BP)
     channel = tl.program_id(1).to(tl.int64) * BC + tl.arange(0, BC)
-    pixel = tl.program_id(2).to(tl.int64) * BP + tl.arange(0, BP)
     at, ok = _frame_tile(frame, channel, pixel, C, frames, P, CHANNELS_LAST)
     t = tl.load(t_ptr + frame).to(tl.float32)
     norm = tl.sqrt_rn((1.0 - t) * (1.0 - t) + t * t)
@@ -278,8 +282,7 @@ def mp_sum_frames_bwd_kernel(
         a = tl.load(a_ptr + at, mask=ok, other=0.0).to(tl.float32)
         b = tl.load(b_ptr + at, mask=ok, other=0.0).to(tl.float32)
         slope = tl.sum(tl.sum(((1.0 - t) * b - t * a) * grad, axis=1), axis=0) / (norm * norm * norm)
-        place = (frame * tl.num_programs(1) + tl.program_id(1)) * tl.num_programs(2) + tl.program_id(2)
-        tl.store(part_ptr + place, slope)
+        tl.store(part_ptr + program * tl.num_programs(1) + tl.program_id(1), slope)
 
 
 @triton.jit(do_not_specialize=["units"])
@@ -419,7 +422,7 @@ def plan_cat(
     args = {"a_ptr": a, "b_ptr": b, "out_ptr": out, "weight_a": weight_a, "weight_b": weight_b, "rows": rows}
     args |= {"units_a": width_a // unit, "units_b": width_b // unit, "UNIT": unit, "BACKWARD": backward}
     args |= {"BR": block_r, "BW": block_w}
-    grid = (-(-rows // block_r), -(-(width_a + width_b) // block_w))
+    grid = (-(-rows // block_r) * -(-(width_a + width_b) // block_w),)
     return [Launch(mp_cat_kernel, grid, args, num_warps=8, num_stages=1)]
 
 
@@ -529,7 +532,8 @@ def plan_frames(kernel, like: torch.Tensor, outputs: tuple[str, ...], *, walk: b
     block_p = min(triton.next_power_of_2(P), BLOCK // block_c)
     args |= {"channel_units": C // (unit if channels_last else 1), "pixel_units": P // (1 if channels_last else unit)}
     args |= {"frames": frames, "CHANNELS_LAST": channels_last, "UNIT": unit, "BP": block_p, "BC": block_c}
-    grid = (like.shape[0] * frames, -(-C // block_c)) + (() if walk else (-(-P // block_p),))
+    # Only the first axis of a grid may have more than 65535 programs.
+    grid = (like.shape[0] * frames * (1 if walk else -(-P // block_p)), -(-C // block_c))
     return [Launch(kernel, grid, args, num_warps=8 if block_c * block_p > 2048 else 4, num_stages=1)]
 
 
@@ -617,7 +621,8 @@ def mp_sum_tensor_backward(
     if made_b is not None:
         grad_b.copy_(made_b)
     if grad_t is not None:
-        per_frame = part.flatten(1).sum(dim=1).view(a.shape[0], -1)
+        frames = a.shape[2] if a.ndim > 2 else 1
+        per_frame = part.view(a.shape[0], frames, -1).sum(dim=2)
         shape = (a.shape[0], 1, *per_frame.shape[1:], *[1] * (a.ndim - 3)) if a.ndim > 2 else (a.shape[0], 1)
         grad_t.copy_(per_frame.view(shape).sum_to_size(t.shape))
 

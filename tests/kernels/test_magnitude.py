@@ -184,6 +184,55 @@ def test_triton_where_sizes_pass_a_tile(name):
             compare(CASES[name][0], [order(x) for x in inputs], order(grad), name, impl="triton")
 
 
+@needs_triton
+def test_launches_fit_a_grid():
+    """Beside the first, axes of a CUDA grid end at 65535: frames of 8192 x 8192, a million frames, 2^30 channels-last."""
+    from sae_kernels.magnitude import triton as kernels
+
+    for shape in ((1, 3, 1, 8192, 8192), (1000, 8, 1000, 1, 1), (1, 4096, 64, 64, 64)):
+        for memory_format in (torch.contiguous_format, CL3D):
+            x = torch.empty(shape, device="meta", memory_format=memory_format)
+            twice = torch.empty((shape[0], 2 * shape[1], *shape[2:]), device="meta", memory_format=memory_format)
+            plan = kernels.plan_frames(kernels.mp_sum_frames_fwd_kernel, x, ("out_ptr",), out_ptr=x)
+            plan += kernels.plan_frames(kernels.modulated_silu_bwd_kernel, x, ("grad_x_ptr",), walk=True, grad_x_ptr=x)
+            plan += kernels.plan_cat(x, x, 1, 1.0, 1.0, twice, False)
+            plan += kernels.plan_norm(kernels.pixel_norm_fwd_kernel, 1, 1e-4, out_ptr=x, x_ptr=x)
+            plan += kernels.plan_elementwise(kernels.mp_silu_fwd_kernel, x, x_ptr=x, out_ptr=x)
+            assert all(axis <= 65535 for launch in plan for axis in launch.grid[1:])
+            assert all(launch.grid[0] < 2**31 for launch in plan)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", LOW, ids=str)
+@pytest.mark.parametrize("name", [n for n in CASES if n not in ("mp_sum per channel", "mp_sum per element")])
+def test_gpu_is_the_reference(name, dtype):
+    function, (inputs, grad) = CASES[name][0], make(name, dtype)
+    for order in (lambda x: x, channels_last_of):
+        cuda = [order(x).cuda() for x in inputs]
+        compare(function, cuda, order(grad).cuda(), name, impl="triton")
+        first, second = (run(function, cuda, grad.cuda(), dtype, impl="triton") for _ in range(2))
+        assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+@pytest.mark.gpu
+def test_gpu_in_a_graph_on_a_side_stream():
+    x, scale = torch.randn(2, 64, 4, 8, 8, device="cuda"), torch.randn(2, 4, 64, device="cuda")
+
+    def block():
+        normed, y = pixel_norm_silu(x)
+        return mp_sum(normed, modulated_silu(y, scale), 0.3, limit=1.0)
+
+    want, stream, graph = block(), torch.cuda.Stream(), torch.cuda.CUDAGraph()
+    with torch.cuda.stream(stream):
+        block()
+        with torch.cuda.graph(graph, stream=stream):
+            got = block()
+        got.zero_()
+        graph.replay()
+    torch.cuda.synchronize()
+    assert torch.equal(got, want)
+
+
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")  # the interpreter's
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf"), 1e-40, -3e-45, 1e37])
 @pytest.mark.parametrize("impl", ["composed", pytest.param("triton", marks=needs_triton)])
@@ -379,9 +428,7 @@ def test_types_are_promoted():
     assert torch.autograd.grad(out.sum(), t)[0].dtype == torch.float32
 
 
-@pytest.mark.parametrize(
-    "name", ["mp_silu", "modulated_silu", "mp_sum", "mp_sum per frame", "mp_cat"]
-)
+@pytest.mark.parametrize("name", ["mp_silu", "modulated_silu", "mp_sum", "mp_sum per frame", "mp_cat"])
 def test_bad_values_stay_in_their_elements(name):
     function, inputs, _ = CASES[name][0], *make(name)
     want = function(*inputs)
