@@ -45,7 +45,8 @@ def test_mixture_noise_has_a_mean_per_series():
 
 
 def test_generators_depend_on_their_seed_alone_and_extend():
-    for sample in (lambda n, s: gen_dataset(n, 7, 0.4, seed=s), Source(order="swaps", step=4).sample):
+    sources = [Source(order="swaps", step=4), Source("stochastic"), Source("white-noise")]
+    for sample in (lambda n, s: gen_dataset(n, 7, 0.4, seed=s), *(source.sample for source in sources)):
         np.testing.assert_array_equal(sample(3, 5), sample(8, 5)[:3])
         assert (sample(3, 5) != sample(3, 6)).any()
     np.testing.assert_array_equal(gen(7, 0.4, seed=5), gen_dataset(2, 7, 0.4, seed=5)[0, :, 0])

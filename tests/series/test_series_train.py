@@ -58,6 +58,7 @@ def test_network_knows_positions():
     torch.manual_seed(0)
     model = SeriesDenoiser(TINY, 6).double()
     torch.nn.init.normal_(model.head.weight)
+    torch.nn.init.zeros_(model.blocks[0].bias)  # by the position table alone
     x, level = torch.randn(1, 6, 1).double(), torch.zeros(1, 6).double()
     assert not torch.allclose(model(x.flip(1), level), model(x, level).flip(1))
 
@@ -157,15 +158,15 @@ def test_learning_rate():
 
 
 def test_training_learns_a_law(tmp_path):
-    # x_1 = 1 - x_0: the joint end halves the loss of a network that knows marginals only
+    # 1 - x of a noisy neighbour tells a token much more than its own level does
     config = tiny(
-        tmp_path, source=Source("one-minus-x", length=4), schedule=ScheduleConfig(kind="mixed"), steps=120, batch=64,
-        lr=2e-2, warmup=5, ema=0.9,
+        tmp_path, source=Source("one-minus-x", length=4), schedule=ScheduleConfig(kind="independent"), steps=120,
+        batch=64, lr=1e-2, warmup=5, ema=0.9,
     )  # fmt: skip
     trainer = SeriesTrainer(config)
     losses = [trainer.train_step().item() for _ in range(config.steps)]
     assert np.mean(losses[-20:]) < 0.7 * np.mean(losses[:10])
-    schedule = dataclasses.replace(config.schedule, window=1.0).build(4)
+    schedule = ScheduleConfig(window=1.0).build(4)
     x = generate(trainer.averaged(), trainer.stats, schedule, 64, steps=24)
     untrained = generate(SeriesTrainer(config).averaged(), trainer.stats, schedule, 64, steps=24)
     assert error_quartiles(config.source, x)["median"] < 0.3 * error_quartiles(config.source, untrained)["median"]
