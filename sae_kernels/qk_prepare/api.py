@@ -61,9 +61,7 @@ def qk_prepare(
     """
     _checks.check_tensor("q", q, shape="(B, Hq, S, D)")
     _checks.check_float("q", q)
-    for name, tensor in (("k", k), ("v", v)):
-        if name == "v" and tensor is None:
-            continue
+    for name, tensor in (("k", k), ("v", v)) if v is not None else (("k", k),):
         _checks.check_tensor(name, tensor, shape="(B, Hkv, S, D)")
         _checks.check_like(name, tensor, "q", q)
         for dim, what in ((0, "batch"), (2, "length"), (3, "head dim")):
@@ -124,9 +122,9 @@ def _prepare(
     op, tensors, heads, positions, start, grid, axes, base, interleaved, normalize, normalize_v, eps, impl
 ) -> tuple[torch.Tensor, ...]:
     q, k, v = tensors
-    D = q.shape[-1]
+    argument, D = "q" if heads is None else "qkv", q.shape[-1]
     if D < 1:
-        raise ValueError(f"q: head dim must be >= 1, got {D}")
+        raise ValueError(f"{argument}: head dim must be >= 1, got {D}")
     for name, value, least in (("eps", eps, 0), ("base", base, 1)):
         if isinstance(value, bool) or not isinstance(value, (int, float)):
             raise TypeError(f"{name}: must be a number, got {_checks.describe(value)}")
@@ -135,7 +133,7 @@ def _prepare(
     if positions is not None and not isinstance(positions, (FrameLayout, torch.Tensor)):
         raise TypeError(f"positions: must be a FrameLayout, a tensor or None, got {_checks.describe(positions)}")
     axes = _axes(axes, positions, grid, D)
-    place = _place(q, positions, start, grid)
+    place = _place(argument, q, positions, start, grid)
     positions = _positions(q, positions, len(axes)) if isinstance(positions, torch.Tensor) else None
 
     available, why_not = ops.implementations(q.device, q.dtype, D)
@@ -174,14 +172,16 @@ def _axes(axes: Sequence[int] | None, positions: object, grid: object, D: int) -
     return axes
 
 
-def _place(q: torch.Tensor, positions: object, start: int, grid: tuple[int, int] | None) -> tuple[int, int, int, int]:
+def _place(
+    name: str, q: torch.Tensor, positions: object, start: int, grid: tuple[int, int] | None
+) -> tuple[int, int, int, int]:
     """(frames, tokens per frame, tokens per row, start) of a layout; frames = 0 for none."""
     _checks.check_word("start", start)
     if not isinstance(positions, FrameLayout):
         if grid is not None or start != 0:
             raise ValueError(f"grid, start: belong to a FrameLayout, got grid {grid} and start {start}")
         return 0, 1, 1, 0
-    _checks.check_size("q", "length", q.shape[2], "layout.sequence_length", positions.sequence_length)
+    _checks.check_size(name, "length", q.shape[2], "layout.sequence_length", positions.sequence_length)
     P = positions.tokens_per_frame
     if grid is None:
         return positions.frames, P, P, start

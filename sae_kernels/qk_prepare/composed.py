@@ -39,7 +39,8 @@ def rotation(
     if device.type == "cpu" and length * sum(axes) <= PIECE:
         # A network's layers and a sampler's steps ask for the same small table again and again.
         make = cached_layout_rotation
-    cos, sin = make(length, tuple(place), tuple(axes), base, dtype, device)
+    frames, tokens_per_frame, width, start = place
+    cos, sin = make(length, (frames, tokens_per_frame, width, start), tuple(axes), base, dtype, device)
     return cos, sin
 
 

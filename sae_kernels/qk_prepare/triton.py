@@ -311,7 +311,7 @@ def _plan(
     args |= dict(zip(("frames", "tokens_per_frame", "width", "start"), place, strict=True))
     explicit = positions is not None
     args |= {"positions_ptr": positions if explicit else table, "table_ptr": table, "eps": eps, "B": B, "S": S}
-    args["positions_b"] = positions.stride(0) if explicit and positions.shape[0] > 1 else 0
+    args["positions_b"] = positions.stride(0) if positions is not None and positions.shape[0] > 1 else 0
     groups = max(-(-args[f"{part}_heads"] // HEADS) for part in "qkv")
     tile = max(1, TILE // triton.next_power_of_2(D))
     args |= {

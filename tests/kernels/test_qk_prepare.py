@@ -444,6 +444,7 @@ BAD = [
     (lambda: qk_prepare(Q, Q, impl="cuda"), ValueError, "impl: qk_prepare cannot run 'cuda' on cpu: there is no C"),
     (lambda: qk_prepare(Q.double(), Q.double(), impl="triton"), ValueError, "impl: qk_prepare cannot run 'triton' on cpu: it"),
     (lambda: qkv_prepare(Q.transpose(1, 2)), ValueError, "qkv: heads must be a positive multiple of 3 without kv_heads, got 2"),
+    (lambda: qkv_prepare(Q, LAYOUT, kv_heads=8), ValueError, "qkv: length must be layout.sequence_length = 24, got 2"),
     (lambda: qkv_prepare(Q, kv_heads=12), ValueError, r"kv_heads: must be in \[1, 11\] with 24 heads, got 12"),
 ]  # fmt: skip
 
