@@ -272,6 +272,23 @@ def test_ddim_with_eta_1_is_ancestral(scaling):
     assert not torch.allclose(ddim, sample(smooth, x, schedule, schedule.times(11), solver="ddim", eta=0.9, seed=5))
 
 
+@pytest.mark.parametrize("eta", [0.0, 0.4, 1.0])
+def test_ddim_as_published(eta):
+    """Song et al. 2021, eqs. 12 and 16, in their alpha (the share of signal) and eps."""
+    schedule = Together((), Cosine())
+    x = start((3, 4), schedule, dtype=torch.float64)
+    times = schedule.times(9)
+    got = sample(smooth, x, schedule, times, solver="ddim", eta=eta, seed=6, final="state")
+    alpha = torch.sigmoid(schedule.log_snr(times))
+    for i in range(9):
+        now, after = alpha[i], alpha[i + 1]
+        x0 = smooth(x, schedule.log_snr(times[i : i + 1]).expand(3))
+        eps = (x - now.sqrt() * x0) / (1 - now).sqrt()
+        sigma = eta * ((1 - after) / (1 - now)).sqrt() * (1 - now / after).sqrt()
+        x = after.sqrt() * x0 + (1 - after - sigma**2).sqrt() * eps + sigma * step_normals(x, 6, i)
+    torch.testing.assert_close(got, x, rtol=1e-9, atol=1e-9)
+
+
 @pytest.mark.parametrize("scaling", SCALINGS)
 def test_euler_is_ddim_with_eta_0(scaling):
     schedule = Staggered(4, 2.5, Cosine(), scaling=scaling)
