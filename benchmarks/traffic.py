@@ -226,7 +226,8 @@ def table(result: Mapping[str, Any]) -> str:
     lines = [
         f"One training step of the {shape['preset']} preset, {shape['B']} x {shape['T']} frames, K = {shape['K']}, "
         "fp32, without optimizer: counted, not timed (`python -m benchmarks traffic`; how: benchmarks/traffic.py). "
-        "On the CPU our ops are made of library calls, which move fewer bytes in more calls; on CUDA of one or a few kernels.",
+        "On the CPU our ops are made of library calls, which move fewer bytes in more calls; on CUDA of one or a few "
+        "kernels.",
         "",
         "| | plain PyTorch | sae_kernels | fewer |",
         "|---|---|---|---|",
