@@ -5,13 +5,15 @@ B batch, T frames, F = (1 + K) T, I and O channels in and out, kt x 3 x 3 taps, 
 
 from __future__ import annotations
 
+import dataclasses
+import functools
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 
-from sae_kernels import FrameLayout, causal_conv3d
+from sae_kernels import FrameLayout, _configs, causal_conv3d
 from sae_kernels.causal_conv3d import ops, reference
 
 from . import gate, measure
@@ -82,6 +84,12 @@ def build(shape: Mapping[str, Any], device: str) -> Problem:
         return Inputs(tuple(t.requires_grad_() for t in tensors), video(O))
 
     contenders = gate.ours(ops, device, lambda impl: gate.directions(bind(_ours(impl), layout)))
+    if device == "cuda" and torch.cuda.get_device_capability()[0] >= 9:
+        launch = gate.directions(bind(_ours("triton"), layout))
+        for name, change in (("pointers", {"boxes": False}), ("boxes", {"boxes": True}), ("one sum", {"parts": 0})):
+            configured = {key: _with_configs(call, **change) for key, call in launch.items()}
+            note = f"triton with {name} in forward and data gradient"
+            contenders.append(Contender(f"sae_kernels ({name})", configured, "ours", note, optional=True))
     for name, function in (("two passes", two_passes), ("reference sequence", reference_sequence)):
         launch = gate.directions(bind(function, layout))
         contenders.append(Contender(name, launch, note="channels_last_3d"))
@@ -154,6 +162,25 @@ def _ours(impl: str) -> Callable[..., torch.Tensor]:
     def run(x, weight, layout, past_scale, last_scale):
         return causal_conv3d(x, weight, layout, past_scale=past_scale, last_scale=last_scale, pad_value=PAD, impl=impl)
 
+    return run
+
+
+def _with_configs(call: Callable[[Inputs], Any], **change: Any) -> Callable[[Inputs], Any]:
+    """The call with every configuration of forward and data gradient changed."""
+
+    @functools.cache
+    def changed(architecture, dtype, reduced, produced, pixels, direction):
+        config = choose(architecture, dtype, reduced, produced, pixels, direction)
+        return dataclasses.replace(config, **change) if direction in ("fwd", "dgrad", "dgrad_dot") else config
+
+    def run(inputs: Inputs) -> Any:
+        _configs.conv_config = changed
+        try:
+            return call(inputs)
+        finally:
+            _configs.conv_config = choose
+
+    choose = _configs.conv_config
     return run
 
 

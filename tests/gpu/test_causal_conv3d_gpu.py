@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import sys
 from pathlib import Path
 
@@ -12,7 +13,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "kernels"))
 
 from test_causal_conv3d import arrange, compare, make, run
 
-from sae_kernels import FrameLayout, causal_conv3d, past_term
+from sae_kernels import FrameLayout, _configs, causal_conv3d, past_term
 from sae_kernels.testing import assert_within_budget
 
 pytestmark = pytest.mark.gpu
@@ -58,6 +59,48 @@ def test_kernel_sizes_and_copies(kernel, copies):
     compare(*on_gpu(tensors, grad), layout, impl="triton")
 
 
+ROUTES = {  # (boxes, parts, spread)
+    "pointers": (False, 0, False),
+    "boxes": (True, 0, False),
+    "parts": (False, 2, False),
+    "parts, spread": (False, 2, True),
+    "boxes, parts": (True, 2, False),
+    "boxes, parts, spread": (True, 2, True),
+}
+
+
+def use_route(monkeypatch, route):
+    boxes, parts, spread = ROUTES[route]
+    choose = _configs.conv_config
+
+    def changed(*given):
+        taken = boxes and torch.cuda.get_device_capability()[0] >= 9
+        return dataclasses.replace(choose(*given), boxes=taken, parts=parts)
+
+    monkeypatch.setattr(_configs, "conv_config", changed)
+    monkeypatch.setattr(_configs, "conv_spread", lambda *given: spread)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", [(4, 512, 256), (8, 128, 192), (16, 64, 128), (12, 72, 64)], ids=str)
+def test_every_route(shape, dtype):
+    """Boxes, pointers and parts against the reference; bitwise alike whether one program sums the parts or many."""
+    size, Cin, Cout = shape
+    layout = FrameLayout(5, 1)
+    results = {}
+    for route in ROUTES:
+        tensors, grad = on_gpu(*make(layout, Cin=Cin, Cout=Cout, size=(size, size), dtype=dtype))
+        with pytest.MonkeyPatch.context() as monkeypatch:
+            use_route(monkeypatch, route)
+            compare(tensors, grad, layout, 0.5, impl="triton")
+            results[route] = run(tensors, grad, layout, dtype, "triton", 0.5)
+    for route in ("parts", "boxes, parts"):
+        together, spread = results[route], results[f"{route}, spread"]
+        for index, (a, b) in enumerate(zip(together, spread, strict=True)):
+            # The dot products of last_scale's gradient add up a row's columns in an order of each kernel's own.
+            assert torch.equal(a, b) or index == 4, (route, index)
+
+
 @pytest.mark.parametrize("memory", ["contiguous_format", "strided", "channels_last_strided"])
 @pytest.mark.parametrize("Cin", [64, 20])
 def test_memory_orders(memory, Cin):
@@ -69,10 +112,11 @@ def test_memory_orders(memory, Cin):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_repeatable_and_independent_of_the_batch(dtype):
+@pytest.mark.parametrize(("channels", "size"), [(128, 8), (512, 4)])
+def test_repeatable_and_independent_of_the_batch(channels, size, dtype):
     """Bitwise, over many runs: a race would show; the weight's gradient alone sums over the batch."""
     layout = FrameLayout(16, 1)
-    tensors, grad = on_gpu(*make(layout, B=3, Cin=128, Cout=192, size=(8, 8), dtype=dtype))
+    tensors, grad = on_gpu(*make(layout, B=3, Cin=channels, Cout=192, size=(size, size), dtype=dtype))
     first = run(tensors, grad, layout, dtype, "triton", 0.0)
     for _ in range(30):
         again = run(tensors, grad, layout, dtype, "triton", 0.0)
