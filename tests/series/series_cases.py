@@ -11,7 +11,7 @@ from sae_diffusion.series.train import ScheduleConfig, SeriesTrainConfig
 
 TINY = SeriesModelConfig(width=16, layers=1, heads=2, expansion=2)
 _RUN: dict[str, Any] = {
-    "source": Source(length=5), "schedule": ScheduleConfig(window=2.0), "model": TINY, "steps": 12, "batch": 8,
+    "source": Source(length=5), "schedule": ScheduleConfig(kind="staggered", window=2.0), "model": TINY, "steps": 12, "batch": 8,
     "warmup": 3, "checkpoint_every": 6, "log_every": 4, "tensorboard": False, "device": "cpu",
 }  # fmt: skip
 

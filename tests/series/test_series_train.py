@@ -149,6 +149,8 @@ def test_mixed_rows_follow_their_windows():
         for name in ("log_snr", "log_snr_slope"):
             assert torch.equal(getattr(mixed, name)(t)[k::3], getattr(part, name)(t[k::3]))
     assert config.build(6).window == 4.0
+    config = dataclasses.replace(config, kind="independent")
+    assert isinstance(config.build_training(6), schedules.Independent) and config.build(6).window == 4.0
 
 
 def test_learning_rate():

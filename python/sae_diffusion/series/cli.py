@@ -58,9 +58,10 @@ class SeriesSample:
         steps: of the solver.
         solver: "ancestral" draws from the closed-form posterior, "ddim", "euler", "heun" and "dpm++2m" follow the flow.
         eta: of "ddim".
-        window: another window than that trained with, which suits networks trained with independent levels; inf is
-            joint generation.
+        window: another window than the run's, which suits networks trained on "independent" levels or "mixed" windows;
+            1 is autoregressive, inf joint.
         likelihood: held-out series to take the negative log-likelihood of; 0 takes none.
+        divergence: of the likelihood; "exact" takes a backward pass per point and channel in place of one.
         weights: the average of weights, or those as trained.
         seed: of noise.
         device: "auto" takes CUDA where there is one.
@@ -75,6 +76,7 @@ class SeriesSample:
     eta: float = 0.0
     window: float | None = None
     likelihood: int = 64
+    divergence: Literal["rademacher", "exact"] = "rademacher"
     weights: Literal["average", "trained"] = "average"
     seed: int = 0
     device: str = "auto"
@@ -114,7 +116,9 @@ class SeriesSample:
             report["clause_error"] = error
             print(f"clause error: median {error['median']:.4g}, quartiles {error['q25']:.4g} and {error['q75']:.4g}")
         if self.likelihood:
-            nats = negative_log_likelihood(model, stats, schedule, true[: self.likelihood], seed=self.seed)
+            nats = negative_log_likelihood(
+                model, stats, schedule, true[: self.likelihood], divergence=self.divergence, seed=self.seed
+            )
             report["nll"] = {
                 "nats_per_series": float(nats.mean()),
                 "standard_error": float(nats.std(ddof=1) / math.sqrt(len(nats))) if len(nats) > 1 else None,

@@ -69,7 +69,7 @@ class StudyConfig:
     losses: tuple[Literal["x0", "v"], ...] = ("x0", "v")
     length: int = 20
     base_steps: int = 1500
-    steps: int = 300
+    steps: int = 400
     batch: int = 64
     base_lr: float = 3e-3
     lr: float = 1e-3
@@ -94,7 +94,7 @@ class StudyConfig:
         if window is None:
             schedule, steps, lr = ScheduleConfig(kind="independent"), self.base_steps, self.base_lr
         else:
-            schedule, steps, lr = ScheduleConfig(window=float(window)), self.steps, self.lr
+            schedule, steps, lr = ScheduleConfig(kind="staggered", window=float(window)), self.steps, self.lr
         # seeds differ from window to window: the second training must not see the first one's series again
         seed = line.seed if window is None else derive_seed(line.seed, round(window * 1000))
         return SeriesTrainConfig(

@@ -49,10 +49,10 @@ class ScheduleConfig:
     """When each point of a series is noised. t = 0 is data, t = 1 noise; generation runs from 1 to 0.
 
     Args:
-        kind: "staggered" generates from left to right with a window of tokens in flight; "together" all at once;
-            "independent" draws a level per token in training, so that one network can be sampled with any schedule;
-            "mixed" trains on all of `windows` in turn, so that one network can be sampled with any of them.
-        window: of "staggered", and for sampling of "mixed": 1 is autoregressive, infinity joint.
+        kind: what a network is trained on. "staggered": generation from left to right with `window` tokens in flight;
+            "together": all at once; "independent": a level drawn for each token, so that the network can be sampled with
+            any schedule; "mixed": all of `windows` in turn, so that it can be sampled with any of them.
+        window: 1 is autoregressive, infinity joint; for "independent" and "mixed" that of sampling.
         windows: of "mixed".
         curve: log-SNR of one token over its own time.
         start, end: log-SNR at t = 0 and t = 1 of the "log-linear" curve.
@@ -61,7 +61,7 @@ class ScheduleConfig:
         ValueError: a field breaks its rule.
     """
 
-    kind: Literal["staggered", "together", "independent", "mixed"] = "staggered"
+    kind: Literal["staggered", "together", "independent", "mixed"] = "independent"
     window: float = 8.0
     windows: tuple[float, ...] = (1, 2, 4, 8, 12, 16, 24, 64, 256)
     curve: Literal["log-linear", "vp-linear", "cosine"] = "log-linear"
@@ -84,18 +84,17 @@ class ScheduleConfig:
 
     def build(self, length: int) -> Schedule:
         """The schedule that series of `length` points are sampled with, variance preserving."""
-        curve = self._curve()
-        if self.kind == "independent":
-            return schedules.Independent((length,), curve)
         if self.kind == "together":
-            return schedules.Together((length,), curve)
-        return schedules.Staggered(length, self.window, curve)
+            return schedules.Together((length,), self._curve())
+        return schedules.Staggered(length, self.window, self._curve())
 
     def build_training(self, length: int) -> Schedule:
         """The schedule that the network is trained on."""
-        if self.kind != "mixed":
-            return self.build(length)
-        return Mixed([schedules.Staggered(length, window, self._curve()) for window in self.windows])
+        if self.kind == "independent":
+            return schedules.Independent((length,), self._curve())
+        if self.kind == "mixed":
+            return Mixed([schedules.Staggered(length, window, self._curve()) for window in self.windows])
+        return self.build(length)
 
     def _curve(self) -> schedules.Curve:
         if self.curve == "log-linear":
