@@ -8,6 +8,28 @@ from typing import Any
 import torch
 
 from .loss import denoising_loss
+from .noise import NoiseConfig, sample_sigmas
+
+
+def forcing_sigmas(
+    config: NoiseConfig,
+    batch: int,
+    frames: int,
+    generator: torch.Generator | None = None,
+    *,
+    clean_frames: float = 0.25,
+    frames_per_block: int = 1,
+) -> torch.Tensor:
+    """Independent noise levels (batch, frames), one for each frame or block of frames.
+
+    ln sigma ~ N(mean, std^2) as for noisy copies. With probability `clean_frames` a block instead has a level from
+    U(0, context_sigma_max), which the first distribution may never reach: it is what finished frames are in sampling.
+    """
+    noisy = sample_sigmas(config, batch, frames, 1, generator, frames_per_block=frames_per_block)[:, frames:]
+    draws = torch.rand(2, batch, -(-frames // frames_per_block), generator=generator, device=noisy.device)
+    clean, level = draws.repeat_interleave(frames_per_block, dim=2)[:, :, :frames]
+    finished = (level * config.context_sigma_max).clamp(min=config.context_sigma_min)
+    return torch.where(clean < clean_frames, finished, noisy)
 
 
 def forcing_loss(

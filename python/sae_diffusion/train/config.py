@@ -30,6 +30,8 @@ class TrainConfig:
         objective: "teacher", noisy frames see the clean frames before them; "forcing", one sequence whose frames all
             have noise levels of their own and see each other's noisy frames (diffusion forcing), for sampling with
             several frames in flight.
+        clean_frames: probability that a frame of "forcing" is nearly clean, as finished frames are in sampling: its
+            level is drawn from U(0, noise.context_sigma_max).
         noisy_copies: K, noisy copies that share a clip's clean copy; "forcing" has none.
         steps: optimizer steps in total.
         max_seconds: stop, and save, after so much wall time of this invocation; None = no limit.
@@ -60,6 +62,7 @@ class TrainConfig:
     batch_size: int = 8
     micro_batch: int | None = None
     objective: Literal["teacher", "forcing"] = "teacher"
+    clean_frames: float = 0.25
     noisy_copies: int = 1
     steps: int = 40_000
     max_seconds: float | None = None
@@ -100,8 +103,9 @@ class TrainConfig:
             raise ValueError(f"objective: must be teacher or forcing, got {self.objective!r}")
         if self.precision not in ("fp32", "bf16", "fp16"):
             raise ValueError(f"precision: must be fp32, bf16 or fp16, got {self.precision!r}")
-        if not 0 <= self.action_dropout <= 1:
-            raise ValueError(f"action_dropout: must be in [0, 1], got {self.action_dropout}")
+        for name in ("action_dropout", "clean_frames"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"{name}: must be in [0, 1], got {getattr(self, name)}")
         if not self.lr > 0:
             raise ValueError(f"lr: must be positive, got {self.lr}")
         if self.batch_size % self.micro_size:

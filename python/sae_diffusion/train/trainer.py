@@ -20,7 +20,7 @@ import torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from ..diffusion.forcing import forcing_loss
+from ..diffusion.forcing import forcing_loss, forcing_sigmas
 from ..diffusion.loss import LossNormalizer, denoising_loss
 from ..diffusion.noise import derive_seed, sample_sigmas
 from .checkpoint import (
@@ -152,7 +152,12 @@ class Trainer:
         batch, length = frames.shape[:2]
         forcing = config.objective == "forcing"
         copies = 1 if forcing else config.noisy_copies
-        sigmas = sample_sigmas(config.noise, batch, length, copies, generator, frames_per_block=self.frames_per_block)
+        levels: dict[str, Any] = {"generator": generator, "frames_per_block": self.frames_per_block}
+        if forcing:  # all levels are those of the noisy frames; there is no clean half
+            noisy = forcing_sigmas(config.noise, batch, length, clean_frames=config.clean_frames, **levels)
+            sigmas = noisy.repeat(1, 2)
+        else:
+            sigmas = sample_sigmas(config.noise, batch, length, copies, **levels)
         dropped = torch.rand(batch, generator=generator) < config.action_dropout
         sigmas = self._to_device(sigmas)
         x0 = self.stats.normalize(self._to_device(frames))
@@ -461,7 +466,8 @@ class Trainer:
         defaults = {f.name: _json_fields(f.default) for f in dataclasses.fields(self.model.config)}
         fields = [(f"model_config.{k}", old.get(k, defaults.get(k)), new.get(k)) for k in {**new, **old}]
         fields += [("data.fingerprint", state["data"]["fingerprint"], self.dataset.fingerprint())]
-        saved = {"objective": TrainConfig.objective, **saved}
+        # as for the model: what was added since had its default
+        saved = {**{f.name: _json_fields(f.default) for f in dataclasses.fields(self.config)}, **saved}
         fields += [(k, saved.get(k), current[k]) for k in FIXED_ON_RESUME]
         # without spatial steps there is one normaliser, with them there are two
         fields += [("spatial_every > 0", bool(saved["spatial_every"]), bool(current["spatial_every"]))]
