@@ -93,8 +93,9 @@ _TYPE_NAMES = {
 def signature(launch: Launch) -> tuple[dict[str, str], dict[str, Any], dict[tuple[int], list]]:
     """(types, constexprs, attributes) as `triton.compiler.ASTSource` takes them.
 
-    Tensors count as 16-byte aligned, as the caching allocator makes them; tensor descriptors are by definition. An integer must carry a type annotation and
-    be exempt from specialisation, so that its value can neither recompile nor change a kernel.
+    Tensors count as 16-byte aligned, as the caching allocator makes them; tensor descriptors are by definition. An
+    integer must carry a type annotation and be exempt from specialisation, so that its value can neither recompile nor
+    change a kernel.
     """
     types, constants, attributes = {}, {}, {}
     for index, param in enumerate(launch.kernel.params):

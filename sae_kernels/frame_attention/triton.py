@@ -15,6 +15,7 @@ from dataclasses import dataclass
 import torch
 import triton
 import triton.language as tl
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from .. import _configs
 from .._launch import Launch, architecture, run
@@ -56,19 +57,66 @@ def _offsets(index, stride, UNIT: tl.constexpr, WIDE: tl.constexpr):
 
 
 @triton.jit
-def _load(base, row_offsets, row_ok, dims, D: tl.constexpr, BD: tl.constexpr, CHECK: tl.constexpr):
-    """Tile [rows, BD] at base + row_offsets + dims; zeros beyond D, and where not row_ok if CHECK."""
-    pointers = base + row_offsets[:, None] + dims[None, :]
-    if CHECK:
-        if D == BD:
-            return tl.load(pointers, mask=row_ok[:, None], other=0.0)
-        else:
-            return tl.load(pointers, mask=row_ok[:, None] & (dims[None, :] < D), other=0.0)
+def _heads_of(x, stride_b, stride_h, stride_s, batch, index, UNIT: tl.constexpr, WIDE: tl.constexpr, TMA: tl.constexpr):
+    """What `_load` needs to read tiles of rows `index` [rows] from any head of one batch entry of x."""
+    if TMA:
+        return (batch,)
     else:
-        if D == BD:
-            return tl.load(pointers)
+        base = x + batch.to(tl.int64) * (stride_b * UNIT)
+        return (base, stride_h * UNIT, stride_s * UNIT, _offsets(index, stride_s, UNIT, WIDE))
+
+
+@triton.jit
+def _load(
+    x, place, head, row, row_ok, dims,
+    D: tl.constexpr, BD: tl.constexpr, ROWS: tl.constexpr, CHECK: tl.constexpr, TMA: tl.constexpr,
+):  # fmt: skip
+    """Tile [ROWS, BD] of one head from `row` of memory on; zeros beyond D.
+
+    If CHECK, some rows are not row_ok: zeros from a pointer, from a descriptor whatever lies there, or zeros beyond the
+    tensor.
+    """
+    if TMA:
+        return tl.reshape(x.load([place[0], head, row, 0]), (ROWS, BD))
+    else:
+        base = place[0] + head.to(tl.int64) * place[1] + row.to(tl.int64) * place[2]
+        pointers = base + place[3][:, None] + dims[None, :]
+        if CHECK:
+            if D == BD:
+                return tl.load(pointers, mask=row_ok[:, None], other=0.0)
+            else:
+                return tl.load(pointers, mask=row_ok[:, None] & (dims[None, :] < D), other=0.0)
         else:
-            return tl.load(pointers, mask=dims[None, :] < D, other=0.0)
+            if D == BD:
+                return tl.load(pointers)
+            else:
+                return tl.load(pointers, mask=dims[None, :] < D, other=0.0)
+
+
+@triton.jit
+def _apart(weights, visible, x, CAREFUL: tl.constexpr):
+    """(weights, x) for a product weights [A, B] x [B, D] in which what is not visible counts nothing, not even 0 * nan.
+
+    A row of weights that does see an infinity or a NaN of x becomes NaN.
+    """
+    if CAREFUL:
+        finite = tl.abs(x.to(tl.float32)) < float("inf")
+        bad = tl.min(finite.to(tl.int32), 1) == 0
+        weights = tl.where(visible, tl.where(bad[None, :], float("nan"), weights), 0.0)
+        x = tl.where(finite, x, tl.zeros_like(x))
+    return weights, x
+
+
+@triton.jit
+def _has_nan(x):
+    total = tl.sum(tl.sum(x, 1), 0)
+    return total != total
+
+
+@triton.jit
+def _corner(batch, head, row, stride_b, stride_h, stride_s, UNIT: tl.constexpr):
+    """Offset of a row's first element, 64 bits."""
+    return (batch.to(tl.int64) * stride_b + head.to(tl.int64) * stride_h + row.to(tl.int64) * stride_s) * UNIT
 
 
 @triton.jit
@@ -171,6 +219,7 @@ def frame_attention_fwd_kernel(
     scale,
     D: tl.constexpr, BD: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
     UNIT: tl.constexpr, WIDE: tl.constexpr, HAS_WINDOW: tl.constexpr, NEGATIVE: tl.constexpr, PRECISION: tl.constexpr,
+    TMA: tl.constexpr,
 ):  # fmt: skip
     """out and lse of one tile of rows. Strides count units of UNIT elements."""
     tiles = tl.cdiv(N, BM)
@@ -182,20 +231,18 @@ def frame_attention_fwd_kernel(
     row_start = tl.where(is_noisy, noisy_row + copy * N, clean_row)
     own_key = noisy_key + copy * N
 
-    batch = (head // heads).to(tl.int64)
-    q_head = (head % heads).to(tl.int64)
-    k_head = (head % heads // group).to(tl.int64)
+    batch = head // heads
+    q_head = head % heads
+    k_head = q_head // group
     dims = tl.arange(0, BD)
     row_index = tl.arange(0, BM)
     key_index = tl.arange(0, BN)
     row_ok = first_row + row_index < N
-    first_memory_row = (row_start + first_row).to(tl.int64)
-    q_base = q_ptr + (batch * stride_qb + q_head * stride_qh + first_memory_row * stride_qs) * UNIT
-    k_base = k_ptr + (batch * stride_kb + k_head * stride_kh) * UNIT
-    v_base = v_ptr + (batch * stride_vb + k_head * stride_vh) * UNIT
-    k_rows = _offsets(key_index, stride_ks, UNIT, WIDE)
-    v_rows = _offsets(key_index, stride_vs, UNIT, WIDE)
-    q = _load(q_base, _offsets(row_index, stride_qs, UNIT, WIDE), row_ok, dims, D, BD, True)
+    memory_row = row_start + first_row
+    q_at = _heads_of(q_ptr, stride_qb, stride_qh, stride_qs, batch, row_index, UNIT, WIDE, TMA)
+    k_at = _heads_of(k_ptr, stride_kb, stride_kh, stride_ks, batch, key_index, UNIT, WIDE, TMA)
+    v_at = _heads_of(v_ptr, stride_vb, stride_vh, stride_vs, batch, key_index, UNIT, WIDE, TMA)
+    q = _load(q_ptr, q_at, q_head, memory_row, row_ok, dims, D, BD, BM, True, TMA)
     if NEGATIVE:
         q = (-q).to(q.dtype)
     qk_scale = scale * LOG2E
@@ -204,47 +251,56 @@ def frame_attention_fwd_kernel(
     n_sink, n_past, past, n_own, own, own_end, m_sink, sink_end, m_front, front, m_back, back, past_end, m_own = (
         _row_work(first_row, last_row, is_noisy, N, U, W, sink, BN, HAS_WINDOW)
     )
+    row_block = tl.minimum(first_row + row_index, last_row) // U * U
     highest = tl.full([BM], LOWEST, tl.float32)
     total = tl.zeros([BM], tl.float32)
     acc = tl.zeros([BM, BD], tl.float32)
+    again = True
+    # A descriptor reads whole tiles, whatever lies in them: where 0 * nan has made a NaN, a second time with care.
+    for CAREFUL in tl.static_range(1 + TMA):
+        if again:
+            highest = tl.full([BM], LOWEST, tl.float32)
+            total = tl.zeros([BM], tl.float32)
+            acc = tl.zeros([BM, BD], tl.float32)
+            for i in range(n_sink + n_past + n_own):
+                key = _full_tile(i, n_sink, n_past, past, own, own_key, clean_key, BN)
+                k = _load(k_ptr, k_at, k_head, key, row_ok, dims, D, BD, BN, False, TMA)
+                scores = tl.dot(q, tl.trans(k), input_precision=PRECISION)
+                new_highest = tl.maximum(highest, tl.max(scores, 1) * qk_scale)
+                p = tl.exp2(scores * qk_scale - new_highest[:, None])
+                decay = tl.exp2(highest - new_highest)
+                v = _load(v_ptr, v_at, k_head, key, row_ok, dims, D, BD, BN, False, TMA)
+                total = total * decay + tl.sum(p, 1)
+                acc = tl.dot(p.to(v.dtype), v, acc * decay[:, None], input_precision=PRECISION)
+                highest = new_highest
 
-    for i in range(n_sink + n_past + n_own):
-        key = _full_tile(i, n_sink, n_past, past, own, own_key, clean_key, BN).to(tl.int64)
-        k = _load(k_base + key * (stride_ks * UNIT), k_rows, row_ok, dims, D, BD, False)
-        scores = tl.dot(q, tl.trans(k), input_precision=PRECISION)
-        new_highest = tl.maximum(highest, tl.max(scores, 1) * qk_scale)
-        p = tl.exp2(scores * qk_scale - new_highest[:, None])
-        decay = tl.exp2(highest - new_highest)
-        v = _load(v_base + key * (stride_vs * UNIT), v_rows, row_ok, dims, D, BD, False)
-        total = total * decay + tl.sum(p, 1)
-        acc = tl.dot(p.to(v.dtype), v, acc * decay[:, None], input_precision=PRECISION)
-        highest = new_highest
+            for i in range(m_sink + m_front + m_back + m_own):
+                key, end, is_own = _masked_tile(
+                    i, n_sink, n_own, own, own_end, m_sink, sink_end, m_front, front, past, m_back, back, past_end, BN
+                )
+                keys = key + key_index
+                key_ok = keys < end
+                key = tl.where(is_own, own_key, clean_key) + key
+                k = _load(k_ptr, k_at, k_head, key, key_ok, dims, D, BD, BN, True, TMA)
+                scores = tl.dot(q, tl.trans(k), input_precision=PRECISION) * qk_scale
+                visible = _sees(row_block, keys, end, is_own, is_noisy, U, W, sink, HAS_WINDOW)
+                scores = tl.where(visible, scores, float("-inf"))
+                new_highest = tl.maximum(highest, tl.max(scores, 1))
+                p = tl.exp2(scores - new_highest[:, None])
+                decay = tl.exp2(highest - new_highest)
+                v = _load(v_ptr, v_at, k_head, key, key_ok, dims, D, BD, BN, True, TMA)
+                total = total * decay + tl.sum(p, 1)
+                p, v = _apart(p, visible, v, CAREFUL)
+                acc = tl.dot(p.to(v.dtype), v, acc * decay[:, None], input_precision=PRECISION)
+                highest = new_highest
+            if TMA:
+                again = _has_nan(acc)
 
-    row_block = tl.minimum(first_row + row_index, last_row) // U * U
-    for i in range(m_sink + m_front + m_back + m_own):
-        key, end, is_own = _masked_tile(
-            i, n_sink, n_own, own, own_end, m_sink, sink_end, m_front, front, past, m_back, back, past_end, BN
-        )
-        keys = key + key_index
-        key_ok = keys < end
-        key = (tl.where(is_own, own_key, clean_key) + key).to(tl.int64)
-        k = _load(k_base + key * (stride_ks * UNIT), k_rows, key_ok, dims, D, BD, True)
-        scores = tl.dot(q, tl.trans(k), input_precision=PRECISION) * qk_scale
-        visible = _sees(row_block, keys, end, is_own, is_noisy, U, W, sink, HAS_WINDOW)
-        scores = tl.where(visible, scores, float("-inf"))
-        new_highest = tl.maximum(highest, tl.max(scores, 1))
-        p = tl.exp2(scores - new_highest[:, None])
-        decay = tl.exp2(highest - new_highest)
-        v = _load(v_base + key * (stride_vs * UNIT), v_rows, key_ok, dims, D, BD, True)
-        total = total * decay + tl.sum(p, 1)
-        acc = tl.dot(p.to(v.dtype), v, acc * decay[:, None], input_precision=PRECISION)
-        highest = new_highest
-
-    out_base = out_ptr + (batch * stride_ob + q_head * stride_oh + first_memory_row * stride_os) * UNIT
+    out_base = out_ptr + _corner(batch, q_head, memory_row, stride_ob, stride_oh, stride_os, UNIT)
     out = (acc / total[:, None]).to(out_ptr.dtype.element_ty)
     _store(out_base, _offsets(row_index, stride_os, UNIT, WIDE), row_ok, dims, out, D)
     lse = (highest + tl.log2(total)) * LN2
-    tl.store(lse_ptr + head.to(tl.int64) * rows + first_memory_row + row_index, lse, mask=row_ok)
+    tl.store(lse_ptr + head.to(tl.int64) * rows + memory_row + row_index, lse, mask=row_ok)
 
 
 @triton.jit(do_not_specialize=_INTEGERS)
@@ -260,18 +316,17 @@ def frame_attention_bwd_delta_kernel(
     tiles = tl.cdiv(rows, BM)
     head = tl.program_id(0) // tiles
     first_row = tl.program_id(0) % tiles * BM
-    batch = (head // heads).to(tl.int64)
-    q_head = (head % heads).to(tl.int64)
+    batch = head // heads
+    q_head = head % heads
     dims = tl.arange(0, BD)
     row_index = tl.arange(0, BM)
     row_ok = first_row + row_index < rows
-    start = first_row.to(tl.int64)
-    out_base = out_ptr + (batch * stride_ob + q_head * stride_oh + start * stride_os) * UNIT
-    grad_base = grad_ptr + (batch * stride_gb + q_head * stride_gh + start * stride_gs) * UNIT
-    out = _load(out_base, _offsets(row_index, stride_os, UNIT, WIDE), row_ok, dims, D, BD, True)
-    grad = _load(grad_base, _offsets(row_index, stride_gs, UNIT, WIDE), row_ok, dims, D, BD, True)
+    out_at = _heads_of(out_ptr, stride_ob, stride_oh, stride_os, batch, row_index, UNIT, WIDE, False)
+    grad_at = _heads_of(grad_ptr, stride_gb, stride_gh, stride_gs, batch, row_index, UNIT, WIDE, False)
+    out = _load(out_ptr, out_at, q_head, first_row, row_ok, dims, D, BD, BM, True, False)
+    grad = _load(grad_ptr, grad_at, q_head, first_row, row_ok, dims, D, BD, BM, True, False)
     delta = tl.sum(out.to(tl.float32) * grad.to(tl.float32), 1)
-    tl.store(delta_ptr + head.to(tl.int64) * rows + start + row_index, delta, mask=row_ok)
+    tl.store(delta_ptr + head.to(tl.int64) * rows + first_row + row_index, delta, mask=row_ok)
 
 
 @triton.jit(do_not_specialize=_INTEGERS)
@@ -288,6 +343,7 @@ def frame_attention_bwd_dq_kernel(
     scale,
     D: tl.constexpr, BD: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
     UNIT: tl.constexpr, WIDE: tl.constexpr, HAS_WINDOW: tl.constexpr, PRECISION: tl.constexpr,
+    TMA: tl.constexpr,
 ):  # fmt: skip
     """dq of one tile of rows: ds = p * (grad v^T - delta), dq = scale * ds k."""
     tiles = tl.cdiv(N, BM)
@@ -299,23 +355,21 @@ def frame_attention_bwd_dq_kernel(
     row_start = tl.where(is_noisy, noisy_row + copy * N, clean_row)
     own_key = noisy_key + copy * N
 
-    batch = (head // heads).to(tl.int64)
-    q_head = (head % heads).to(tl.int64)
-    k_head = (head % heads // group).to(tl.int64)
+    batch = head // heads
+    q_head = head % heads
+    k_head = q_head // group
     dims = tl.arange(0, BD)
     row_index = tl.arange(0, BM)
     key_index = tl.arange(0, BN)
     row_ok = first_row + row_index < N
-    first_memory_row = (row_start + first_row).to(tl.int64)
-    q_base = q_ptr + (batch * stride_qb + q_head * stride_qh + first_memory_row * stride_qs) * UNIT
-    grad_base = grad_ptr + (batch * stride_gb + q_head * stride_gh + first_memory_row * stride_gs) * UNIT
-    k_base = k_ptr + (batch * stride_kb + k_head * stride_kh) * UNIT
-    v_base = v_ptr + (batch * stride_vb + k_head * stride_vh) * UNIT
-    k_rows = _offsets(key_index, stride_ks, UNIT, WIDE)
-    v_rows = _offsets(key_index, stride_vs, UNIT, WIDE)
-    q = _load(q_base, _offsets(row_index, stride_qs, UNIT, WIDE), row_ok, dims, D, BD, True)
-    grad = _load(grad_base, _offsets(row_index, stride_gs, UNIT, WIDE), row_ok, dims, D, BD, True)
-    statistics = head.to(tl.int64) * rows + first_memory_row + row_index
+    memory_row = row_start + first_row
+    q_at = _heads_of(q_ptr, stride_qb, stride_qh, stride_qs, batch, row_index, UNIT, WIDE, TMA)
+    grad_at = _heads_of(grad_ptr, stride_gb, stride_gh, stride_gs, batch, row_index, UNIT, WIDE, TMA)
+    k_at = _heads_of(k_ptr, stride_kb, stride_kh, stride_ks, batch, key_index, UNIT, WIDE, TMA)
+    v_at = _heads_of(v_ptr, stride_vb, stride_vh, stride_vs, batch, key_index, UNIT, WIDE, TMA)
+    q = _load(q_ptr, q_at, q_head, memory_row, row_ok, dims, D, BD, BM, True, TMA)
+    grad = _load(grad_ptr, grad_at, q_head, memory_row, row_ok, dims, D, BD, BM, True, TMA)
+    statistics = head.to(tl.int64) * rows + memory_row + row_index
     lse2 = tl.load(lse_ptr + statistics, mask=row_ok, other=0.0) * LOG2E
     delta = tl.load(delta_ptr + statistics, mask=row_ok, other=0.0)
     qk_scale = scale * LOG2E
@@ -324,36 +378,41 @@ def frame_attention_bwd_dq_kernel(
     n_sink, n_past, past, n_own, own, own_end, m_sink, sink_end, m_front, front, m_back, back, past_end, m_own = (
         _row_work(first_row, last_row, is_noisy, N, U, W, sink, BN, HAS_WINDOW)
     )
-    dq = tl.zeros([BM, BD], tl.float32)
-
-    for i in range(n_sink + n_past + n_own):
-        key = _full_tile(i, n_sink, n_past, past, own, own_key, clean_key, BN).to(tl.int64)
-        k = _load(k_base + key * (stride_ks * UNIT), k_rows, row_ok, dims, D, BD, False)
-        v = _load(v_base + key * (stride_vs * UNIT), v_rows, row_ok, dims, D, BD, False)
-        scores = tl.dot(q, tl.trans(k), input_precision=PRECISION)
-        p = tl.exp2(scores * qk_scale - lse2[:, None])
-        dp = tl.dot(grad, tl.trans(v), input_precision=PRECISION)
-        ds = p * (dp - delta[:, None])
-        dq = tl.dot(ds.to(k.dtype), k, dq, input_precision=PRECISION)
-
     row_block = tl.minimum(first_row + row_index, last_row) // U * U
-    for i in range(m_sink + m_front + m_back + m_own):
-        key, end, is_own = _masked_tile(
-            i, n_sink, n_own, own, own_end, m_sink, sink_end, m_front, front, past, m_back, back, past_end, BN
-        )
-        keys = key + key_index
-        key_ok = keys < end
-        key = (tl.where(is_own, own_key, clean_key) + key).to(tl.int64)
-        k = _load(k_base + key * (stride_ks * UNIT), k_rows, key_ok, dims, D, BD, True)
-        v = _load(v_base + key * (stride_vs * UNIT), v_rows, key_ok, dims, D, BD, True)
-        scores = tl.dot(q, tl.trans(k), input_precision=PRECISION)
-        visible = _sees(row_block, keys, end, is_own, is_noisy, U, W, sink, HAS_WINDOW)
-        p = tl.where(visible, tl.exp2(scores * qk_scale - lse2[:, None]), 0.0)
-        dp = tl.dot(grad, tl.trans(v), input_precision=PRECISION)
-        ds = p * (dp - delta[:, None])
-        dq = tl.dot(ds.to(k.dtype), k, dq, input_precision=PRECISION)
+    dq = tl.zeros([BM, BD], tl.float32)
+    again = True
+    for CAREFUL in tl.static_range(1 + TMA):
+        if again:
+            dq = tl.zeros([BM, BD], tl.float32)
+            for i in range(n_sink + n_past + n_own):
+                key = _full_tile(i, n_sink, n_past, past, own, own_key, clean_key, BN)
+                k = _load(k_ptr, k_at, k_head, key, row_ok, dims, D, BD, BN, False, TMA)
+                v = _load(v_ptr, v_at, k_head, key, row_ok, dims, D, BD, BN, False, TMA)
+                scores = tl.dot(q, tl.trans(k), input_precision=PRECISION)
+                p = tl.exp2(scores * qk_scale - lse2[:, None])
+                dp = tl.dot(grad, tl.trans(v), input_precision=PRECISION)
+                ds = p * (dp - delta[:, None])
+                dq = tl.dot(ds.to(k.dtype), k, dq, input_precision=PRECISION)
 
-    dq_base = dq_ptr + (batch * stride_dqb + q_head * stride_dqh + first_memory_row * stride_dqs) * UNIT
+            for i in range(m_sink + m_front + m_back + m_own):
+                key, end, is_own = _masked_tile(
+                    i, n_sink, n_own, own, own_end, m_sink, sink_end, m_front, front, past, m_back, back, past_end, BN
+                )
+                keys = key + key_index
+                key_ok = keys < end
+                key = tl.where(is_own, own_key, clean_key) + key
+                k = _load(k_ptr, k_at, k_head, key, key_ok, dims, D, BD, BN, True, TMA)
+                v = _load(v_ptr, v_at, k_head, key, key_ok, dims, D, BD, BN, True, TMA)
+                scores = tl.dot(q, tl.trans(k), input_precision=PRECISION)
+                visible = _sees(row_block, keys, end, is_own, is_noisy, U, W, sink, HAS_WINDOW)
+                p = tl.where(visible, tl.exp2(scores * qk_scale - lse2[:, None]), 0.0)
+                dp = tl.dot(grad, tl.trans(v), input_precision=PRECISION)
+                ds, k = _apart(p * (dp - delta[:, None]), visible, k, CAREFUL)
+                dq = tl.dot(ds.to(k.dtype), k, dq, input_precision=PRECISION)
+            if TMA:
+                again = _has_nan(dq)
+
+    dq_base = dq_ptr + _corner(batch, q_head, memory_row, stride_dqb, stride_dqh, stride_dqs, UNIT)
     _store(
         dq_base, _offsets(row_index, stride_dqs, UNIT, WIDE), row_ok, dims, (dq * scale).to(dq_ptr.dtype.element_ty), D
     )
@@ -386,6 +445,7 @@ def frame_attention_bwd_dkdv_kernel(
     scale,
     D: tl.constexpr, BD: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
     UNIT: tl.constexpr, WIDE: tl.constexpr, HAS_WINDOW: tl.constexpr, PRECISION: tl.constexpr,
+    TMA: tl.constexpr,
 ):  # fmt: skip
     """dk and dv of one tile of keys, over every query head that shares them. heads and all_heads count key heads.
 
@@ -403,22 +463,19 @@ def frame_attention_bwd_dkdv_kernel(
     x_count = tl.where(is_noisy, 1, clean_rows)
     y_count = tl.where(is_noisy, 0, copies)
 
-    batch = (head // heads).to(tl.int64)
-    k_head = (head % heads).to(tl.int64)
+    batch = head // heads
+    k_head = head % heads
     dims = tl.arange(0, BD)
     row_index = tl.arange(0, BM)
     key_index = tl.arange(0, BN)
     key_ok = first_key + key_index < N
-    first_memory_key = (key_start + first_key).to(tl.int64)
-    k_base = k_ptr + (batch * stride_kb + k_head * stride_kh + first_memory_key * stride_ks) * UNIT
-    v_base = v_ptr + (batch * stride_vb + k_head * stride_vh + first_memory_key * stride_vs) * UNIT
-    k = _load(k_base, _offsets(key_index, stride_ks, UNIT, WIDE), key_ok, dims, D, BD, True)
-    v = _load(v_base, _offsets(key_index, stride_vs, UNIT, WIDE), key_ok, dims, D, BD, True)
-    q_base = q_ptr + (batch * stride_qb + k_head * group * stride_qh) * UNIT
-    grad_base = grad_ptr + (batch * stride_gb + k_head * group * stride_gh) * UNIT
-    q_rows = _offsets(row_index, stride_qs, UNIT, WIDE)
-    grad_rows = _offsets(row_index, stride_gs, UNIT, WIDE)
-    statistics = head.to(tl.int64) * group * rows
+    memory_key = key_start + first_key
+    k_at = _heads_of(k_ptr, stride_kb, stride_kh, stride_ks, batch, key_index, UNIT, WIDE, TMA)
+    v_at = _heads_of(v_ptr, stride_vb, stride_vh, stride_vs, batch, key_index, UNIT, WIDE, TMA)
+    q_at = _heads_of(q_ptr, stride_qb, stride_qh, stride_qs, batch, row_index, UNIT, WIDE, TMA)
+    grad_at = _heads_of(grad_ptr, stride_gb, stride_gh, stride_gs, batch, row_index, UNIT, WIDE, TMA)
+    k = _load(k_ptr, k_at, k_head, memory_key, key_ok, dims, D, BD, BN, True, TMA)
+    v = _load(v_ptr, v_at, k_head, memory_key, key_ok, dims, D, BD, BN, True, TMA)
     qk_scale = scale * LOG2E
 
     last_key = tl.minimum(first_key + BN, N) - 1
@@ -444,69 +501,77 @@ def frame_attention_bwd_dkdv_kernel(
     y_full_start = tl.minimum(last + U, N)
     y_full, y_front, y_backs, y_back = _reader_work(y_start, y_full_start, past_full_end, past_end, BM)
 
-    dk = tl.zeros([BN, BD], tl.float32)
-    dv = tl.zeros([BN, BD], tl.float32)
-
     x_tiles = x_full * x_count
     head_tiles = x_tiles + y_full * y_count
-    for i in range(group * head_tiles):
-        member = i // tl.maximum(head_tiles, 1)
-        j = i - member * head_tiles
-        in_y = j - x_tiles
-        y_copy = in_y // tl.maximum(y_full, 1)
-        x_row = x_base + x_full_start + j * BM
-        y_row = noisy_row + y_copy * N + y_full_start + (in_y - y_copy * y_full) * BM
-        row = tl.where(in_y < 0, x_row, y_row).to(tl.int64)
-        member = member.to(tl.int64)
-        q = _load(q_base + (member * stride_qh + row * stride_qs) * UNIT, q_rows, key_ok, dims, D, BD, False)
-        grad = _load(grad_base + (member * stride_gh + row * stride_gs) * UNIT, grad_rows, key_ok, dims, D, BD, False)
-        # lse and delta are read where they are used: read earlier, they cost 32 registers a thread.
-        scores = tl.dot(k, tl.trans(q), input_precision=PRECISION)
-        lse2 = tl.load(lse_ptr + statistics + member * rows + row + row_index) * LOG2E
-        p = tl.exp2(scores * qk_scale - lse2[None, :])
-        dv = tl.dot(p.to(grad.dtype), grad, dv, input_precision=PRECISION)
-        dp = tl.dot(v, tl.trans(grad), input_precision=PRECISION)
-        delta = tl.load(delta_ptr + statistics + member * rows + row + row_index)
-        ds = p * (dp - delta[None, :])
-        dk = tl.dot(ds.to(q.dtype), q, dk, input_precision=PRECISION)
+    x_masked = (x_front + x_backs) * x_count
+    y_masked = y_front + y_backs
+    head_masked = x_masked + y_masked * y_count
+    dk = tl.zeros([BN, BD], tl.float32)
+    dv = tl.zeros([BN, BD], tl.float32)
+    again = True
+    for CAREFUL in tl.static_range(1 + TMA):
+        if again:
+            dk = tl.zeros([BN, BD], tl.float32)
+            dv = tl.zeros([BN, BD], tl.float32)
+            for i in range(group * head_tiles):
+                member = i // tl.maximum(head_tiles, 1)
+                j = i - member * head_tiles
+                in_y = j - x_tiles
+                y_copy = in_y // tl.maximum(y_full, 1)
+                x_row = x_base + x_full_start + j * BM
+                y_row = noisy_row + y_copy * N + y_full_start + (in_y - y_copy * y_full) * BM
+                row = tl.where(in_y < 0, x_row, y_row)
+                q_head = k_head * group + member
+                statistics = (head.to(tl.int64) * group + member) * rows + row + row_index
+                q = _load(q_ptr, q_at, q_head, row, key_ok, dims, D, BD, BM, False, TMA)
+                grad = _load(grad_ptr, grad_at, q_head, row, key_ok, dims, D, BD, BM, False, TMA)
+                # lse and delta are read where they are used: read earlier, they cost 32 registers a thread.
+                scores = tl.dot(k, tl.trans(q), input_precision=PRECISION)
+                lse2 = tl.load(lse_ptr + statistics) * LOG2E
+                p = tl.exp2(scores * qk_scale - lse2[None, :])
+                dv = tl.dot(p.to(grad.dtype), grad, dv, input_precision=PRECISION)
+                dp = tl.dot(v, tl.trans(grad), input_precision=PRECISION)
+                ds = p * (dp - tl.load(delta_ptr + statistics)[None, :])
+                dk = tl.dot(ds.to(q.dtype), q, dk, input_precision=PRECISION)
 
-    x_tiles = (x_front + x_backs) * x_count
-    y_tiles = y_front + y_backs
-    head_tiles = x_tiles + y_tiles * y_count
-    for i in range(group * head_tiles):
-        member = i // tl.maximum(head_tiles, 1)
-        j = i - member * head_tiles
-        in_y = j - x_tiles
-        is_y = in_y >= 0
-        y_copy = in_y // tl.maximum(y_tiles, 1)
-        j = tl.where(is_y, in_y - y_copy * y_tiles, j)
-        in_back = j - tl.where(is_y, y_front, x_front)
-        front_row = tl.where(is_y, y_start, first) + j * BM
-        back_row = tl.where(is_y, y_back, x_back) + in_back * BM
-        row = tl.where(in_back < 0, front_row, back_row)
-        front_end = tl.where(is_y, y_full_start, x_full_start)
-        end = tl.where(in_back < 0, front_end, tl.where(is_y, past_end, x_end))
-        row_in_stream = row + row_index
-        row_ok = row_in_stream < end
-        row = (tl.where(is_y, noisy_row + y_copy * N, x_base) + row).to(tl.int64)
-        member = member.to(tl.int64)
-        q = _load(q_base + (member * stride_qh + row * stride_qs) * UNIT, q_rows, row_ok, dims, D, BD, True)
-        grad = _load(grad_base + (member * stride_gh + row * stride_gs) * UNIT, grad_rows, row_ok, dims, D, BD, True)
-        scores = tl.dot(k, tl.trans(q), input_precision=PRECISION)
-        lse2 = tl.load(lse_ptr + statistics + member * rows + row + row_index, mask=row_ok, other=0.0) * LOG2E
-        lower = key_block + tl.where(is_y, U, 0)
-        visible = (row_in_stream[None, :] >= lower[:, None]) & (
-            row_in_stream[None, :] < tl.minimum(upper, end)[:, None]
-        )
-        p = tl.where(visible, tl.exp2(scores * qk_scale - lse2[None, :]), 0.0)
-        dv = tl.dot(p.to(grad.dtype), grad, dv, input_precision=PRECISION)
-        dp = tl.dot(v, tl.trans(grad), input_precision=PRECISION)
-        delta = tl.load(delta_ptr + statistics + member * rows + row + row_index, mask=row_ok, other=0.0)
-        ds = p * (dp - delta[None, :])
-        dk = tl.dot(ds.to(q.dtype), q, dk, input_precision=PRECISION)
+            for i in range(group * head_masked):
+                member = i // tl.maximum(head_masked, 1)
+                j = i - member * head_masked
+                in_y = j - x_masked
+                is_y = in_y >= 0
+                y_copy = in_y // tl.maximum(y_masked, 1)
+                j = tl.where(is_y, in_y - y_copy * y_masked, j)
+                in_back = j - tl.where(is_y, y_front, x_front)
+                front_row = tl.where(is_y, y_start, first) + j * BM
+                back_row = tl.where(is_y, y_back, x_back) + in_back * BM
+                row = tl.where(in_back < 0, front_row, back_row)
+                front_end = tl.where(is_y, y_full_start, x_full_start)
+                end = tl.where(in_back < 0, front_end, tl.where(is_y, past_end, x_end))
+                row_in_stream = row + row_index
+                row_ok = row_in_stream < end
+                row = tl.where(is_y, noisy_row + y_copy * N, x_base) + row
+                q_head = k_head * group + member
+                statistics = (head.to(tl.int64) * group + member) * rows + row + row_index
+                q = _load(q_ptr, q_at, q_head, row, row_ok, dims, D, BD, BM, True, TMA)
+                grad = _load(grad_ptr, grad_at, q_head, row, row_ok, dims, D, BD, BM, True, TMA)
+                scores = tl.dot(k, tl.trans(q), input_precision=PRECISION)
+                lse2 = tl.load(lse_ptr + statistics, mask=row_ok, other=0.0) * LOG2E
+                lower = key_block + tl.where(is_y, U, 0)
+                visible = (row_in_stream[None, :] >= lower[:, None]) & (
+                    row_in_stream[None, :] < tl.minimum(upper, end)[:, None]
+                )
+                p = tl.where(visible, tl.exp2(scores * qk_scale - lse2[None, :]), 0.0)
+                seen_p, seen_grad = _apart(p, visible, grad, CAREFUL)
+                dv = tl.dot(seen_p.to(grad.dtype), seen_grad, dv, input_precision=PRECISION)
+                dp = tl.dot(v, tl.trans(grad), input_precision=PRECISION)
+                delta = tl.load(delta_ptr + statistics, mask=row_ok, other=0.0)
+                ds, q = _apart(p * (dp - delta[None, :]), visible, q, CAREFUL)
+                dk = tl.dot(ds.to(q.dtype), q, dk, input_precision=PRECISION)
+            if TMA:
+                again = _has_nan(dk) | _has_nan(dv)
 
-    dk_base = dk_ptr + (batch * stride_dkb + k_head * stride_dkh + first_memory_key * stride_dks) * UNIT
-    dv_base = dv_ptr + (batch * stride_dvb + k_head * stride_dvh + first_memory_key * stride_dvs) * UNIT
+    dk_base = dk_ptr + _corner(batch, k_head, memory_key, stride_dkb, stride_dkh, stride_dks, UNIT)
+    dv_base = dv_ptr + _corner(batch, k_head, memory_key, stride_dvb, stride_dvh, stride_dvs, UNIT)
     _store(
         dk_base, _offsets(key_index, stride_dks, UNIT, WIDE), key_ok, dims, (dk * scale).to(dk_ptr.dtype.element_ty), D
     )
@@ -599,10 +664,10 @@ def plan_forward(q, k, v, out, lse, layout, scale, noisy_queries_only, architect
     config = config or _config(q, layout, architecture, "fwd")
     args = {
         **shared,
-        "q_ptr": q, "k_ptr": k, "v_ptr": v, "out_ptr": out, "lse_ptr": lse,
+        **_operands(config, architecture, rows={"q_ptr": q}, keys={"k_ptr": k, "v_ptr": v}),
+        "out_ptr": out, "lse_ptr": lse,
         **_heads(q, k, True),
         "scale": abs(scale), "NEGATIVE": scale < 0,
-        "BM": config.block_m, "BN": config.block_n,
     }  # fmt: skip
     slots = (geometry.clean_rows + geometry.copies) * triton.cdiv(geometry.N, config.block_m)
     return [_launch(frame_attention_fwd_kernel, slots * args["all_heads"], args, config)]
@@ -628,29 +693,21 @@ def plan_backward(
     """The launches of `backward`; tensors may be meta tensors."""
     tensors = {"q": q, "k": k, "v": v, "o": out, "g": grad_out, "dq": dq, "dk": dk, "dv": dv}
     shared, geometry = _shared(layout, noisy_queries_only, scale, tensors.values(), **tensors)
-    shared |= {
-        "q_ptr": q, "k_ptr": k, "v_ptr": v, "out_ptr": out, "grad_ptr": grad_out, "lse_ptr": lse, "delta_ptr": delta,
-        "dq_ptr": dq, "dk_ptr": dk, "dv_ptr": dv, "scale": scale,
-    }  # fmt: skip
-    by_query, by_key = _heads(q, k, True), _heads(q, k, False)
-    delta_config = configs[0] or _config(q, layout, architecture, "delta")
-    row_tiles = triton.cdiv(q.shape[2], delta_config.block_m)
-    launches = [
-        _launch(
-            frame_attention_bwd_delta_kernel,
-            row_tiles * by_query["all_heads"],
-            shared | by_query | {"BM": delta_config.block_m},
-            delta_config,
-        )
-    ]
+    shared |= {"lse_ptr": lse, "delta_ptr": delta, "dq_ptr": dq, "dk_ptr": dk, "dv_ptr": dv, "scale": scale}
+    by_query, by_key = shared | _heads(q, k, True), shared | _heads(q, k, False)
+    config = configs[0] or _config(q, layout, architecture, "delta")
+    row_tiles = triton.cdiv(q.shape[2], config.block_m)
+    args = by_query | {"out_ptr": out, "grad_ptr": grad_out, "BM": config.block_m}
+    launches = [_launch(frame_attention_bwd_delta_kernel, row_tiles * args["all_heads"], args, config)]
+    streamed = {"rows": {"q_ptr": q, "grad_ptr": grad_out}, "keys": {"k_ptr": k, "v_ptr": v}}
     config = configs[1] or _config(q, layout, architecture, "dkdv")
     slots = (1 + geometry.copies) * triton.cdiv(geometry.N, config.block_n)
-    args = shared | by_key | {"BM": config.block_m, "BN": config.block_n}
-    launches.append(_launch(frame_attention_bwd_dkdv_kernel, slots * by_key["all_heads"], args, config))
+    args = by_key | _operands(config, architecture, **streamed)
+    launches.append(_launch(frame_attention_bwd_dkdv_kernel, slots * args["all_heads"], args, config))
     config = configs[2] or _config(q, layout, architecture, "dq")
     slots = (geometry.clean_rows + geometry.copies) * triton.cdiv(geometry.N, config.block_m)
-    args = shared | by_query | {"BM": config.block_m, "BN": config.block_n}
-    launches.append(_launch(frame_attention_bwd_dq_kernel, slots * by_query["all_heads"], args, config))
+    args = by_query | _operands(config, architecture, **streamed)
+    launches.append(_launch(frame_attention_bwd_dq_kernel, slots * args["all_heads"], args, config))
     return launches
 
 
@@ -687,6 +744,34 @@ def _shared(layout, noisy_queries_only, scale, tensors, **strided) -> tuple[dict
         "PRECISION": "tf32" if q.dtype == torch.float32 and _tf32_allowed() else "ieee",
     }
     return args, geometry
+
+
+def _operands(config, architecture: int, rows: dict[str, torch.Tensor], keys: dict[str, torch.Tensor]) -> dict:
+    """The tensors that a kernel reads in tiles: as descriptors where the configuration wants them and all allow it."""
+    args = {"BM": config.block_m, "BN": config.block_n, "TMA": False, **rows, **keys}
+    if not config.descriptors or 0 < architecture < 90 or not all(map(_describable, (*rows.values(), *keys.values()))):
+        return args
+    args["TMA"] = True
+    args |= {name: _descriptor(x, config.block_m) for name, x in rows.items()}
+    return args | {name: _descriptor(x, config.block_n) for name, x in keys.items()}
+
+
+def _describable(x: torch.Tensor) -> bool:
+    """Whether the copy engine can address a tensor: 16-byte aligned, strides positive multiples of 16 bytes."""
+    steps = [stride * x.element_size() for stride, size in zip(x.stride()[:3], x.shape[:3], strict=True) if size > 1]
+    return x.data_ptr() % 16 == 0 and all(step % 16 == 0 and 0 < step < 2**40 for step in steps)
+
+
+def _descriptor(x: torch.Tensor, tile_rows: int) -> TensorDescriptor:
+    """Tiles [tile_rows, D] of x (B, H, S, D); what lies beyond S or D reads as zero.
+
+    Coordinates count heads and tokens, so 32 bits hold them; the addresses made of them have 64.
+    """
+    unit = 16 // x.element_size()
+    # The stride of a dimension of one entry is never used, but must be legal.
+    strides = [stride if size > 1 else unit for stride, size in zip(x.stride()[:3], x.shape[:3], strict=True)]
+    width = max(16, triton.next_power_of_2(x.shape[3]))
+    return TensorDescriptor(x, list(x.shape), [*strides, 1], [1, 1, tile_rows, width])
 
 
 def _heads(q: torch.Tensor, k: torch.Tensor, by_query: bool) -> dict[str, int]:

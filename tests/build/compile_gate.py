@@ -1,11 +1,14 @@
-"""Compile an op's shipped launches for an architecture with no GPU: `python compile_gate.py OP ARCHITECTURE`.
+"""The compile gate: every shipped launch compiled for GPUs that are not there, and held to their limits.
 
-Prints JSON {name: {shared, registers, stack, hgmma, hmma, wide_loads, wide_stores, wide_copies} or {error}}. It runs in a process of its own because Triton
-decides on import whether kernels are compiled or interpreted. Triton's cache makes an unchanged kernel cheap.
+`python compile_gate.py OP ARCHITECTURE` compiles and prints JSON {name: what was counted, or {error}}, in a process of
+its own because Triton decides on import whether kernels are compiled or interpreted. `python compile_gate.py --check
+[OP ...]` holds all of that to the limits; with `--triton 3.6.0` under that Triton, installed for the time being, in place
+of the one at hand. Triton's cache makes an unchanged kernel cheap.
 """
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import re
@@ -14,6 +17,23 @@ import sys
 import tempfile
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
+
+ARCHITECTURES = (80, 90, 120)
+# sm_86 and sm_89 run what is compiled for sm_80, in less shared memory.
+LIMITS = {80: 101_376, 90: 232_448, 120: 101_376}  # bytes of shared memory, as in _configs.SHARED_MEMORY
+# Bytes of stack a thread may spill to: 32 of the 255 registers' worth.
+STACK = 128
+# sm_90 alone trades spills for larger tiles. In the loops over full tiles none of the forward's instructions at D = 128
+# are spills, 13 of 494 of dk/dv's, and at D = 256 14 of 519 and 32 of 787.
+STACK_EXCEPTIONS = {
+    (90, "frame_attention_fwd_kernel-bfloat16-D128-128x128-w8-s2-window"): 192,
+    (90, "frame_attention_fwd_kernel-bfloat16-D256-128x64-w8-s2"): 192,
+    (90, "frame_attention_bwd_dkdv_kernel-bfloat16-D128-64x128-w8-s2"): 160,
+    (90, "frame_attention_bwd_dkdv_kernel-bfloat16-D128-64x128-w8-s2-window"): 160,
+    (90, "frame_attention_bwd_dkdv_kernel-bfloat16-D256-32x64-w8-s2"): 320,
+    (90, "frame_attention_bwd_dkdv_kernel-bfloat16-D128-64x128-w8-s2-boxes"): 160,
+    (90, "frame_attention_bwd_dkdv_kernel-bfloat16-D128-64x128-w8-s2-boxes-window"): 160,
+}
 
 
 def compile_one(case: tuple[str, int, str]) -> dict:
@@ -55,16 +75,107 @@ def compile_one(case: tuple[str, int, str]) -> dict:
     }
 
 
-def main() -> None:
-    sys.path[:0] = [str(Path(__file__).parents[2]), str(Path(__file__).parent)]
+def compiled(op: str, architecture: int) -> dict[str, dict]:
+    """What was counted in each launch of an op, compiled in processes of their own by the Triton that they import."""
+    command = [sys.executable, __file__, op, str(architecture)]
+    run = subprocess.run(command, env=os.environ | {"TRITON_INTERPRET": "0"}, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr[-2000:]
+    return json.loads(run.stdout)
+
+
+def failures(op: str, architecture: int, results: dict[str, dict]) -> list[str]:
+    """A line for each limit that a launch breaks."""
+    from shipped_launches import OPS, is_wide, least_boxes, least_copies
+
+    launches, lines = OPS[op](architecture), []
+    if not results:
+        lines.append(f"{op}: nothing was compiled")
+    for name, got in results.items():
+        if "error" in got:
+            lines.append(f"{name}: {got['error'][:500]}")
+            continue
+        stack = STACK_EXCEPTIONS.get((architecture, name), STACK)
+        if got["shared"] > LIMITS[architecture]:
+            lines.append(f"{name}: {got['shared']} bytes of shared memory, limit {LIMITS[architecture]}")
+        if got["stack"] > stack:
+            lines.append(f"{name}: {got['stack']} bytes of stack, limit {stack}")
+        reads = "eps_kernel" not in name
+        if is_wide(op, name) and not (got["wide_stores"] and (got["wide_loads"] or not reads)):
+            lines.append(f"{name}: {got['wide_loads']} loads and {got['wide_stores']} stores of 16 bytes")
+        sixteen_bit = "float16" in name and "delta" not in name and "streams" not in name
+        if architecture == 90 and sixteen_bit and not (got["hgmma"] > 0 and got["hmma"] == 0):
+            lines.append(f"{name}: {got['hgmma']} warpgroup and {got['hmma']} warp matrix instructions")
+        unaligned = name.removesuffix("-window").endswith(("-s1", "-unaligned"))
+        copies = 0 if unaligned else least_copies(op, launches[name], architecture)
+        boxes = least_boxes(op, launches[name])
+        if got["boxes"] < boxes:
+            lines.append(f"{name}: {got['boxes']} copies of boxes, at least {boxes} expected")
+        if sixteen_bit and got["wide_copies"] < copies:
+            lines.append(
+                f"{name}: {got['wide_copies']} 16-byte asynchronous copies, at least {copies} unless alignment is lost"
+            )
+    return lines
+
+
+def check(ops: list[str]) -> int:
+    """Hold the launches of ops to the limits, print what breaks them, and return how many lines that was."""
+    import triton
     from shipped_launches import OPS
 
-    op, architecture = sys.argv[1], int(sys.argv[2])
+    print(f"triton {triton.__version__}")
+    count = 0
+    for op in ops or OPS:
+        for architecture in ARCHITECTURES:
+            results = compiled(op, architecture)
+            lines = failures(op, architecture, results)
+            count += len(lines)
+            print(
+                f"{op}, sm_{architecture}: {len(results)} launches, {len(lines)} failures",
+                *lines,
+                sep="\n  ",
+                flush=True,
+            )
+    return count
+
+
+def install(version: str, folder: str) -> subprocess.CompletedProcess:
+    """Put one version of Triton into a folder that, first in PYTHONPATH, stands before the one at hand."""
+    command = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", folder, f"triton=={version}"]
+    return subprocess.run(command, capture_output=True, text=True)
+
+
+def check_under(version: str, ops: list[str]) -> subprocess.CompletedProcess:
+    """`check` under another version of Triton; return code 77, and the reason, where that cannot be installed."""
+    with tempfile.TemporaryDirectory() as folder:
+        installed = install(version, folder)
+        if installed.returncode:
+            return subprocess.CompletedProcess(installed.args, 77, "", installed.stderr)
+        env = os.environ | {"PYTHONPATH": os.pathsep.join([folder, os.environ.get("PYTHONPATH", "")])}
+        return subprocess.run([sys.executable, __file__, "--check", *ops], env=env, text=True, stdout=subprocess.PIPE)
+
+
+def main() -> int:
+    sys.path[:0] = [str(Path(__file__).parents[2]), str(Path(__file__).parent)]
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("arguments", nargs="*", metavar="OP | OP ARCHITECTURE")
+    parser.add_argument("--check", action="store_true", help="hold ops (all by default) to the limits")
+    parser.add_argument("--triton", metavar="VERSION", help="check under this version")
+    args = parser.parse_args()
+    if args.triton:
+        run = check_under(args.triton, args.arguments)
+        print(run.stdout or run.stderr)
+        return run.returncode
+    if args.check:
+        return min(check(args.arguments), 1)
+    from shipped_launches import OPS
+
+    op, architecture = args.arguments[0], int(args.arguments[1])
     names = list(OPS[op](architecture))
     with ProcessPoolExecutor(min(2, os.cpu_count() or 1)) as pool:
         results = pool.map(compile_one, [(op, architecture, name) for name in names])
     print(json.dumps(dict(zip(names, results, strict=True)), indent=1))
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

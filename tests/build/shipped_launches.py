@@ -22,7 +22,7 @@ def frame_attention(architecture: int) -> dict[str, Launch]:
     cases += [(torch.float32, D, 200, None) for D in (64, 128, 256)]
     if architecture == 90:
         cases += [(torch.bfloat16, 128, 200, 2), (torch.float16, 64, 200, None)]
-    launches, seen = {}, set()
+    launches: dict[str, Launch] = {}
     for dtype, D, P, window in cases:
         layout = FrameLayout(3, P, window=window)
         q = torch.empty(1, 4, layout.sequence_length, D, dtype=dtype, device="meta")
@@ -30,17 +30,23 @@ def frame_attention(architecture: int) -> dict[str, Launch]:
         lse = torch.empty(q.shape[:3], device="meta")
         plan = kernels.plan_forward(q, k, k, q, lse, layout, D**-0.5, False, architecture)
         plan += kernels.plan_backward(q, q, k, k, q, lse, lse, q, k, k, layout, D**-0.5, False, architecture)
+        # What a descriptor cannot address goes through pointers, in the same tiles.
+        plan += [_through_pointers(launch) for launch in plan if launch.args.get("TMA")]
         for launch in plan:
             tile = launch.args["BM"], launch.args.get("BN"), launch.num_warps, launch.num_stages
-            key = (launch.kernel.__name__, dtype, D, window, tile)
-            if key in seen or (dtype == torch.float16 and "fwd" not in launch.kernel.__name__):
-                continue
-            seen.add(key)
             name = (
                 f"{launch.kernel.__name__}-{str(dtype)[6:]}-D{D}-{'x'.join(map(str, tile[:2]))}-w{tile[2]}-s{tile[3]}"
             )
-            launches[name + ("-window" if window is not None else "")] = launch
+            name += ("-boxes" if launch.args.get("TMA") else "") + ("-window" if window is not None else "")
+            if name in launches or (dtype == torch.float16 and "fwd" not in launch.kernel.__name__):
+                continue
+            launches[name] = launch
     return launches
+
+
+def _through_pointers(launch: Launch) -> Launch:
+    args = {name: getattr(value, "base", value) for name, value in launch.args.items()}
+    return replace(launch, args=args | {"TMA": False})
 
 
 def causal_conv3d(architecture: int) -> dict[str, Launch]:
@@ -75,15 +81,22 @@ def causal_conv3d(architecture: int) -> dict[str, Launch]:
                 "_dot" if args.get("DOT") and direction else "_history" if direction and not args["LAST"] else ""
             )
             tile = "x".join(str(args[key]) for key in ("BM", "BN", "BK") if key in args)
+            if "BX" in args:
+                direction = direction or str(args["PAST"])
+                direction += "_boxes" * (args["BX"] > 0)
             if "PARTS" in args:
-                direction += "_boxes" * (args["BX"] > 0) + "_parts" * args["PARTS"] + "_spread" * args["SPREAD"]
+                direction += "_parts" * args["PARTS"] + "_spread" * args["SPREAD"]
             # Without products there is nothing to ask of the matrix instructions.
             label = str(dtype)[6:] if "BK" in args or "SUM" in args else "combine"
             name = f"{launch.kernel.__name__}-{direction or args.get('PAST')}-{label}-{tile}"
             name += f"-w{launch.num_warps}-s{launch.num_stages}"
             # One pass over streams, one of history and one wide pair of weight gradients stand for all.
             whole = "DIRECTION" in args and "history" not in name
-            twin = name if whole else (dtype, launch.kernel.__name__, args.get("PAST"), args.get("DIRECTION"))
+            twin = (
+                name
+                if whole
+                else (dtype, launch.kernel.__name__, args.get("PAST"), args.get("DIRECTION"), args.get("BX", 0) > 0)
+            )
             if twin in seen:
                 continue
             seen.add(twin)
@@ -103,33 +116,29 @@ def least_copies(op: str, launch: Launch, architecture: int) -> int:
     """16-byte asynchronous copies that a thread issues if every tile of a loop with matrix products is pipelined."""
     args = launch.args
     if op != "causal_conv3d":
-        return 1
+        return 0 if args.get("TMA") else 1
     if "BK" not in args:
         return 0
-    if args.get("BX", 0) > 0:
-        # Only history goes through pointers.
-        return (
-            (args["BM"] + args["BN"])
-            * args["BK"]
-            * 2
-            // (512 * launch.num_warps)
-            * launch.num_stages
-            * (args["HAS_HISTORY"])
-        )
     size = args["w_ptr" if "w_ptr" in args else "g_ptr"].element_size()
     # Before wgmma, a first operand that lies transposed goes through registers.
     lines = args["BN"] if "g_ptr" in args and architecture != 90 else args["BM"] + args["BN"]
     one_stage = lines * args["BK"] * size // (16 * 32 * launch.num_warps)
     loops = int(args["PAST"]) + int(args["LAST"]) if "LAST" in args else 1
+    if args["BX"] > 0:
+        # Only history goes through pointers.
+        loops = int(args.get("HAS_HISTORY", args["PAST"]))
     return one_stage * loops * launch.num_stages
 
 
 def least_boxes(op: str, launch: Launch) -> int:
-    """Bulk copies of tiles by the copy engine: of a video and of the weight, in each stage of each loop."""
+    """Bulk copies of tiles by the copy engine: of two operands, in each stage of each loop."""
     args = launch.args
+    if op == "frame_attention" and args.get("TMA"):
+        # Loops over full and over masked tiles, and both again for results that are NaN.
+        return 2 * launch.num_stages * 4
     if op != "causal_conv3d" or args.get("BX", 0) == 0:
         return 0
-    return 2 * launch.num_stages * (int(args["PAST"]) + int(args["LAST"]))
+    return 2 * launch.num_stages * (int(args["PAST"]) + int(args["LAST"]) if "LAST" in args else 1)
 
 
 def token_noise(architecture: int) -> dict[str, Launch]:
