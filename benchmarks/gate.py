@@ -78,16 +78,22 @@ class Inputs:
         return tuple(t for t in self.tensors if t.requires_grad)
 
 
-def directions(function: Callable[..., torch.Tensor], backward: bool = True) -> dict[str, Callable[[Inputs], Any]]:
-    """Launches of a differentiable function of tensors: "fwd" -> (out,), "fwd+bwd" -> (out, *gradients of `wanted`)."""
+def directions(function: Callable[..., Any], backward: bool = True) -> dict[str, Callable[[Inputs], Any]]:
+    """Launches of a differentiable function of tensors: "fwd" -> (out,), "fwd+bwd" -> (out, *gradients of `wanted`).
 
-    @torch.no_grad()
-    def forward(inputs: Inputs) -> tuple[torch.Tensor, ...]:
-        return (function(*inputs.tensors),)
+    Of several outputs each has the gradient `grad`.
+    """
+
+    def outputs(inputs: Inputs) -> tuple[torch.Tensor, ...]:
+        out = function(*inputs.tensors)
+        return out if isinstance(out, tuple) else (out,)
+
+    forward = torch.no_grad()(outputs)
 
     def both(inputs: Inputs) -> tuple[torch.Tensor, ...]:
-        out = function(*inputs.tensors)
-        return (out.detach(), *torch.autograd.grad(out, inputs.wanted, inputs.grad))
+        outs = outputs(inputs)
+        grads = torch.autograd.grad(outs, inputs.wanted, [inputs.grad] * len(outs))
+        return (*[out.detach() for out in outs], *grads)
 
     return {"fwd": forward, "fwd+bwd": both} if backward else {"fwd": forward}
 

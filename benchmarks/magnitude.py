@@ -31,8 +31,13 @@ CASES = [
     Case("magnitude", "weights", "forced weight normalisation of all weights of the lunar-lander network",
          {"preset": "lunar-lander"}, {"preset": "lunar-lander"}, 6, True),
     _case("pixel_norm", 18), _case("mp_silu", 40), _case("mp_sum", 41), _case("mp_cat", 42),
+    _case("pixel_norm_silu", 19), _case("modulated_silu", 19), _case("mp_sum_limit", 20),
     Case("magnitude", "smoke", "milliseconds for everything", None,
          {"function": "pixel_norm", "dtype": "fp32", "B": 1, "C": 8, "F": 2, "size": 4}, dry=True),
+    Case("magnitude", "smoke-fused", "milliseconds for everything", None,
+         {"function": "pixel_norm_silu", "dtype": "fp32", "B": 1, "C": 8, "F": 2, "size": 4}, dry=True),
+    Case("magnitude", "smoke-modulated", "milliseconds for everything", None,
+         {"function": "modulated_silu", "dtype": "fp32", "B": 1, "C": 8, "F": 2, "size": 4}, dry=True),
     Case("magnitude", "smoke-weights", "milliseconds for everything", None, {"preset": "nano"}, dry=True),
 ]  # fmt: skip
 
@@ -41,8 +46,16 @@ FUNCTIONS: dict[str, tuple[Callable, Callable, int, int, int]] = {
     "mp_silu": (sae_kernels.mp_silu, reference.mp_silu, 1, 2, 3),
     "mp_sum": (lambda a, b, **o: sae_kernels.mp_sum(a, b, 0.3, **o), lambda a, b: reference.mp_sum(a, b, 0.3), 2, 3, 3),
     "mp_cat": (lambda a, b, **o: sae_kernels.mp_cat(a, b, **o), lambda a, b: reference.mp_cat(a, b, 1, 0.5), 2, 4, 4),
+    "mp_sum_limit": (
+        lambda a, b, **o: sae_kernels.mp_sum(a, b, 0.3, limit=256.0, **o),
+        lambda a, b: reference.mp_sum(a, b, 0.3, 256.0),
+        2, 3, 4,
+    ),
+    "pixel_norm_silu": (sae_kernels.pixel_norm_silu, lambda x: reference.pixel_norm_silu(x, 1, 1e-4), 1, 3, 4),
+    # and a scale of each frame and channel
+    "modulated_silu": (sae_kernels.modulated_silu, reference.modulated_silu, 1, 2, 3),
     "pixel_norm": (sae_kernels.pixel_norm, lambda x: reference.pixel_norm(x, 1, 1e-4), 1, 2, 3),
-}
+}  # fmt: skip
 
 
 def build(shape: Mapping[str, Any], device: str) -> Problem:
@@ -60,13 +73,16 @@ def build(shape: Mapping[str, Any], device: str) -> Problem:
             return x.to(dtype).permute(0, 4, 1, 2, 3)
 
         wide = 2 * C if shape["function"] == "mp_cat" else C
-        return Inputs(tuple(video(C).requires_grad_() for _ in range(count)), video(wide))
+        tensors = [video(C) for _ in range(count)]
+        if shape["function"] == "modulated_silu":
+            tensors.append(torch.randn(B, frames, C, generator=generator, device=device).to(dtype))
+        return Inputs(tuple(t.requires_grad_() for t in tensors), video(wide))
 
     contenders = gate.ours(ops, device, lambda impl: gate.directions(lambda *tensors: ours(*tensors, impl=impl)))
     contenders.append(Contender("eager", gate.directions(eager)))
     compiled = torch.compile(eager, dynamic=False)
     contenders.append(Contender("eager, compiled", gate.directions(compiled), compiled=True))
-    names = ("out", "da", "db")
+    names = ("out", "activation", "da") if shape["function"] == "pixel_norm_silu" else ("out", "da", "db")
     check = gate.reference_check(lambda: make_inputs(0), eager, names)
     one = B * C * frames * size**2 * dtype.itemsize
     moved = {"fwd": forward * one, "fwd+bwd": (forward + backward) * one}
