@@ -39,6 +39,12 @@ def test_train_sample_plot(tmp_path, capsys):
     ).run()
     report = json.loads((tmp_path / "w" / "report.json").read_text())
     assert report["schedule"]["window"] == 1.0 and "nll" not in report
+    SeriesSample(
+        run_dir=tmp_path / "run", out=tmp_path / "g", count=3, steps=4, likelihood=0, given=2, device="cpu"
+    ).run()
+    content = np.load(tmp_path / "g" / "samples.npz")
+    np.testing.assert_array_equal(content["series"][:, :2], content["heldout"][:3, :2])
+    assert (content["series"][:, 2:] != content["heldout"][:3, 2:]).any()
     SeriesPlot(source=Source(length=5), out=tmp_path / "x.png", count=8).run()
     assert (tmp_path / "x.png").read_bytes().startswith(b"\x89PNG")
 

@@ -284,6 +284,41 @@ def test_generate_takes_every_solver_and_counts_steps():
     assert z.shape == (2, 5, 1)
 
 
+def test_given_points_are_kept_and_continued():
+    model, stats = trained(), SeriesStats(np.full((5, 1), 3.0), np.full((5, 1), 2.0))
+    schedule = schedules.Staggered(5, 2.0)
+    given = np.random.default_rng(0).normal(3, 2, (4, 2, 1))
+    x = generate(model, stats, schedule, 4, steps=12, given=given, batch=3)
+    np.testing.assert_array_equal(x[:, :2], given)
+    moved = given.copy()
+    moved[3, 1] += 2
+    y = generate(model, stats, schedule, 4, steps=12, given=moved, batch=3)
+    np.testing.assert_array_equal(x[:3], y[:3])
+    assert (x[3, 2:] != y[3, 2:]).all()
+    for wrong in (given[:3], given[:, :, 0], np.zeros((4, 5, 1)), np.full((4, 2, 1), np.nan)):
+        with pytest.raises(ValueError, match=r"given: must be finite, of shape \(4, 1 to 4, 1\)"):
+            generate(model, stats, schedule, 4, given=wrong)
+
+
+def test_given_points_enter_at_the_least_noise():
+    seen = []
+
+    def watch(x, log_snr):
+        seen.append((x.clone(), log_snr.clone()))
+        return torch.zeros_like(x)
+
+    model = trained()
+    model.forward = watch
+    stats = SeriesStats(np.full((5, 1), 3.0), np.full((5, 1), 2.0))
+    generate(model, stats, schedules.Staggered(5, 2.0), 256, steps=2, given=np.full((256, 2, 1), 7.0))
+    x, level = seen[0]
+    torch.testing.assert_close(level[:, :2].double(), torch.full((256, 2), 9.2).double())
+    assert (level[:, 2:] < 9.2).all()
+    signal, noise = (s.item() for s in schedules.scales_of(torch.tensor(9.2), "vp"))
+    assert (x[:, :2].mean() - signal * 2).abs() < 5 * noise / math.sqrt(512)
+    assert x[:, :2].std().item() == pytest.approx(noise, rel=0.2)
+
+
 class Exact(torch.nn.Module):
     """x0_hat of independent N(0, 1) series: signal x."""
 

@@ -49,7 +49,7 @@ class SeriesTrain:
 
 @dataclass(frozen=True, kw_only=True)
 class SeriesSample:
-    """Generate series with a trained network and judge it; writes samples.npz, report.json and samples.png.
+    """Generate series, or continue held-out ones, and judge the network; writes samples.npz, report.json, samples.png.
 
     Args:
         run_dir: run folder or checkpoint.
@@ -60,6 +60,7 @@ class SeriesSample:
         eta: of "ddim".
         window: another window than the run's, which suits networks trained on "independent" levels or "mixed" windows;
             1 is autoregressive, inf joint.
+        given: points of held-out series that are continued; 0 generates from nothing.
         likelihood: held-out series to take the negative log-likelihood of; 0 takes none.
         divergence: of the likelihood; "exact" takes a backward pass per point and channel in place of one.
         weights: the average of weights, or those as trained.
@@ -75,6 +76,7 @@ class SeriesSample:
     solver: Solver = "ancestral"
     eta: float = 0.0
     window: float | None = None
+    given: int = 0
     likelihood: int = 64
     divergence: Literal["rademacher", "exact"] = "rademacher"
     weights: Literal["average", "trained"] = "average"
@@ -88,8 +90,9 @@ class SeriesSample:
         for name in ("count", "steps"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}: must be at least 1, got {getattr(self, name)}")
-        if self.likelihood < 0:
-            raise ValueError(f"likelihood: must be at least 0, got {self.likelihood}")
+        for name in ("given", "likelihood"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name}: must be at least 0, got {getattr(self, name)}")
         model, stats, config = load_series_model(
             self.run_dir, average=self.weights == "average", device=pick_device(self.device)
         )
@@ -97,18 +100,20 @@ class SeriesSample:
         if self.window is not None:
             chosen = dataclasses.replace(chosen, kind="staggered", window=self.window)
         schedule = chosen.build(model.length)
-        batch = 256
-        with progress_bar("sample", -(-self.count // batch) * self.steps, "steps") as update:
-            x = generate(
-                model, stats, schedule, self.count, steps=self.steps, solver=self.solver, eta=self.eta,
-                seed=self.seed, batch=batch, callback=update,
-            )  # fmt: skip
         if config.data is None:
             true = heldout_series(config.source, max(self.likelihood, self.count), config.seed)
         else:
             true = split_series(read_series(config.data), config.heldout_fraction, config.seed)[1]
+        # a file may hold out fewer series than are asked for: they are continued more than once
+        given = true[np.arange(self.count) % len(true), : self.given] if self.given else None
+        batch = 256
+        with progress_bar("sample", -(-self.count // batch) * self.steps, "steps") as update:
+            x = generate(
+                model, stats, schedule, self.count, steps=self.steps, solver=self.solver, eta=self.eta,
+                seed=self.seed, batch=batch, given=given, callback=update,
+            )  # fmt: skip
         report: dict[str, object] = {
-            "count": self.count, "steps": self.steps, "solver": self.solver, "seed": self.seed,
+            "count": self.count, "steps": self.steps, "solver": self.solver, "seed": self.seed, "given": self.given,
             "schedule": dataclasses.asdict(chosen),
         }  # fmt: skip
         if config.data is None and config.source.has_clauses:

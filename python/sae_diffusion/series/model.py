@@ -82,12 +82,11 @@ class SeriesDenoiser(nn.Module):
         self.frequencies = 8
         noise_features = 2 if config.features == "scales" else 2 * self.frequencies + 3
         # a chain's law is not linear in x: hidden units before the first attention save it a layer, and a plateau
-        self.embed = nn.Sequential(
-            nn.Linear(channels + noise_features, 2 * config.width), nn.GELU(), nn.Linear(2 * config.width, config.width)
-        )
+        first = nn.Linear(channels + noise_features, 2 * config.width)
+        self.embed = nn.Sequential(first, nn.GELU(), nn.Linear(2 * config.width, config.width))
         with torch.no_grad():
-            self.embed[0].weight[:, :channels] *= 3
-            self.embed[0].bias.uniform_(-2, 2)
+            first.weight[:, :channels] *= 3
+            first.bias.uniform_(-2, 2)
         self.position = nn.Parameter(_sinusoids(length, config.width))
         self.blocks = nn.ModuleList(
             _Block(config.width, config.heads, config.expansion, length) for _ in range(config.layers)

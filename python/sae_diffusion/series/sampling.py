@@ -8,7 +8,7 @@ import numpy as np
 import torch
 
 from ..diffusion.noise import derive_seed
-from ..diffusion.schedules import Schedule, sampling_times
+from ..diffusion.schedules import Given, Schedule, sampling_times, scales_of
 from ..diffusion.solvers import sample, start
 from .data import SeriesStats, Source
 from .model import SeriesDenoiser
@@ -25,6 +25,7 @@ def generate(
     eta: float = 0.0,
     seed: int = 0,
     batch: int = 256,
+    given: np.ndarray | None = None,
     callback: Callable[[int], None] | None = None,
 ) -> np.ndarray:
     """`count` new series in data units, (count, length, channels) float64.
@@ -33,15 +34,20 @@ def generate(
         steps: of the solver over the whole schedule; a token moves during window / (length - 1 + window) of them.
         solver, eta: see `sae_diffusion.diffusion.solvers.sample`.
         batch: series at once; the result depends on it, because noise is counted within a batch.
+        given: the first points of each series, (count, points, channels) in data units, which generation continues.
         callback: called with the number of solver steps done, of ceil(count / batch) * steps.
 
     Raises:
-        ValueError: count, steps or batch below 1, or an unknown solver.
+        ValueError: count, steps or batch below 1, an unknown solver, or `given` of another shape or not finite.
     """
     for name, value in (("count", count), ("steps", steps), ("batch", batch)):
         if value < 1:
             raise ValueError(f"{name}: must be at least 1, got {value}")
     times = sampling_times(schedule, steps)
+    known = 0
+    if given is not None:
+        known = _check_given(given, count, model)
+        schedule = Given(schedule, torch.arange(model.length) < known)
     device = next(model.parameters()).device
     made = []
     for number, first in enumerate(range(0, count, batch)):
@@ -53,9 +59,27 @@ def generate(
                 callback(done + i + 1)
 
         x = start(shape, schedule, seed=own, device=device)
+        if given is not None:
+            # known points carry the least noise of the schedule, as in training
+            signal, noise = (s.item() for s in scales_of(schedule.log_snr(times[-1:])[0, 0], schedule.scaling))
+            own_part = given[first : first + batch]
+            clean = SeriesStats(stats.mean[:known], stats.std[:known]).normalize(own_part).to(x)
+            x[:, :known] = signal * clean + noise * x[:, :known]
         x = sample(model, x, schedule, times, solver=solver, eta=eta, seed=own, callback=report)
-        made.append(stats.denormalize(x))
+        new = stats.denormalize(x)
+        if given is not None:
+            new[:, :known] = own_part
+        made.append(new)
     return np.concatenate(made)
+
+
+def _check_given(given: np.ndarray, count: int, model: SeriesDenoiser) -> int:
+    """The number of given points."""
+    fits = given.ndim == 3 and 0 < given.shape[1] < model.length and given.shape[::2] == (count, model.channels)
+    if not fits or not np.isfinite(given).all():
+        wanted = f"({count}, 1 to {model.length - 1}, {model.channels})"
+        raise ValueError(f"given: must be finite, of shape {wanted}, got {given.shape}")
+    return given.shape[1]
 
 
 def error_quartiles(source: Source, x: np.ndarray) -> dict[str, float]:

@@ -50,8 +50,8 @@ class ScheduleConfig:
 
     Args:
         kind: what a network is trained on. "staggered": generation from left to right with `window` tokens in flight;
-            "together": all at once; "independent": a level drawn for each token, so that the network can be sampled with
-            any schedule; "mixed": all of `windows` in turn, so that it can be sampled with any of them.
+            "together": all at once; "independent": a level drawn for each token, so that the network can be sampled
+            with any schedule; "mixed": all of `windows` in turn, so that it can be sampled with any of them.
         window: 1 is autoregressive, infinity joint; for "independent" and "mixed" that of sampling.
         windows: of "mixed".
         curve: log-SNR of one token over its own time.
@@ -285,7 +285,7 @@ class SeriesTrainer:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(derive_seed(config.seed, 0))
             self.model = SeriesDenoiser(config.model, length, channels, self.schedule.scaling).to(self.device)
-        self.parameters = [p for p in self.model.parameters() if p.requires_grad]
+        self.parameters: list[torch.Tensor] = [p for p in self.model.parameters() if p.requires_grad]
         self.optimizer = torch.optim.AdamW(
             self.parameters, lr=config.lr, betas=(0.9, config.beta2), weight_decay=config.weight_decay, fused=True
         )
