@@ -192,7 +192,7 @@ def test_real_network_trains_and_its_loss_falls(tmp_path):
     before = loss(net)
     options = {"objective": "forcing", "steps": 20, "lr_ramp_steps": 5, "lr_ref_steps": 20, "log_every": 20}
     Trainer(config(tmp_path, **options), net, data, stats).train()
-    assert loss(net) < 0.7 * before
+    assert loss(net) < 0.8 * before
     model, _, state = load_denoiser(tmp_path)
     assert state["train_config"]["objective"] == "forcing"
     assert loss(model) == loss(net)
