@@ -5,6 +5,7 @@ B batch, Hq and Hkv heads, S tokens, D head dim, T frames, P tokens per frame, K
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import time
 from collections.abc import Callable, Mapping
@@ -13,7 +14,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from sae_kernels import FrameLayout, frame_attention
+from sae_kernels import FrameLayout, _configs, frame_attention
 from sae_kernels.frame_attention import ops
 
 from . import gate, measure
@@ -104,6 +105,12 @@ def build(shape: Mapping[str, Any], device: str) -> Problem:
     contenders = gate.ours(
         ops, device, lambda impl: gate.directions(lambda q, k, v: frame_attention(q, k, v, layout, impl=impl))
     )
+    if device == "cuda" and torch.cuda.get_device_capability()[0] >= 9:
+        launch = gate.directions(lambda q, k, v: frame_attention(q, k, v, layout, impl="triton"))
+        for name, descriptors in (("pointers", False), ("descriptors", True)):
+            configured = {key: _through(call, descriptors) for key, call in launch.items()}
+            note = f"triton, tiles read through {name}"
+            contenders.append(Contender(f"sae_kernels ({name})", configured, "ours", note, optional=True))
     missing: list[Missing] = []
     for add in (_dense_mask, _flex, _packed):
         add(layout, shape, device, contenders, missing)
@@ -111,6 +118,23 @@ def build(shape: Mapping[str, Any], device: str) -> Problem:
     _dense_causal(layout, shape, device, contenders, missing)
     flops, moved = work(pairs, D), _bytes(B, Hq, Hkv, S, D, dtype)
     return Problem(make_inputs, contenders, _check(make_inputs, layout), shape["dtype"], flops, moved, missing)
+
+
+def _through(call: Callable[[Inputs], Any], descriptors: bool) -> Callable[[Inputs], Any]:
+    """The call with the shipped tiles, read through descriptors or through pointers."""
+    choose = _configs.attention_config
+
+    def changed(*key: Any) -> _configs.AttentionConfig:
+        return dataclasses.replace(choose(*key), descriptors=descriptors)
+
+    def run(inputs: Inputs) -> Any:
+        _configs.attention_config = changed
+        try:
+            return call(inputs)
+        finally:
+            _configs.attention_config = choose
+
+    return run
 
 
 def work(pairs: int, D: int) -> dict[str, int]:

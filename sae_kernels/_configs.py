@@ -92,10 +92,10 @@ def _default(
 # Forward: head dim 64 has room for three stages of 128 keys (112 KB), 128 for two (160 KB), 256 for two of 64 (192 KB).
 # dk/dv: two fp32 accumulators [block_n, D] take half of the registers; 64 rows x 128 keys at D = 128 spill in 5 of the
 # loop's 461 instructions, yet halve the shared-memory reads of the spill-free 32 x 128.
-# Descriptors, decided by counting sm_90 instructions, pointers -> descriptors, not yet by the clock. At D = 128 forward:
-# 569 -> 525 in the loop over full tiles, 1479 -> 894 over masked ones, 25 -> 0 of those spills; dk/dv: 494 -> 461 and
-# 693 -> 639. At D = 256 dk/dv spills 232 -> 440 bytes: pointers. Each descriptor costs the host an encoding at every
-# launch, which a CUDA graph records once. sm_120 loses its pipelining and spills up to 1.7 KB with them: pointers.
+# Descriptors: decided by counting sm_90 instructions, pointers -> descriptors, not yet by the clock. D = 128 forward:
+# 569 -> 525 in the loop over full tiles, 1479 -> 894 over masked ones, 25 -> 0 of them spills; dk/dv: 494 -> 461 and
+# 693 -> 639. At D = 256 dk/dv spills 440 bytes instead of 232: pointers. Each descriptor costs the host an encoding at
+# every launch, which a CUDA graph records once. sm_120 with them spills up to 1.7 KB: pointers.
 _HOPPER = {
     ("fwd", 64, False): AttentionConfig(128, 128, 8, 3, True),
     ("fwd", 64, True): AttentionConfig(64, 64, 4, 3, True),

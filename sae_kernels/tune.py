@@ -25,12 +25,14 @@ from .layout import FrameLayout
 LAYOUTS = (FrameLayout(16, 512), FrameLayout(256, 16, noisy_first=True))
 HEAD_DIMS = (64, 128, 256)
 REPEATS = 20
+PATHS = ("pointers", "descriptors")
 
 
-def candidates(direction: str) -> Iterable[AttentionConfig]:
+def candidates(direction: str, architecture: int) -> Iterable[AttentionConfig]:
     if direction == "delta":
         return [AttentionConfig(m, 16, w, 1) for m in (16, 32, 64, 128) for w in (1, 2, 4, 8)]
-    grid = itertools.product((16, 32, 64, 128), (16, 32, 64, 128), (4, 8), (1, 2, 3, 4))
+    descriptors = (False, True) if architecture >= 90 else (False,)
+    grid = itertools.product((16, 32, 64, 128), (16, 32, 64, 128), (4, 8), (1, 2, 3, 4), descriptors)
     return [AttentionConfig(*c) for c in grid if c[0] * c[1] <= 128 * 128]
 
 
@@ -63,13 +65,19 @@ def tune_attention(head_dims: Iterable[int], dtypes: Iterable[torch.dtype], log:
                 return _time(lambda: launcher(config), outputs, expected)
 
             before = measure(default)
-            best, after = fastest([default, *candidates(direction)], measure)
+            best, after = fastest([default, *candidates(direction, architecture)], measure)
             if best is None:
                 raise RuntimeError(f"no configuration of {direction} runs at head dim {head_dim}, {dtype}")
             key = _configs.attention_key(architecture, dtype, head_dim, block, direction)
             names = ("architecture", "dtype", "width", "small_blocks", "direction")
             entry = dict(zip(names, key, strict=True))
-            entries.append(entry | {"config": asdict(best), "milliseconds": after, "default_milliseconds": before})
+            entry |= {"config": asdict(best), "milliseconds": after, "default_milliseconds": before}
+            if architecture >= 90 and direction != "delta":
+                # The shipped tiles by pointers and by descriptors, whichever is the default.
+                pair = {path: measure(replace(default, descriptors=path == "descriptors")) for path in PATHS}
+                entry |= {f"{path}_milliseconds": time if math.isfinite(time) else None for path, time in pair.items()}
+                log(f"{direction} D={head_dim} block={block}: " + ", ".join(f"{k} {v:.3f} ms" for k, v in pair.items()))
+            entries.append(entry)
             log(f"{direction} D={head_dim} {entry['dtype']} block={block}: {before:.3f} -> {after:.3f} ms with {best}")
     return entries
 
@@ -149,7 +157,7 @@ def conv_candidates(default: ConvConfig, direction: str, architecture: int) -> l
         return [default, *(ConvConfig(m, default.block_n, 16, w, 1) for m in (8, 16, 32, 64) for w in (2, 4, 8))]
     limit = _configs.SHARED_MEMORY.get(architecture, 101_376)
     rows = (64, 128, 256) if direction == "wgrad" else (64, 128)
-    boxes = (False, True) if architecture >= 90 and direction != "wgrad" else (False,)
+    boxes = (False, True) if architecture >= 90 else (False,)
     grid = itertools.product(rows, (16, 32, 64, 128, 256), (16, 32, 64, 128), ((4, 3), (4, 4), (8, 3), (8, 4)), boxes)
     found = [default]
     for m, n, k, (warps, stages), box in grid:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import sys
 from pathlib import Path
 
@@ -12,7 +13,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "kernels"))
 
 from attention_cases import NAMES, STRIDES, compare, make, restride
 
-from sae_kernels import FrameLayout, frame_attention
+from sae_kernels import FrameLayout, _configs, frame_attention
 from sae_kernels.testing import assert_within_budget
 
 pytestmark = pytest.mark.gpu
@@ -49,6 +50,60 @@ def true_float32():
     torch.backends.cuda.matmul.fp32_precision = before
 
 
+@pytest.fixture(params=["shipped", "pointers", "descriptors"])
+def path(request, monkeypatch):
+    """How tiles are read: as the configuration says, or the shipped tiles by one of the two ways."""
+    if request.param == "descriptors" and torch.cuda.get_device_capability()[0] < 9:
+        pytest.skip("the copy engine needs compute capability 9.0")
+    choose = _configs.attention_config
+    if request.param != "shipped":
+        monkeypatch.setattr(
+            _configs,
+            "attention_config",
+            lambda *key: dataclasses.replace(choose(*key), descriptors=request.param == "descriptors"),
+        )
+    return request.param
+
+
+@pytest.mark.parametrize("D", [16, 72, 128])
+@pytest.mark.parametrize("layout", LAYOUTS, ids=str)
+def test_descriptors_give_the_bits_of_pointers(layout, D, monkeypatch):
+    if torch.cuda.get_device_capability()[0] < 9:
+        pytest.skip("the copy engine needs compute capability 9.0")
+    tensors = on_gpu(make(layout, heads=(4, 2), B=2, D=D, dtype=torch.bfloat16))
+    choose, results = _configs.attention_config, []
+    for descriptors in (False, True):
+        monkeypatch.setattr(
+            _configs, "attention_config", lambda *key, d=descriptors: dataclasses.replace(choose(*key), descriptors=d)
+        )
+        results.append(run(tensors, layout))
+    (want, want_lse), (got, lse) = results
+    assert torch.equal(lse, want_lse)
+    for name, a, b in zip(NAMES, got, want, strict=True):
+        assert torch.equal(a, b), name
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_what_a_row_does_not_see_cannot_reach_it(value):
+    """Blocks that share tiles with a poisoned one keep their bits, where tiles are read through descriptors."""
+    if torch.cuda.get_device_capability()[0] != 9:
+        pytest.skip("sm_90 ships descriptors")
+    layout = FrameLayout(16, 16, noisy_copies=2, window=6, sink=1)
+    tensors = on_gpu(make(layout, heads=(4, 2), D=64, dtype=torch.bfloat16))
+    want, want_lse = run(tensors, layout)
+    poisoned = slice(9 * 16, 10 * 16)
+    for tensor in tensors:
+        tensor[:, :, poisoned] = value
+    got, lse = run(tensors, layout)
+    mask = layout.dense_mask("cuda")
+    spoiled_rows = mask[:, poisoned].any(1)
+    spoiled_keys = mask[spoiled_rows].any(0)
+    assert torch.equal(lse[:, :, ~spoiled_rows], want_lse[:, :, ~spoiled_rows])
+    for name, a, b in zip(NAMES, got, want, strict=True):
+        kept = ~(spoiled_rows if name in ("out", "dq") else spoiled_keys)
+        assert kept.any() and torch.equal(a[:, :, kept], b[:, :, kept]), name
+
+
 @pytest.mark.parametrize("layout", LAYOUTS, ids=str)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("D", [16, 64, 80, 128, 256])
@@ -61,7 +116,7 @@ def test_forward_and_gradients(layout, dtype, D, noisy_queries_only):
     compare(*result, tensors, layout, D**-0.5, noisy_queries_only)
 
 
-def test_10000_backwards_are_bitwise_equal():
+def test_10000_backwards_are_bitwise_equal(path):
     """Races show as a rare wrong launch: other kernels of this kind have had one in a thousand."""
     layout = FrameLayout(8, 100, noisy_copies=2, window=3, sink=1)
     tensors = on_gpu(make(layout, heads=(8, 4), D=64, dtype=torch.bfloat16))
@@ -76,7 +131,7 @@ def test_10000_backwards_are_bitwise_equal():
     assert differing.item() == 0
 
 
-def test_1000_forwards_are_bitwise_equal():
+def test_1000_forwards_are_bitwise_equal(path):
     layout = FrameLayout(16, 64, noisy_first=True)
     q, k, v, _ = on_gpu(make(layout, heads=(16, 16), D=128, dtype=torch.float16))
     want = frame_attention(q, k, v, layout, impl="triton")
@@ -91,7 +146,7 @@ def rows_in_float64(q, k, v, layout, rows, scale):
 
 
 @pytest.mark.parametrize("layout", [FrameLayout(21, 1560), FrameLayout(7, 4680), FrameLayout(21, 3600)], ids=str)
-def test_sequences_whose_square_passes_32_bits(layout):
+def test_sequences_whose_square_passes_32_bits(layout, path):
     """S = 65,520 and 151,200: S^2 overflows int32 from 46,341 on."""
     assert layout.sequence_length > 46_340
     tensors = on_gpu(make(layout, D=128, dtype=torch.bfloat16))
@@ -110,7 +165,7 @@ def test_sequences_whose_square_passes_32_bits(layout):
     assert (got - want).abs().max() < 1e-2 * want.abs().max() + 1e-2 * layout.sequence_length**0.5
 
 
-def test_more_than_2_to_the_31_elements():
+def test_more_than_2_to_the_31_elements(path):
     """(B, S, H, D) with B S H D > 2^31; the last batch entry lies beyond the reach of 32-bit offsets."""
     layout = FrameLayout(4, 512)
     B, H, D = 2**31 // (layout.sequence_length * 64 * 128) + 1, 64, 128
@@ -146,7 +201,7 @@ ADOPTERS = {
 
 
 @pytest.mark.parametrize("name", ADOPTERS)
-def test_adopters_against_compiled_flex_attention(name):
+def test_adopters_against_compiled_flex_attention(name, path):
     from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
     layout, B, heads, D = ADOPTERS[name]
@@ -165,7 +220,7 @@ def test_adopters_against_compiled_flex_attention(name):
         assert cosine > 1 - 1e-3, label
 
 
-def test_cuda_graph():
+def test_cuda_graph(path):
     layout = FrameLayout(6, 100, noisy_copies=2)
     *inputs, grad = on_gpu(make(layout, heads=(4, 2), D=64, dtype=torch.bfloat16))
     inputs = [x.requires_grad_() for x in inputs]
@@ -190,7 +245,7 @@ def test_cuda_graph():
     assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
 
 
-def test_runs_on_the_current_stream():
+def test_runs_on_the_current_stream(path):
     """A kernel on another stream would read q before the delayed write and give the old result."""
     layout = FrameLayout(8, 200)
     q, k, v, _ = on_gpu(make(layout, heads=(8, 8), D=64, dtype=torch.bfloat16))
@@ -229,7 +284,7 @@ def test_allocates_nothing_but_results_and_one_number_a_row():
     assert torch.cuda.max_memory_allocated() - before <= expected + (1 << 16)
 
 
-def test_other_sizes_do_not_compile_again():
+def test_other_sizes_do_not_compile_again(path):
     from sae_kernels.frame_attention import triton as kernels
 
     compiled = kernels.frame_attention_fwd_kernel.device_caches

@@ -25,15 +25,13 @@ def test_picks_the_fastest_that_works():
 
 
 def test_every_default_is_a_candidate():
-    for direction in _configs.ATTENTION_DIRECTIONS:
-        tried = set(tune.candidates(direction))
-        for architecture in (80, 90, 120):
-            for D in tune.HEAD_DIMS:
-                for layout in tune.LAYOUTS:
-                    assert (
-                        _configs.attention_config(architecture, torch.bfloat16, D, layout.tokens_per_frame, direction)
-                        in tried
-                    )
+    for direction, architecture in itertools.product(_configs.ATTENTION_DIRECTIONS, (80, 90, 120)):
+        tried = set(tune.candidates(direction, architecture))
+        for D, layout in itertools.product(tune.HEAD_DIMS, tune.LAYOUTS):
+            block = layout.tokens_per_frame
+            assert _configs.attention_config(architecture, torch.bfloat16, D, block, direction) in tried
+        both = architecture >= 90 and direction != "delta"
+        assert {config.descriptors for config in tried} == ({False, True} if both else {False})
 
 
 def test_layouts_fill_both_classes_of_blocks():
@@ -93,7 +91,7 @@ def test_every_default_of_the_convolution_is_a_candidate_and_others_fit():
             default = _configs.conv_config(architecture, torch.bfloat16, C, C, size * size, direction)
             tried = tune.conv_candidates(default, direction, architecture)
             assert tried[0] == default and 8 < len(set(tried)) < 150
-            if direction in ("fwd", "dgrad"):
+            if direction != "streams":
                 assert {c.boxes for c in tried} == ({False, True} if architecture >= 90 else {False})
 
 
