@@ -5,6 +5,7 @@ Tensors are walked in the order of their memory.
 """
 
 import math
+from typing import Any
 
 import torch
 import triton
@@ -366,7 +367,7 @@ def mp_silu(x: torch.Tensor, out: torch.Tensor) -> None:
 
 
 def mp_silu_backward(grad_out: torch.Tensor, x: torch.Tensor, grad_x: torch.Tensor) -> None:
-    args = {"grad_ptr": grad_out, "x_ptr": x, "out_ptr": grad_x, "gain": SILU_GAIN}
+    args: dict[str, Any] = {"grad_ptr": grad_out, "x_ptr": x, "out_ptr": grad_x, "gain": SILU_GAIN}
     run(plan_elementwise(mp_silu_bwd_kernel, grad_x, **args), x.device)
 
 
@@ -393,7 +394,7 @@ def mp_sum_backward(
     like = grad_a if grad_a is not None else grad_b
     if like is None:
         return
-    args = {"grad_ptr": grad_out, "y_ptr": grad_out if out is None else out}
+    args: dict[str, Any] = {"grad_ptr": grad_out, "y_ptr": grad_out if out is None else out}
     args |= {"grad_a_ptr": like if grad_a is None else grad_a, "grad_b_ptr": like if grad_b is None else grad_b}
     args |= {"NEEDS_A": grad_a is not None, "NEEDS_B": grad_b is not None} | _sum_weights(t, limit)
     run(plan_elementwise(mp_sum_bwd_kernel, like, ("grad_a_ptr", "grad_b_ptr"), **args), grad_out.device)
@@ -419,7 +420,14 @@ def plan_cat(
     unit = _unit(width_a, width_b)
     block_w = min(triton.next_power_of_2(width_a + width_b), 1024)
     block_r = BLOCK // block_w
-    args = {"a_ptr": a, "b_ptr": b, "out_ptr": out, "weight_a": weight_a, "weight_b": weight_b, "rows": rows}
+    args: dict[str, Any] = {
+        "a_ptr": a,
+        "b_ptr": b,
+        "out_ptr": out,
+        "weight_a": weight_a,
+        "weight_b": weight_b,
+        "rows": rows,
+    }
     args |= {"units_a": width_a // unit, "units_b": width_b // unit, "UNIT": unit, "BACKWARD": backward}
     args |= {"BR": block_r, "BW": block_w}
     grid = (-(-rows // block_r) * -(-(width_a + width_b) // block_w),)
@@ -541,7 +549,7 @@ def modulated_silu(x: torch.Tensor, scale: torch.Tensor, out: torch.Tensor) -> N
     if out.numel() == 0:
         return
     dense = _walkable(out)
-    args = {"x_ptr": x, "scale_ptr": scale.contiguous(), "out_ptr": dense, "gain": SILU_GAIN}
+    args: dict[str, Any] = {"x_ptr": x, "scale_ptr": scale.contiguous(), "out_ptr": dense, "gain": SILU_GAIN}
     run(plan_frames(modulated_silu_fwd_kernel, dense, ("out_ptr", "scale_ptr"), **args), x.device)
     if dense is not out:
         out.copy_(dense)
@@ -561,7 +569,13 @@ def modulated_silu_backward(
         return
     like = x if grad_x is None else grad_x
     dense = _walkable(like) if grad_x is not None or x.is_contiguous() or is_channels_last(x) else x.contiguous()
-    args = {"grad_ptr": grad_out, "x_ptr": x, "scale_ptr": scale.contiguous(), "grad_x_ptr": dense, "gain": SILU_GAIN}
+    args: dict[str, Any] = {
+        "grad_ptr": grad_out,
+        "x_ptr": x,
+        "scale_ptr": scale.contiguous(),
+        "grad_x_ptr": dense,
+        "gain": SILU_GAIN,
+    }
     args |= {"grad_scale_ptr": scale if grad_scale is None else grad_scale}
     args |= {"NEEDS_X": grad_x is not None, "NEEDS_SCALE": grad_scale is not None}
     outputs = ("grad_x_ptr", "scale_ptr", "grad_scale_ptr")
@@ -585,7 +599,7 @@ def mp_sum_tensor(a: torch.Tensor, b: torch.Tensor, t: torch.Tensor, out: torch.
     if out.numel() == 0:
         return
     dense = _walkable(out)
-    args = {"a_ptr": a, "b_ptr": b, "t_ptr": _per_frame(t, a), "out_ptr": dense}
+    args: dict[str, Any] = {"a_ptr": a, "b_ptr": b, "t_ptr": _per_frame(t, a), "out_ptr": dense}
     run(plan_frames(mp_sum_frames_fwd_kernel, dense, ("out_ptr", "t_ptr"), **args), a.device)
     if dense is not out:
         out.copy_(dense)
@@ -608,7 +622,7 @@ def mp_sum_tensor_backward(
     # One order for all: a's, of which grad_a is, or contiguous; grad_b has b's.
     like = _walkable(a if grad_a is None else grad_a)
     made_b = None if grad_b is None else torch.empty_like(like)
-    args = {"grad_ptr": grad_out, "a_ptr": a, "b_ptr": b, "t_ptr": _per_frame(t, a)}
+    args: dict[str, Any] = {"grad_ptr": grad_out, "a_ptr": a, "b_ptr": b, "t_ptr": _per_frame(t, a)}
     args |= {"grad_a_ptr": like, "grad_b_ptr": like if made_b is None else made_b, "part_ptr": a}
     args |= {"NEEDS_A": grad_a is not None, "NEEDS_B": grad_b is not None, "NEEDS_T": grad_t is not None}
     outputs = ("grad_a_ptr", "grad_b_ptr", "t_ptr", "part_ptr")
@@ -618,7 +632,7 @@ def mp_sum_tensor_backward(
     run([launch], a.device)
     if grad_a is not None and like is not grad_a:
         grad_a.copy_(like)
-    if made_b is not None:
+    if grad_b is not None:
         grad_b.copy_(made_b)
     if grad_t is not None:
         frames = a.shape[2] if a.ndim > 2 else 1
@@ -646,7 +660,7 @@ def normalize_weight(
     w: torch.Tensor, gain: torch.Tensor | None, factor: float, out: torch.Tensor, rms: torch.Tensor
 ) -> None:
     dense = out if _in_rows(out) else torch.empty(out.shape, dtype=out.dtype, device=out.device)
-    args = {"out_ptr": dense, "rms_ptr": rms}
+    args: dict[str, Any] = {"out_ptr": dense, "rms_ptr": rms}
     run(plan_weight(normalize_weight_fwd_kernel, _ordered_as(w, dense), gain, factor, **args), w.device)
     if dense is not out:
         out.copy_(dense)
@@ -667,7 +681,12 @@ def normalize_weight_backward(
     else:
         dense = grad_w
     part = w.new_empty(len(w) if grad_gain is not None else 0, dtype=torch.float32)
-    args = {"grad_ptr": _ordered_as(grad_out, dense), "rms_ptr": rms, "grad_w_ptr": dense, "part_ptr": part}
+    args: dict[str, Any] = {
+        "grad_ptr": _ordered_as(grad_out, dense),
+        "rms_ptr": rms,
+        "grad_w_ptr": dense,
+        "part_ptr": part,
+    }
     args |= {"NEEDS_W": grad_w is not None, "NEEDS_GAIN": grad_gain is not None}
     run(plan_weight(normalize_weight_bwd_kernel, _ordered_as(w, dense), gain, factor, **args), w.device)
     if grad_w is not None and dense is not grad_w:
