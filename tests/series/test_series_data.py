@@ -171,6 +171,12 @@ def test_long_tables(tmp_path, suffix):
     np.testing.assert_array_equal(read_series(path, series_column="who", time_column="when"), WANTED)
 
 
+def test_time_may_be_timestamps(tmp_path):
+    path = tmp_path / "x.csv"
+    path.write_text("series,time,v\na,2026-01-02T00:00:00,2\na,2026-01-01T12:00:00,1\n")
+    assert read_series(path).ravel().tolist() == [1, 2]
+
+
 @pytest.mark.parametrize("suffix", ["csv", "parquet"])
 def test_wide_tables(tmp_path, suffix):
     path = tmp_path / f"x.{suffix}"
@@ -207,6 +213,10 @@ REFUSED = {
     "no-values": (csv("series,time\na,1\n"), "must have a column of values"),
     "repeated": (csv("series,time,v\na,0,1\na,0,2\n"), "series 'a' has two points at time 0"),
     "no-time": (csv("series,time,v\na,0,1\na,,2\n"), "column 'time' must have no missing values"),
+    "time-text": (
+        csv("series,time,v\na,early,1\na,late,2\n"),
+        "column 'time' must hold numbers or timestamps, got string",
+    ),
     "no-header": (csv("0.5,0.25\n0.1,0.2\n"), "must begin with a header line"),
     "same-names": (csv("p,p\n1,2\n"), "column names must differ"),
     "empty": (csv("p,q\n"), "column 'p' must hold numbers|at least one series"),

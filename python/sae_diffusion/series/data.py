@@ -306,7 +306,9 @@ def _read_table(path: Path, series_column: str, time_column: str) -> np.ndarray:
     for name in found:
         if missing := table.column(name).null_count:
             raise ValueError(f"{path}: column {name!r} must have no missing values, got {missing}")
-    time = time.to_numpy()
+    kind, time = time.type, time.to_numpy()
+    if time.dtype.kind not in "iufM":
+        raise ValueError(f"{path}: column {time_column!r} must hold numbers or timestamps, got {kind}")
     lengths = np.bincount(owner, minlength=len(rank))
     labels = list(rank)
     if len(set(lengths.tolist())) > 1:

@@ -40,6 +40,7 @@ def plot_series(path: Path, groups: dict[str, np.ndarray], *, shown: int = 4, ch
         for i, series in enumerate(x[:shown, :, channel]):
             axis.plot(points, series, color=COLOURS[i % len(COLOURS)], lw=1.2, marker=".", ms=4)
         axis.set(title=f"{name}, {len(x)} series", xlabel="point")
+        axis.locator_params(axis="x", integer=True)
     axes[0][0].legend(frameon=False)
     return _save(figure, path)
 
