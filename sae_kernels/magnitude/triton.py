@@ -632,7 +632,7 @@ def mp_sum_tensor_backward(
     run([launch], a.device)
     if grad_a is not None and like is not grad_a:
         grad_a.copy_(like)
-    if grad_b is not None:
+    if grad_b is not None and made_b is not None:
         grad_b.copy_(made_b)
     if grad_t is not None:
         frames = a.shape[2] if a.ndim > 2 else 1
