@@ -420,11 +420,11 @@ def test_dpm_solver_starts_every_token_with_a_first_order_step():
 def test_dpm_solver_stays_bounded_when_a_window_begins_just_before_a_grid_point():
     """The history of such a token is 1e-7 of a step; extrapolating from it would blow up."""
     schedule = Staggered(2, 1, LogLinear(5.0, -4.0))
-    grid = torch.cat([torch.tensor([1.0, 0.75, 0.5 - 1e-8]), torch.linspace(0.5 - 0.1, 0, 5)]).double()
+    grid = torch.tensor([1.0, 0.75, 0.5 - 1e-8, 0.4, 0.3, 0.2, 0.1, 0.0], dtype=torch.float64)
     x = start((4, 2), schedule, dtype=torch.float64)
-    coarse = sample(smooth, x, schedule, grid, solver="dpm++2m")
-    fine = sample(smooth, x, schedule, schedule.times(400), solver="dpm++2m")
-    assert (coarse - fine).abs().max() < 0.5
+    sizes = []
+    sample(smooth, x, schedule, grid, solver="dpm++2m", callback=lambda i, x, x0: sizes.append(float(x.abs().max())))
+    assert max(sizes) < 5
 
 
 # The ends of the family
