@@ -60,8 +60,8 @@ class ImageSet:
     def fingerprint(self) -> str:
         """Hash of both sets, kept in checkpoints."""
         digest = hashlib.sha256(f"{self.name} {self.levels} {self.train.shape} {self.heldout.shape}".encode())
-        digest.update(np.ascontiguousarray(self.train))
-        digest.update(np.ascontiguousarray(self.heldout))
+        digest.update(self.train.tobytes())
+        digest.update(self.heldout.tobytes())
         return digest.hexdigest()[:16]
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -62,6 +63,8 @@ class NoiseState(nn.Module):
     Of every component come signal^2, tanh(log-SNR / 4) and the log-SNR over 16, clipped to [-1, 1]; each group has its
     own linear map of all its components' values, so no component's level is lost in a mean.
     """
+
+    index: Tensor
 
     def __init__(self, order: Tensor, groups: int, width: int) -> None:
         super().__init__()
@@ -135,6 +138,8 @@ class ComponentUNet(nn.Module):
         ValueError: height or width cannot be halved as often as `channel_mult` asks.
     """
 
+    offset: Tensor
+
     def __init__(self, config: NetConfig, basis: Whitened, levels: int) -> None:
         super().__init__()
         colours, height, width = basis.shape
@@ -151,7 +156,8 @@ class ComponentUNet(nn.Module):
         inputs = colours * (2 + 2 * config.fourier)
         self.first = nn.Conv2d(inputs, widths[0], 3, padding=1)
         self.place = nn.Parameter(0.1 * torch.randn(widths[0], height, width))
-        self.down, self.up = nn.ModuleList(), nn.ModuleList()
+        self.down: Any = nn.ModuleList()
+        self.up: Any = nn.ModuleList()
         self.attention_down, self.attention_up = nn.ModuleList(), nn.ModuleList()
         now = widths[0]
         for w in widths:
@@ -221,6 +227,6 @@ class ComponentUNet(nn.Module):
 
 
 def _zero(layer: nn.Conv2d) -> nn.Conv2d:
-    nn.init.zeros_(layer.weight)
-    nn.init.zeros_(layer.bias)
+    for parameter in layer.parameters():
+        nn.init.zeros_(parameter)
     return layer

@@ -78,7 +78,7 @@ def run_study(
     """
     for basis in study.bases:
         check_basis(basis, images.shape)
-    settings = {
+    settings: dict[str, Any] = {
         "train": {k: v for k, v in train.to_json().items() if k not in ("basis", "seed", "data_path")},
         "evaluate": dataclasses.asdict(evaluation),
         "images": images.fingerprint(),
@@ -97,7 +97,8 @@ def run_study(
         if (basis, softness, seed) in done:
             continue
         schedule = dataclasses.replace(train.schedule, softness=softness)
-        config = dataclasses.replace(train, basis=basis, schedule=schedule, seed=seed)
+        chosen: dict[str, Any] = {"basis": basis, "schedule": schedule, "seed": seed}
+        config = dataclasses.replace(train, **chosen)
         run, sheet = _run_cell(config, evaluation, images, samples if seed == study.seeds[0] else 0, sample_steps)
         results["runs"].append(run)
         results |= {

@@ -95,7 +95,7 @@ class ImageTrainConfig:
 
     @classmethod
     def from_json(cls, fields: dict[str, Any]) -> ImageTrainConfig:
-        net = {k: tuple(v) if isinstance(v, list) else v for k, v in fields["net"].items()}
+        net: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in fields["net"].items()}
         return cls(**{**fields, "net": NetConfig(**net), "schedule": ScheduleConfig(**fields["schedule"])})
 
 
