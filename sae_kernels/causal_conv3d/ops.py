@@ -41,7 +41,7 @@ def implementations(
 @_library.constant_in_graphs
 def _slower_note(device: torch.device) -> str:
     """The shapes for which "auto" takes composed although the kernels run, as SAE_KERNELS_CONFIGS measured them."""
-    if device.type != "cuda":
+    if device.type != "cuda" or not _configs.conv_slower():
         return ""
     architecture = _launch.architecture(device)
     maps = ("4 x 4", "8 x 8", "up to 15 x 15", "16 x 16 and more")

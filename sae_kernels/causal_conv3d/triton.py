@@ -527,25 +527,28 @@ def causal_conv3d_streams_kernel(
 
 @triton.jit(do_not_specialize=_INTEGERS)
 def causal_conv3d_weight_kernel(
-    g_ptr, x_ptr, h_ptr, part_ptr,
+    g_ptr, x_ptr, h_ptr, part_ptr, g_box, x_box,
     stride_gb: tl.int64, stride_gf: tl.int64, stride_gy: tl.int64, stride_gx: tl.int64,
     stride_xb: tl.int64, stride_xf: tl.int64, stride_xy: tl.int64, stride_xx: tl.int64,
     stride_hb: tl.int64, stride_hf: tl.int64, stride_hy: tl.int64, stride_hx: tl.int64,
     rows: tl.int32, frames: tl.int32, Y: tl.int32, X: tl.int32, K: tl.int32, N: tl.int32,
     chunk: tl.int32,
     KT: tl.constexpr, KY: tl.constexpr, KX: tl.constexpr, PAST: tl.constexpr,
-    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, UNIT_K: tl.constexpr, UNIT_N: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, BF: tl.constexpr, BY: tl.constexpr, BX: tl.constexpr,
+    UNIT_K: tl.constexpr, UNIT_N: tl.constexpr,
     WHOLE: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """part[split, co, tap, ci] = sum over a chunk of pixel rows of g[row, co] * source[row shifted by tap, ci].
+    """part[split, co, tap, ci] = sum over a chunk of pixels of g[pixel, co] * source[pixel shifted by tap, ci].
 
-    K is Cout (the rows of the result), N is Cin. Past taps read x back in time and then history.
+    K is Cout (the rows of the result), N is Cin. Past taps read x back in time and then history. A chunk is a number
+    of rows, or of boxes: those first, then a share of the rows whose source is history, to which boxes are zero.
     """
     FIRST_TAP: tl.constexpr = 0 if PAST else (KT - 1) * KY * KX
     TAPS: tl.constexpr = (KT - 1) * KY * KX if PAST else KY * KX
     tiles_m = tl.cdiv(K * UNIT_K, BM)
     tiles_n = tl.cdiv(N * UNIT_N, BN)
     program = tl.program_id(0)
+    splits = tl.num_programs(0) // (tiles_m * tiles_n * TAPS)
     tile_n = program % tiles_n
     program //= tiles_n
     tile_m = program % tiles_m
@@ -562,25 +565,54 @@ def causal_conv3d_weight_kernel(
 
     h_from_x = _distance(h_ptr, x_ptr, UNIT_N)
     acc = tl.zeros([BM, BN], tl.float32)
+    # Frames that the rows of the loop over pointers count, and those rows.
+    inner = frames
     start = split * chunk
     end = tl.minimum(start + chunk, rows)
-    for first in range(start, end, BK):
-        m = first + tl.arange(0, BK)
-        row_ok = m < end
-        batch, i, y, x = _pixels(m, frames, Y, X)
-        ok = row_ok & (y + dy >= 0) & (y + dy < Y) & (x + dx >= 0) & (x + dx < X)
-        g_rows = _rows(batch, i, y, x, stride_gb, stride_gf, stride_gy, stride_gx, UNIT_K, WIDE)
-        x_rows = _rows(batch, i, y, x, stride_xb, stride_xf, stride_xy, stride_xx, UNIT_N, WIDE) + shift
-        if PAST:
-            h_rows = _rows(batch, i + KT - 1, y, x, stride_hb, stride_hf, stride_hy, stride_hx, UNIT_N, WIDE)
-            x_rows = _choose(i >= lag, x_rows, h_from_x * UNIT_N + (h_rows + shift_h))
-        if WHOLE:
-            g = tl.load(g_ptr + g_rows[:, None] + co[None, :], mask=ok[:, None], other=0.0)
-            a = tl.load(x_ptr + x_rows[:, None] + ci[None, :], mask=ok[:, None], other=0.0)
-        else:
-            g = tl.load(g_ptr + g_rows[:, None] + co[None, :], mask=ok[:, None] & (co[None, :] < K * UNIT_K), other=0.0)
-            a = tl.load(x_ptr + x_rows[:, None] + ci[None, :], mask=ok[:, None] & (ci[None, :] < N * UNIT_N), other=0.0)
-        acc = tl.dot(tl.trans(g), a, acc, input_precision=PRECISION)
+    if BX > 0:
+        across = tl.cdiv(X, BX)
+        down = tl.cdiv(Y, BY)
+        deep = tl.cdiv(frames, BF)
+        box_x = start % across * BX
+        box_y = start // across % down * BY
+        box_i = start // (across * down) % deep * BF
+        box_b = start // (across * down * deep)
+        boxes = rows // (frames * Y * X) * deep * down * across
+        for _ in range(start, tl.minimum(start + chunk, boxes)):
+            g = tl.reshape(g_box.load([box_b, box_i, box_y, box_x, tile_m * BM]), [BK, BM])
+            a = tl.reshape(x_box.load([box_b, box_i - lag, box_y + dy, box_x + dx, tile_n * BN]), [BK, BN])
+            acc = tl.dot(tl.trans(g), a, acc, input_precision=PRECISION)
+            box_x += BX
+            box_y += tl.where(box_x >= X, BY, 0)
+            box_x = tl.where(box_x >= X, 0, box_x)
+            box_i += tl.where(box_y >= Y, BF, 0)
+            box_y = tl.where(box_y >= Y, 0, box_y)
+            box_b += (box_i >= frames).to(tl.int32)
+            box_i = tl.where(box_i >= frames, 0, box_i)
+        inner = tl.minimum(lag, frames) if PAST else 0
+        history_rows = rows // frames * inner
+        share = tl.cdiv(tl.cdiv(history_rows, BK), splits) * BK
+        start = split * share
+        end = tl.minimum(start + share, history_rows)
+    if PAST or BX == 0:
+        for first in range(start, end, BK):
+            m = first + tl.arange(0, BK)
+            row_ok = m < end
+            batch, i, y, x = _pixels(m, inner, Y, X)
+            ok = row_ok & (y + dy >= 0) & (y + dy < Y) & (x + dx >= 0) & (x + dx < X)
+            g_rows = _rows(batch, i, y, x, stride_gb, stride_gf, stride_gy, stride_gx, UNIT_K, WIDE)
+            x_rows = _rows(batch, i, y, x, stride_xb, stride_xf, stride_xy, stride_xx, UNIT_N, WIDE) + shift
+            if PAST:
+                h_rows = _rows(batch, i + KT - 1, y, x, stride_hb, stride_hf, stride_hy, stride_hx, UNIT_N, WIDE)
+                x_rows = _choose(i >= lag, x_rows, h_from_x * UNIT_N + (h_rows + shift_h))
+            g_ok = ok[:, None]
+            a_ok = ok[:, None]
+            if not WHOLE:
+                g_ok = g_ok & (co[None, :] < K * UNIT_K)
+                a_ok = a_ok & (ci[None, :] < N * UNIT_N)
+            g = tl.load(g_ptr + g_rows[:, None] + co[None, :], mask=g_ok, other=0.0)
+            a = tl.load(x_ptr + x_rows[:, None] + ci[None, :], mask=a_ok, other=0.0)
+            acc = tl.dot(tl.trans(g), a, acc, input_precision=PRECISION)
     pointers = part_ptr + ((split.to(tl.int64) * (K * UNIT_K) + co[:, None]) * TAPS + tap - FIRST_TAP) * (N * UNIT_N)
     tl.store(pointers + ci[None, :], acc, mask=(co[:, None] < K * UNIT_K) & (ci[None, :] < N * UNIT_N))
 
@@ -949,18 +981,27 @@ def _weight_gradient(grad, source, history, weight, parts, past, architecture, c
     taps = ky * kx * ((kt - 1) if past else 1)
     programs = taps * _ceil(Cout, config.block_m) * _ceil(Cin, config.block_n)
     blocks = _ceil(rows, config.block_k)
+    box = None
+    if config.boxes and unit_k > 1 and unit_n > 1 and _has_strides(grad) and _has_strides(source):
+        box = _configs.conv_box(config.block_k, Y, X)
+        boxes = B * _ceil(frames, box[0]) * _ceil(Y, box[1]) * _ceil(X, box[2])
+        blocks, box = (boxes, box) if boxes <= BOX_WASTE * blocks else (blocks, None)
     # Enough programs for a large GPU, but no part shorter than its own cost of being written and read again.
     splits = max(1, min(_ceil(WEIGHT_PROGRAMS, programs), blocks // SPLIT_BLOCKS))
-    chunk = _ceil(blocks, splits) * config.block_k
-    splits = _ceil(rows, chunk)
+    chunk = _ceil(blocks, splits)
+    splits = _ceil(blocks, chunk)
     part = grad.new_empty(splits, Cout, taps, Cin, dtype=torch.float32)
     parts.append(part)
     args = {
         "g_ptr": grad, "x_ptr": source, "h_ptr": history, "part_ptr": part,
+        "g_box": _video_boxes(grad, box, config.block_m) if box else grad,
+        "x_box": _video_boxes(source, box, config.block_n) if box else grad,
         **_strides("g", grad, unit_k), **_strides("x", source, unit_n), **_strides("h", history, unit_n),
-        "rows": rows, "frames": frames, "Y": Y, "X": X, "K": Cout // unit_k, "N": Cin // unit_n, "chunk": chunk,
+        "rows": rows, "frames": frames, "Y": Y, "X": X, "K": Cout // unit_k, "N": Cin // unit_n,
+        "chunk": chunk if box else chunk * config.block_k,
         "KT": kt, "KY": ky, "KX": kx, "PAST": past,
-        "BM": config.block_m, "BN": config.block_n, "BK": config.block_k, "UNIT_K": unit_k, "UNIT_N": unit_n,
+        "BM": config.block_m, "BN": config.block_n, "BK": config.block_k,
+        **dict(zip(("BF", "BY", "BX"), box or (0, 0, 0), strict=True)), "UNIT_K": unit_k, "UNIT_N": unit_n,
         "WHOLE": Cout % config.block_m == 0 and Cin % config.block_n == 0,
         "WIDE": _wide(grad, source, history), "PRECISION": _precision(grad.dtype),
     }  # fmt: skip
