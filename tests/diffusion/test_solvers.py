@@ -673,6 +673,20 @@ def test_roll_yields_the_levels_of_global_time_and_every_token_once():
     assert len({tuple(t.flatten().tolist()) for t in tokens}) == 5
 
 
+def test_roll_keeps_the_order_of_its_window():
+    """The deterministic solver moves every token on its own, so a token comes out as a function of its entry noise."""
+    schedule = Rolling(3, LogLinear())
+    states = []
+
+    def denoise(x: torch.Tensor, log_snr: torch.Tensor) -> torch.Tensor:
+        states.append(x)
+        return 0.9 * x
+
+    list(itertools.islice(roll(denoise, schedule, (2, 3), 1, solver="euler", dtype=torch.float64), 2))
+    leaving, entered = states[3], states[4]  # the window at t = 0 of the run-in, and at t = 1 of the first shift
+    assert torch.equal(entered[:, :2], leaving[:, 1:])
+
+
 def test_roll_of_independent_tokens_has_the_moments_of_the_data():
     """Unit normal tokens: "ddpm" is exact, so 2000 x 6 tokens have mean 0 and variance 1 and do not correlate."""
     schedule = Rolling(3, LogLinear(9.0, -9.0))
