@@ -210,6 +210,15 @@ def test_every_route_gives_the_same_numbers(T, K, kernel, channels, size, histor
     compare(tensors, grad, layout, 0.5, impl="triton")
 
 
+@pytest.mark.parametrize("route", ["pointers", "boxes"])
+@pytest.mark.parametrize("size", [(2, 256), (256, 3)], ids=str)
+def test_long_and_narrow_maps(size, route, monkeypatch):
+    use_route(monkeypatch, route, (128, 16, 16))
+    layout = FrameLayout(1, 1)
+    tensors, grad = make(layout, B=1, Cin=4, Cout=8, size=size, kernel=(2, 3, 3))
+    compare(tensors, grad, layout, 0.5, impl="triton")
+
+
 def test_boxes_only_where_a_descriptor_can_address_the_video_and_tiles_are_not_mostly_border(monkeypatch):
     """Strides of 16 bytes that move on, channels in whole 16 bytes, maps that boxes cover: else pointers."""
 

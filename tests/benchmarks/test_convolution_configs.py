@@ -1,0 +1,30 @@
+"""The benchmark's contenders that change the kernels' configurations change them while they run, and only then."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from benchmarks import convolution
+from sae_kernels import _configs
+
+
+def test_configurations_are_changed_during_the_call():
+    shape = (90, torch.bfloat16, 256, 256, 16)
+    before = {d: _configs.conv_config(*shape, d) for d in _configs.CONV_DIRECTIONS}
+
+    def call(failing):
+        during = {d: _configs.conv_config(*shape, d) for d in _configs.CONV_DIRECTIONS}
+        if failing:
+            raise RuntimeError
+        return during
+
+    changed = convolution._with_configs(call, boxes=False, parts=0)
+    during = changed(False)
+    for direction in ("fwd", "dgrad", "dgrad_dot"):
+        assert before[direction].boxes and before[direction].parts
+        assert not during[direction].boxes and not during[direction].parts
+    assert during["wgrad"] == before["wgrad"]
+    with pytest.raises(RuntimeError):
+        changed(True)
+    assert before == {d: _configs.conv_config(*shape, d) for d in _configs.CONV_DIRECTIONS}
