@@ -90,12 +90,12 @@ def _default(
 
 # 227 KB of shared memory. A warpgroup instruction has 64 rows, so block_m is 64 (one warpgroup, 4 warps) or 128 (two).
 # Forward: head dim 64 has room for three stages of 128 keys (112 KB), 128 for two (160 KB), 256 for two of 64 (192 KB).
-# dk/dv: two fp32 accumulators [block_n, D] take half of the registers; 64 rows x 128 keys at D = 128 spill in 5 of the
-# loop's 461 instructions, yet halve the shared-memory reads of the spill-free 32 x 128.
-# Descriptors: decided by counting sm_90 instructions, pointers -> descriptors, not yet by the clock. D = 128 forward:
-# 569 -> 525 in the loop over full tiles, 1479 -> 894 over masked ones, 25 -> 0 of them spills; dk/dv: 494 -> 461 and
-# 693 -> 639. At D = 256 dk/dv spills 440 bytes instead of 232: pointers. Each descriptor costs the host an encoding at
-# every launch, which a CUDA graph records once. sm_120 with them spills up to 1.7 KB: pointers.
+# dk/dv: two fp32 accumulators [block_n, D] take half of the registers; 64 rows x 128 keys at D = 128 spill in 13 of
+# the loop's 494 instructions, yet halve the shared-memory reads of the spill-free 32 x 128.
+# Descriptors: decided by counting sm_90 instructions, pointers -> descriptors, not yet by the clock. Forward at D = 128
+# has 569 -> 525 in the loop over full tiles and 1479 -> 894 over masked ones, 25 -> 0 of them spills. dk/dv has fewer too
+# (494 -> 461, 693 -> 639), but spills up to 336 bytes under Triton 3.6: pointers. Each descriptor costs the host an
+# encoding at every launch, which a CUDA graph records once. sm_120 with descriptors spills up to 1.7 KB: pointers.
 _HOPPER = {
     ("fwd", 64, False): AttentionConfig(128, 128, 8, 3, True),
     ("fwd", 64, True): AttentionConfig(64, 64, 4, 3, True),
@@ -103,10 +103,10 @@ _HOPPER = {
     ("fwd", 128, True): AttentionConfig(64, 64, 4, 2, True),
     ("fwd", 256, False): AttentionConfig(128, 64, 8, 2, True),
     ("fwd", 256, True): AttentionConfig(128, 64, 8, 2, True),
-    ("dkdv", 64, False): AttentionConfig(64, 128, 8, 3, True),
-    ("dkdv", 64, True): AttentionConfig(64, 64, 4, 3, True),
-    ("dkdv", 128, False): AttentionConfig(64, 128, 8, 2, True),
-    ("dkdv", 128, True): AttentionConfig(32, 64, 4, 2, True),
+    ("dkdv", 64, False): AttentionConfig(64, 128, 8, 3),
+    ("dkdv", 64, True): AttentionConfig(64, 64, 4, 3),
+    ("dkdv", 128, False): AttentionConfig(64, 128, 8, 2),
+    ("dkdv", 128, True): AttentionConfig(32, 64, 4, 2),
     ("dkdv", 256, False): AttentionConfig(32, 64, 8, 2),
     ("dkdv", 256, True): AttentionConfig(32, 64, 8, 2),
     ("dq", 64, False): AttentionConfig(128, 64, 8, 3, True),
@@ -312,7 +312,8 @@ def conv_box(block_m: int, Y: int, X: int) -> tuple[int, int, int]:
     Of equal ones that of the fewest frames, then the squarest, whose shifted boxes overlap most. No other size decides,
     so that a network compiles one kernel for each of its resolutions.
     """
-    best, best_key = (block_m, 1, 1), (math.inf,)
+    best: tuple[int, int, int] = (block_m, 1, 1)
+    best_key: tuple[float, ...] = (math.inf,)
     for log_y, log_x in itertools.product(range(block_m.bit_length()), repeat=2):
         by, bx = 1 << log_y, 1 << log_x
         bf = block_m // (by * bx)

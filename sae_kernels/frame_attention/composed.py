@@ -141,8 +141,14 @@ def forward(q, k, v, out, lse, layout: FrameLayout, scale: float, noisy_queries_
         mask = edge_mask(group, layout, q)
         if mask is not None:
             mask = mask.repeat(streams.query_groups, 1)
-        part_out, part_lse = _attend(
-            rows.flatten(3, 4).flatten(1, 2), edge_k.flatten(1, 2), edge_v.flatten(1, 2), mask, scale
+        part_out, part_lse = _apart(
+            _attend,
+            _attend_apart,
+            rows.flatten(3, 4).flatten(1, 2),
+            edge_k.flatten(1, 2),
+            edge_v.flatten(1, 2),
+            mask,
+            scale,
         )
         parts = [(part_out.reshape(rows.shape), part_lse.reshape(rows.shape[:-1]))]
         for a, b in group.full:
@@ -172,7 +178,9 @@ def backward(
         if mask is not None:
             mask = mask.repeat(streams.query_groups, 1)
         edge = [x.flatten(3, 4).flatten(1, 2) for x in (grads, rows, outs, row_lse)]
-        dq_part, dk_part, dv_part = _attend_backward(edge, edge_k.flatten(1, 2), edge_v.flatten(1, 2), mask, scale)
+        dq_part, dk_part, dv_part = _apart(
+            _attend_backward, _attend_backward_apart, edge, edge_k.flatten(1, 2), edge_v.flatten(1, 2), mask, scale
+        )
         streams.add_edge_grad(dk_sum, dk_part.reshape(edge_k.shape), group)
         streams.add_edge_grad(dv_sum, dv_part.reshape(edge_v.shape), group)
         dq_rows = dq_part.reshape(rows.shape).to(wide)
@@ -235,3 +243,45 @@ def _attend_backward(rows, k, v, mask, scale):
     delta = (grad_out.to(p.dtype) * out).sum(dim=-1, keepdim=True)
     ds = (p * (torch.matmul(grad_out, v.transpose(-2, -1)) - delta)).mul_(scale).to(q.dtype)
     return torch.matmul(ds, k), torch.matmul(ds.transpose(-2, -1), q), dv
+
+
+def _apart(call, careful, rows, k, v, mask, scale):
+    """call(rows, k, v, mask, scale), in which what the mask hides counts nothing, not even 0 * nan.
+
+    On the CPU, where looking at a result costs little, `careful` does it only where the result is not finite.
+    """
+    if mask is None:
+        return call(rows, k, v, mask, scale)
+    if k.device.type == "cpu":
+        results = call(rows, k, v, mask, scale)
+        if all(bool(x.sum().isfinite()) for x in results):
+            return results
+    return careful(rows, k, v, mask, scale)
+
+
+def _not_finite(*tensors: torch.Tensor) -> torch.Tensor:
+    """(B, H, n): whether any of the tensors (B, H, n, D) holds an infinity or a NaN there."""
+    return ~torch.stack([x.isfinite().all(dim=-1) for x in tensors]).all(dim=0)
+
+
+def _attend_apart(q, k, v, mask, scale):
+    """`_attend` with keys that are not finite left out; the rows that see one become NaN."""
+    bad = _not_finite(k, v)
+    k, v = (x.masked_fill(bad.unsqueeze(-1), 0) for x in (k, v))
+    out, lse = _attend(q, k, v, mask, scale)
+    spoiled = (bad.unsqueeze(-2) & (mask == 0)).any(dim=-1)
+    return out.masked_fill(spoiled.unsqueeze(-1), torch.nan), lse.masked_fill(spoiled, torch.nan)
+
+
+def _attend_backward_apart(rows, k, v, mask, scale):
+    """`_attend_backward` with rows and keys that are not finite left out; what sees or is seen by one becomes NaN."""
+    grad_out, q, out, lse = rows
+    bad_rows, bad_keys = _not_finite(grad_out, q, out, lse.unsqueeze(-1)), _not_finite(k, v)
+    rows = [x.masked_fill(bad_rows.unsqueeze(-1), 0) for x in (grad_out, q, out)] + [lse.masked_fill(bad_rows, 0)]
+    k, v = (x.masked_fill(bad_keys.unsqueeze(-1), 0) for x in (k, v))
+    dq, dk, dv = _attend_backward(rows, k, v, mask, scale)
+    visible = mask == 0
+    spoiled_rows = bad_rows | (bad_keys.unsqueeze(-2) & visible).any(dim=-1)
+    spoiled_keys = bad_keys | (bad_rows.unsqueeze(-1) & visible).any(dim=-2)
+    fills = (spoiled_rows, spoiled_keys, spoiled_keys)
+    return [x.masked_fill(fill.unsqueeze(-1), torch.nan) for x, fill in zip((dq, dk, dv), fills, strict=True)]

@@ -62,8 +62,9 @@ def _heads_of(x, stride_b, stride_h, stride_s, batch, index, UNIT: tl.constexpr,
     if TMA:
         return (batch,)
     else:
-        base = x + batch.to(tl.int64) * (stride_b * UNIT)
-        return (base, stride_h * UNIT, stride_s * UNIT, _offsets(index, stride_s, UNIT, WIDE))
+        base = x + batch.to(tl.int64) * stride_b * UNIT
+        strides = (stride_h.to(tl.int64) * UNIT, stride_s.to(tl.int64) * UNIT)
+        return (base, strides[0], strides[1], _offsets(index, stride_s, UNIT, WIDE))
 
 
 @triton.jit

@@ -31,8 +31,6 @@ STACK_EXCEPTIONS = {
     (90, "frame_attention_bwd_dkdv_kernel-bfloat16-D128-64x128-w8-s2"): 160,
     (90, "frame_attention_bwd_dkdv_kernel-bfloat16-D128-64x128-w8-s2-window"): 160,
     (90, "frame_attention_bwd_dkdv_kernel-bfloat16-D256-32x64-w8-s2"): 320,
-    (90, "frame_attention_bwd_dkdv_kernel-bfloat16-D128-64x128-w8-s2-boxes"): 160,
-    (90, "frame_attention_bwd_dkdv_kernel-bfloat16-D128-64x128-w8-s2-boxes-window"): 160,
 }
 
 

@@ -11,7 +11,7 @@ from dataclasses import replace
 
 import torch
 
-from sae_kernels import FrameLayout
+from sae_kernels import FrameLayout, _configs
 from sae_kernels._launch import Launch
 
 
@@ -30,6 +30,11 @@ def frame_attention(architecture: int) -> dict[str, Launch]:
         lse = torch.empty(q.shape[:3], device="meta")
         plan = kernels.plan_forward(q, k, k, q, lse, layout, D**-0.5, False, architecture)
         plan += kernels.plan_backward(q, q, k, k, q, lse, lse, q, k, k, layout, D**-0.5, False, architecture)
+        if architecture == 90 and (D, P) == (128, 16):
+            # Not shipped, but a measured table may choose it.
+            config = replace(_configs.attention_config(90, dtype, D, P, "dkdv"), descriptors=True)
+            given = (q, q, k, k, q, lse, lse, q, k, k, layout, D**-0.5, False, architecture, (None, config, None))
+            plan.append(kernels.plan_backward(*given)[1])
         # What a descriptor cannot address goes through pointers, in the same tiles.
         plan += [_through_pointers(launch) for launch in plan if launch.args.get("TMA")]
         for launch in plan:

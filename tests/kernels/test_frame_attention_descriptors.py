@@ -73,8 +73,8 @@ def test_where_descriptors_are_the_default():
         for dtype in (torch.float32, torch.bfloat16):
             for direction in _configs.ATTENTION_DIRECTIONS:
                 config = _configs.attention_config(architecture, dtype, 128, 1560, direction)
-                hopper = architecture in (90, 100)
-                assert config.descriptors == (hopper and dtype == torch.bfloat16 and direction != "delta")
+                wanted = architecture in (90, 100) and dtype == torch.bfloat16 and direction in ("fwd", "dq")
+                assert config.descriptors == wanted
 
 
 def test_sizes_and_strides_pick_no_other_binary():

@@ -16,11 +16,11 @@ from attention_cases import compare, launch, make
 from sae_kernels import FrameLayout
 from sae_kernels._configs import AttentionConfig
 
-pytest.importorskip("triton")
+triton = pytest.importorskip("triton")
 if torch.cuda.is_available():
     pytest.skip("faults are seeded in the interpreted kernels", allow_module_level=True)
 
-from sae_kernels.frame_attention import triton as kernels
+from sae_kernels.frame_attention import triton as kernels  # noqa: E402
 
 SOURCE = Path(kernels.__file__).read_text()
 TILES = AttentionConfig(32, 16, 4, 1)
@@ -65,6 +65,18 @@ FAULTS = {
     "short last block taken for a whole one": ("U=block,", "U=layout.tokens_per_frame,", BLOCKS),
 }  # fmt: skip
 
+# Faults of what is read through descriptors: every head, batch entry, row and column, and nothing else.
+DESCRIPTOR_FAULTS = {
+    "another batch entry": ("x.load([place[0], head, row, 0])", "x.load([0 * place[0], head, row, 0])"),
+    "another head": ("x.load([place[0], head, row, 0])", "x.load([place[0], 0 * head, row, 0])"),
+    "another row": ("x.load([place[0], head, row, 0])", "x.load([place[0], head, row + 1, 0])"),
+    "strides swapped": ("[*strides, 1]", "[strides[0], strides[2], strides[1], 1]"),
+    "columns cut short": ("list(x.shape), [*strides", "[*x.shape[:3], x.shape[3] - 8], [*strides"),
+    "columns not cut": ("list(x.shape), [*strides", "[*x.shape[:3], 32], [*strides"),
+    "rows cut short": ("list(x.shape), [*strides", "[*x.shape[:2], x.shape[2] - 1, x.shape[3]], [*strides"),
+    "tiles of keys as long as those of rows": ("_descriptor(x, config.block_n)", "_descriptor(x, config.block_m)"),
+}
+
 
 @pytest.fixture
 def load(tmp_path):
@@ -93,6 +105,16 @@ def check(module, layout):
     compare(*launch(module, tensors, layout, 0.25, False, TILES), tensors, layout, 0.25, False)
 
 
+def check_descriptors(module):
+    layout = FrameLayout(2, 9)
+    # Head dim 24 of rows of 32 elements: what a descriptor does not cut off is NaN.
+    tensors = [
+        torch.nn.functional.pad(x, (0, 8), value=float("nan"))[..., :24] for x in make(layout, heads=(2, 2), B=2, D=24)
+    ]
+    tiles = AttentionConfig(32, 16, 4, 1, descriptors=True)
+    compare(*launch(module, tensors, layout, 0.25, False, tiles), tensors, layout, 0.25, False)
+
+
 @pytest.mark.parametrize("layout", sorted({fault[2] for fault in FAULTS.values()}, key=str), ids=str)
 def test_sound_kernel_passes(load, layout):
     check(load("BN", "BN"), layout)
@@ -104,3 +126,47 @@ def test_fault_is_seen(load, fault):
     module = load(before, after)
     with pytest.raises(AssertionError, match=r"error .* exceeds the budget|not finite|not close"):
         check(module, layout)
+
+
+def test_sound_descriptors_pass(load):
+    check_descriptors(load("BN", "BN"))
+
+
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")
+@pytest.mark.parametrize("fault", DESCRIPTOR_FAULTS)
+def test_fault_of_descriptors_is_seen(load, fault):
+    module = load(*DESCRIPTOR_FAULTS[fault])
+    with pytest.raises((AssertionError, triton.runtime.errors.InterpreterError)):
+        check_descriptors(module)
+
+
+CARELESS = {
+    "no second pass": ("for CAREFUL in tl.static_range(1 + TMA):", "for CAREFUL in tl.static_range(1):"),
+    "weights of what is unseen kept": ("tl.where(bad[None, :], float(\"nan\"), weights), 0.0)", "tl.where(bad[None, :], float(\"nan\"), weights), weights)"),
+    "values left as they are": ("x = tl.where(finite, x, tl.zeros_like(x))", "x = x"),
+    "infinities taken for numbers": ("< float(\"inf\")", "<= float(\"inf\")"),
+    "forward without care": ("p, v = _apart(p, visible, v, CAREFUL)", "p, v = _apart(p, visible, v, False)"),
+    "dq without care": ("visible, k, CAREFUL)", "visible, k, False)"),
+    "dk without care": ("visible, q, CAREFUL)", "visible, q, False)"),
+    "dv without care": ("visible, grad, CAREFUL)", "visible, grad, False)"),
+}  # fmt: skip
+
+
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")
+@pytest.mark.parametrize("fault", [None, *CARELESS])
+def test_carelessness_is_seen(load, fault):
+    """A noisy block holds infinities; what does not see it must keep its bits in every product."""
+    layout = FrameLayout(5, 6)
+    tensors = make(layout)
+    tiles = AttentionConfig(32, 16, 4, 1, descriptors=True)
+    module = load(*CARELESS[fault]) if fault else kernels
+    want, _ = launch(kernels, tensors, layout, 0.25, False, tiles)
+    poisoned = slice((5 + 2) * 6, (5 + 3) * 6)  # noisy block 2, whose tile holds all the noisy blocks
+    for tensor in tensors:
+        tensor[:, :, poisoned] = float("inf")
+    got, _ = launch(module, tensors, layout, 0.25, False, tiles)
+    mask = layout.dense_mask()
+    rows = ~mask[:, poisoned].any(1)
+    keys = ~mask[~rows].any(0)
+    same = [torch.equal(a[:, :, kept], b[:, :, kept]) for a, b, kept in zip(got, want, (rows, rows, keys, keys))]
+    assert all(same) == (fault is None)

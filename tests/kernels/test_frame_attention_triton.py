@@ -7,6 +7,7 @@ import itertools
 import pytest
 import torch
 from attention_cases import STRIDES, compare, launch, make, restride
+from attention_layouts import layouts
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -102,30 +103,23 @@ def test_forward_and_gradients(case):
 
 
 @given(
-    layout=st.builds(
-        FrameLayout,
-        frames=st.integers(1, 9),
-        tokens_per_frame=st.integers(1, 9),
-        frames_per_block=st.integers(1, 4),
-        noisy_copies=st.integers(0, 3),
-        noisy_first=st.booleans(),
-        window=st.none() | st.integers(0, 5),
-        sink=st.integers(0, 4),
-    ),
+    layout=layouts(9, tokens=9, blocks=4),
     heads=st.sampled_from([(1, 1), (2, 1), (2, 2)]),
     D=st.sampled_from([8, 16, 24, 40]),
     dtype=st.sampled_from(DTYPES),
     strides=st.sampled_from(STRIDES),
     noisy_queries_only=st.booleans(),
     tiles=st.sampled_from(TILES),
+    descriptors=st.booleans(),
     seed=st.integers(0, 2**31),
 )
 @settings(max_examples=40, deadline=None, derandomize=True)
-def test_any_layout(layout, heads, D, dtype, strides, noisy_queries_only, tiles, seed):
+def test_any_layout(layout, heads, D, dtype, strides, noisy_queries_only, tiles, descriptors, seed):
     noisy_queries_only = noisy_queries_only and layout.noisy_copies > 0
     tensors = make(layout, heads=heads, D=D, dtype=dtype, noisy_queries_only=noisy_queries_only, seed=seed)
     tensors = restride(tensors, strides)
-    result = launch(kernels, tensors, layout, D**-0.5, noisy_queries_only, AttentionConfig(*tiles, 4, 1))
+    config = AttentionConfig(*tiles, 4, 1, descriptors)
+    result = launch(kernels, tensors, layout, D**-0.5, noisy_queries_only, config)
     compare(*result, tensors, layout, D**-0.5, noisy_queries_only)
 
 
