@@ -93,9 +93,9 @@ def _default(
 # dk/dv: two fp32 accumulators [block_n, D] take half of the registers; 64 rows x 128 keys at D = 128 spill in 13 of
 # the loop's 494 instructions, yet halve the shared-memory reads of the spill-free 32 x 128.
 # Descriptors: decided by counting sm_90 instructions, pointers -> descriptors, not yet by the clock. Forward at D = 128
-# has 569 -> 525 in the loop over full tiles and 1479 -> 894 over masked ones, 25 -> 0 of them spills. dk/dv has fewer too
-# (494 -> 461, 693 -> 639), but spills up to 336 bytes under Triton 3.6: pointers. Each descriptor costs the host an
-# encoding at every launch, which a CUDA graph records once. sm_120 with descriptors spills up to 1.7 KB: pointers.
+# has 569 -> 525 in the loop over full tiles and 1479 -> 894 over masked ones, 25 -> 0 of them spills. dk/dv too has
+# fewer (494 -> 461, 693 -> 639), but spills up to 336 bytes under Triton 3.6: pointers. Each descriptor costs the host
+# an encoding at every launch, which a CUDA graph records once. sm_120 with them spills up to 1.7 KB: pointers.
 _HOPPER = {
     ("fwd", 64, False): AttentionConfig(128, 128, 8, 3, True),
     ("fwd", 64, True): AttentionConfig(64, 64, 4, 3, True),
