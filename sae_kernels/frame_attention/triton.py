@@ -5,9 +5,9 @@ keys; the part that every row sees is walked in full tiles without a mask, and o
 token indices with each row's own bounds. dK/dV walks the same relation from the side of a tile of keys. Each gradient
 element is summed by one program in one order: no atomics, bitwise repeatable, independent of the batch.
 
-Tiles are read through pointers, or (TMA) through tensor descriptors by the copy engine: the same tiles in the same order,
-hence the same bits. A pointer's masks leave out what no row of a tile sees. A descriptor reads all of a tile; where that
-let a NaN in, which shows in the result, the tile is done again with care.
+Tiles are read through pointers, or (TMA) through tensor descriptors by the copy engine: the same tiles in the same
+order, hence the same bits. A pointer's masks leave out what no row of a tile sees. A descriptor reads all of a tile;
+where that let a NaN in, which shows in the result, the tile is done again with care.
 
 Token indices count from a stream's start. N tokens in a stream, U tokens in a block, W tokens in a window,
 BM rows and BN keys in a tile, D head dim, BD its next power of two. Addresses are int64.
