@@ -14,6 +14,7 @@ import sys
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, replace
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 
@@ -36,9 +37,10 @@ def candidates(direction: str, architecture: int) -> Iterable[AttentionConfig]:
     return [AttentionConfig(*c) for c in grid if c[0] * c[1] <= 128 * 128]
 
 
-def fastest(
-    configs: Iterable[AttentionConfig], measure: Callable[[AttentionConfig], float]
-) -> tuple[AttentionConfig | None, float]:
+Config = TypeVar("Config", AttentionConfig, ConvConfig)
+
+
+def fastest(configs: Iterable[Config], measure: Callable[[Config], float]) -> tuple[Config | None, float]:
     """The configuration with the least time; infinite where it does not compile or is wrong. Ties keep the first."""
     best, best_time = None, math.inf
     for config in configs:
