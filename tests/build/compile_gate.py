@@ -142,14 +142,14 @@ def install(version: str, folder: str) -> subprocess.CompletedProcess:
     return subprocess.run(command, capture_output=True, text=True)
 
 
-def check_under(version: str, ops: list[str]) -> subprocess.CompletedProcess:
+def check_under(version: str, ops: list[str], output: int | None = subprocess.PIPE) -> subprocess.CompletedProcess:
     """`check` under another version of Triton; return code 77, and the reason, where that cannot be installed."""
     with tempfile.TemporaryDirectory() as folder:
         installed = install(version, folder)
         if installed.returncode:
             return subprocess.CompletedProcess(installed.args, 77, "", installed.stderr)
         env = os.environ | {"PYTHONPATH": os.pathsep.join([folder, os.environ.get("PYTHONPATH", "")])}
-        return subprocess.run([sys.executable, __file__, "--check", *ops], env=env, text=True, stdout=subprocess.PIPE)
+        return subprocess.run([sys.executable, __file__, "--check", *ops], env=env, text=True, stdout=output)
 
 
 def main() -> int:
@@ -160,8 +160,9 @@ def main() -> int:
     parser.add_argument("--triton", metavar="VERSION", help="check under this version")
     args = parser.parse_args()
     if args.triton:
-        run = check_under(args.triton, args.arguments)
-        print(run.stdout or run.stderr)
+        run = check_under(args.triton, args.arguments, output=None)
+        if run.returncode == 77:
+            print(f"triton {args.triton} cannot be installed here: {run.stderr}", file=sys.stderr)
         return run.returncode
     if args.check:
         return min(check(args.arguments), 1)
