@@ -20,6 +20,7 @@ from sae_kernels import FrameLayout, token_noise
 from ..diffusion.likelihood import dequantise
 from ..diffusion.noise import derive_seed
 from ..diffusion.schedules import Schedule
+from ..diffusion.snr import SNRSampler
 from ..train.checkpoint import (
     flatten_optimizer,
     latest_checkpoint,
@@ -56,6 +57,8 @@ class ImageTrainConfig:
         clip: largest norm of the gradient.
         weighting: "elbo" weighs every component by - d log-SNR / dt, so that the loss is the variational bound up to a
             constant; "eps" is the plain mean over components.
+        times: "uniform" in t, one in each part of the batch; "snr" has the SNR of components spread over its range,
+            logarithmically where large and linearly where small, with exact weights (`SNRSampler`).
         ema: relative width of the average of weights, over the whole of training.
         seed: of weights, order of images, dequantisation, times and noise.
 
@@ -74,6 +77,7 @@ class ImageTrainConfig:
     warmup: int = 100
     clip: float = 1.0
     weighting: Literal["elbo", "eps"] = "elbo"
+    times: Literal["uniform", "snr"] = "uniform"
     ema: float = 0.1
     seed: int = 0
 
@@ -86,7 +90,11 @@ class ImageTrainConfig:
                 raise ValueError(f"{name}: must be positive and finite, got {getattr(self, name)}")
         if not 0 < self.ema <= MAX_STD:
             raise ValueError(f"ema: must be in (0, {MAX_STD:.4f}], got {self.ema}")
-        for name, choices in (("data", ("digits", "cifar10")), ("weighting", ("elbo", "eps"))):
+        for name, choices in (
+            ("data", ("digits", "cifar10")),
+            ("weighting", ("elbo", "eps")),
+            ("times", ("uniform", "snr")),
+        ):
             if getattr(self, name) not in choices:
                 raise ValueError(f"{name}: must be one of {choices}, got {getattr(self, name)!r}")
 
@@ -196,6 +204,7 @@ class ImageTrainer:
         self.ema = PowerEMA(net, (config.ema,))
         self.step = 0
         self.seconds = 0.0
+        self._sampler = SNRSampler(self.model.schedule) if config.times == "snr" else None
         self._pixels = torch.from_numpy(images.train)
         if run_dir is not None and (path := latest_checkpoint(run_dir)) is not None:
             self._load(path)
@@ -236,17 +245,25 @@ class ImageTrainer:
         self.model.net.eval().requires_grad_(False)
         return self.model
 
+    def draw_times(self, count: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+        """(t, weight), each (count,), with E[weight f(t)] the integral of f over [0, 1]."""
+        if self._sampler is not None:
+            return self._sampler.draw(count, generator)
+        t = stratified_times(count, generator)
+        return t, torch.ones_like(t)
+
     def _one_step(self) -> float:
         config = self.config
         generator = torch.Generator().manual_seed(derive_seed(config.seed, _BATCH, self.step))
         chosen = torch.randint(len(self._pixels), (config.batch_size,), generator=generator)
         x = dequantise(self._pixels[chosen], self.images.levels, seed=derive_seed(config.seed, _PIXELS, self.step))
-        t = stratified_times(config.batch_size, generator)
+        t, weight = self.draw_times(config.batch_size, generator)
         z = self.model.basis.forward(x.to(self.device))
         loss = component_loss(
             self.model.net, z, self.model.schedule, t,
             seed=derive_seed(config.seed, _NOISE), offset=self.step, weighting=config.weighting,
-        ).mean()  # fmt: skip
+        )  # fmt: skip
+        loss = (loss * weight.to(loss)).mean()
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(self.model.net.parameters(), config.clip)
