@@ -241,11 +241,6 @@ def _conv_default(
     block_m = 64 if small else 128
     block_n = min(_conv_width(produced), 64 if small else widest)
     block_k = 64 if reduced % 64 == 0 else 32 if reduced > 16 else 16
-    # Forward two accumulators (past and last) of block_m * block_n fp32 numbers lie in registers, 128 of 255 a thread
-    # at 128 x 128 with 8 warps; dgrad has one, and with the dot product a tile of x beside it, which spills beyond 64
-    # columns with wgmma and 32 without.
-    if direction == "dgrad_dot":
-        block_n = min(block_n, widest // 2)
     # A part of 16 steps is four times what fills the pipeline, and reads 8 times the bytes of its own sum. Maps beyond
     # 8 x 8 make tiles enough in training, and their larger ones have no registers for a third accumulator.
     parts = min(4, 9 * -(-reduced // block_k) // 16) if pixels <= 64 else 0
@@ -255,6 +250,11 @@ def _conv_default(
     # mma.sync: 124 instructions and 231. Shared memory and products are equal where boxes tile the map.
     # block_n are the rows of the transposed product: 64 in a warpgroup's instruction, 16 in a warp's.
     boxes = architecture >= 90 and block_n >= (64 if architecture in (90, 100) else 16)
+    # Forward two accumulators (past and last) of block_m * block_n fp32 numbers lie in registers, 128 of 255 a thread
+    # at 128 x 128 with 8 warps; dgrad has one, and with the dot product a tile of x beside it, which with pointers
+    # spills beyond 64 columns with wgmma and 32 without.
+    if direction == "dgrad_dot" and not boxes:
+        block_n = min(block_n, widest // 2)
     return ConvConfig(block_m, block_n, block_k, 4 if small else 8, stages, boxes, parts)
 
 

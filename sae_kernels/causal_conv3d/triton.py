@@ -18,6 +18,7 @@ K reduced and N output channels of a GEMM, rows its pixels; strides count units 
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from dataclasses import dataclass
 
@@ -858,17 +859,15 @@ def _convolution(
         architecture, like.dtype, K, N, Y * X, direction if dot_with is None else "dgrad_dot"
     )
     rows = _rows_of(B, frames, Y, X, streams)
-    tiles_m, tiles_n = _ceil(rows, config.block_m), _ceil(N, config.block_n)
     box = None
-    if config.boxes and unit_k > 1 and unit_w > 1:
-        # What a descriptor takes is asked for of each; a box that is mostly border is worse than masks.
-        box = _configs.conv_box(config.block_m, Y, X)
-        tiles_box = B * _ceil(frames, box[0]) * _ceil(Y, box[1]) * _ceil(X, box[2])
-        used = [videos["p"]] * has_past + [like] * (source is not None)
-        if BOX_WASTE * tiles_m < tiles_box or not all(map(_has_strides, used)):
-            box = None
-        else:
-            tiles_m = tiles_box
+    used = [videos["p"]] * has_past + [like] * (source is not None)
+    if config.boxes and unit_k > 1 and unit_w > 1 and all(map(_has_strides, used)):
+        box = _box(config.block_m, frames, Y, X)
+    if config.boxes and box is None and dot_with is not None:
+        # Addresses take the registers that a tile of z wants.
+        config = dataclasses.replace(config, block_n=max(16, config.block_n // 2))
+    tiles_m = B * _boxes(box, frames, Y, X) if box else _ceil(rows, config.block_m)
+    tiles_n = _ceil(N, config.block_n)
     past_parts = has_past * (config.parts * (kt - 1) or 1)
     last_parts = (source is not None) * (config.parts or 1)
     spread = config.parts > 0 and _configs.conv_spread(
@@ -918,9 +917,20 @@ def _convolution(
     return launches
 
 
-# Tiles of boxes for each tile of consecutive pixels up to which boxes are taken: what they save is the arithmetic of
-# addresses and masks, not products (`_configs.ConvConfig` has the counts).
+# Pixels in boxes for each pixel of a clip up to which boxes are taken: what they save is arithmetic of addresses and
+# masks, not products (`_configs` has the counts). The batch has no say: no row's result may depend on it.
 BOX_WASTE = 1.125
+
+
+def _box(pixels: int, frames: int, Y: int, X: int) -> tuple[int, int, int] | None:
+    """The box of a tile of `pixels`; None if boxes would be too much border."""
+    box = _configs.conv_box(pixels, Y, X)
+    return box if _boxes(box, frames, Y, X) * pixels <= BOX_WASTE * frames * Y * X else None
+
+
+def _boxes(box: tuple[int, int, int], frames: int, Y: int, X: int) -> int:
+    """Boxes that cover a clip."""
+    return _ceil(frames, box[0]) * _ceil(Y, box[1]) * _ceil(X, box[2])
 
 
 def _has_strides(video: torch.Tensor) -> bool:
@@ -983,9 +993,8 @@ def _weight_gradient(grad, source, history, weight, parts, past, architecture, c
     blocks = _ceil(rows, config.block_k)
     box = None
     if config.boxes and unit_k > 1 and unit_n > 1 and _has_strides(grad) and _has_strides(source):
-        box = _configs.conv_box(config.block_k, Y, X)
-        boxes = B * _ceil(frames, box[0]) * _ceil(Y, box[1]) * _ceil(X, box[2])
-        blocks, box = (boxes, box) if boxes <= BOX_WASTE * blocks else (blocks, None)
+        box = _box(config.block_k, frames, Y, X)
+    blocks = B * _boxes(box, frames, Y, X) if box else blocks
     # Enough programs for a large GPU, but no part shorter than its own cost of being written and read again.
     splits = max(1, min(_ceil(WEIGHT_PROGRAMS, programs), blocks // SPLIT_BLOCKS))
     chunk = _ceil(blocks, splits)
