@@ -158,9 +158,10 @@ def conv_candidates(default: ConvConfig, direction: str, architecture: int) -> l
     if direction == "streams":
         return [default, *(ConvConfig(m, default.block_n, 16, w, 1) for m in (8, 16, 32, 64) for w in (2, 4, 8))]
     limit = _configs.SHARED_MEMORY.get(architecture, 101_376)
-    rows = (64, 128, 256) if direction == "wgrad" else (64, 128)
     boxes = (False, True) if architecture >= 90 else (False,)
-    grid = itertools.product(rows, (16, 32, 64, 128, 256), (16, 32, 64, 128), ((4, 3), (4, 4), (8, 3), (8, 4)), boxes)
+    grid = itertools.product(
+        (64, 128), (16, 32, 64, 128, 256), (16, 32, 64, 128), ((4, 3), (4, 4), (8, 3), (8, 4)), boxes
+    )
     found = [default]
     for m, n, k, (warps, stages), box in grid:
         useful = n <= 2 * default.block_n and 2 * n >= default.block_n and k <= 2 * default.block_k <= 4 * k
