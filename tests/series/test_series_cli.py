@@ -13,11 +13,11 @@ from sae_diffusion.series import study as study_module
 from sae_diffusion.series.cli import SeriesCommand, SeriesPlot, SeriesSample, SeriesStudy, SeriesTrain
 from sae_diffusion.series.data import Source
 from sae_diffusion.series.sampling import error_quartiles
-from sae_diffusion.series.study import Line, StudyConfig, run_study, summarise, table
+from sae_diffusion.series.study import OWN, SHARED, Line, StudyConfig, run_study, summarise, table
 from series_cases import TINY, tiny
 
 GRID = StudyConfig(
-    windows=(1, 4), swaps=(1, 2), seeds=(0,), losses=("v",), length=4, base_steps=2, steps=2, batch=4, model=TINY,
+    windows=(1, 4), swaps=(1, 2), seeds=(0,), losses=("v",), own_losses=("v",), length=4, base_steps=2, steps=2, batch=4, model=TINY,
     samples=4, sampling_steps=4,
 )  # fmt: skip
 
@@ -66,48 +66,50 @@ def test_own_series_from_file_to_samples(tmp_path):
 
 def test_study_writes_resumes_and_does_not_mix_settings(tmp_path, monkeypatch):
     whole = run_study(GRID, tmp_path / "whole")
-    assert whole["cells"] == "4 of 4" and (tmp_path / "whole" / "windows.png").exists()
+    assert whole["cells"] == "8 of 8" and (tmp_path / "whole" / "windows.png").exists()
     out = tmp_path / "out"
     first = run_study(dataclasses.replace(GRID, windows=(1,)), out)
-    assert first["cells"] == "2 of 2"
+    assert first["cells"] == "4 of 4"
     trained = []
     original = study_module.SeriesTrainer
     monkeypatch.setattr(study_module, "SeriesTrainer", lambda c: trained.append(c.schedule) or original(c))
     seen = []
     SeriesStudy(out=out, study=GRID, workers=1).run()
-    assert [(s.kind, s.window) for s in trained] == [("staggered", 4.0)] * 2  # neither bases nor w = 1 again
+    assert [(s.kind, s.window) for s in trained] == [("staggered", 4.0)] * 4  # neither bases nor w = 1 again
     result = json.loads((out / "windows.json").read_text())
     for row, expected in zip(result["rows"], whole["rows"]):
         assert row == expected
-    assert run_study(GRID, out, callback=lambda *a: seen.append(a))["rows"] == whole["rows"] and seen[0] == (4, 4)
+    assert run_study(GRID, out, callback=lambda *a: seen.append(a))["rows"] == whole["rows"] and seen[0] == (8, 8)
     with pytest.raises(ValueError, match="made with other settings"):
         run_study(dataclasses.replace(GRID, steps=3), out)
+    with pytest.raises(ValueError, match=r"own_losses: must be among losses"):
+        dataclasses.replace(GRID, own_losses=("x0",))
     with pytest.raises(ValueError, match="workers: must be at least 1"):
         run_study(GRID, out, workers=0)
 
 
 def test_study_stops_in_time(tmp_path):
     result = run_study(GRID, tmp_path, max_seconds=-1)
-    assert result["cells"] == "0 of 4" and result["rows"] == []
+    assert result["cells"] == "0 of 8" and result["rows"] == []
 
 
 def test_summary_and_table():
-    config = dataclasses.replace(GRID, seeds=(0, 1), swaps=(1,), windows=(8,))
+    config = dataclasses.replace(GRID, seeds=(0, 1), swaps=(1,), windows=(8,), own_losses=())
     cell = {"loss": 0.5, "base_cpu_seconds": 30, "training_cpu_seconds": 20, "sampling_cpu_seconds": 10}
-    cells = {(Line("v", 1, s), 8): {**cell, "errors": [s + 0.0, s + 0.5]} for s in (0, 1)}
+    cells = {(Line("v", 1, s, SHARED), 8): {**cell, "errors": [s + 0.0, s + 0.5]} for s in (0, 1)}
     result = summarise(config, cells)
     (row,) = result["rows"]
     assert (row["q25"], row["median"], row["q75"]) == (0.375, 0.75, 1.125)
     assert row["seed_medians"] == [0.25, 1.25] and result["cpu_minutes"] == 2.0 and result["cells"] == "2 of 2"
     assert table(result).splitlines() == [
-        "| window | natural order, loss in v |",
+        "| window | one network, loss in v: natural order |",
         "|---|---|",
         "| 8 | 0.75 (0.38 to 1.1) |",
     ]
 
 
 def test_second_training_sees_other_series():
-    seeds = {GRID.training(Line("v", 1, s), w).seed for s in (0, 1) for w in (None, 1, 4)}
+    seeds = {GRID.training(Line("v", 1, s, OWN), w).seed for s in (0, 1) for w in (None, 1, 4)}
     assert len(seeds) == 6
 
 

@@ -46,15 +46,14 @@ def plot_series(path: Path, groups: dict[str, np.ndarray], *, shown: int = 4, ch
 
 
 def plot_study(path: Path, rows: list[dict[str, Any]], length: int) -> Path:
-    """Clause error over window, a panel per loss, a line per order: median and quartiles of all seeds' series."""
-    losses = list(dict.fromkeys(row["loss"] for row in rows))
-    figure, axes = _axes(1.5 + 4.5 * len(losses), 3.8, len(losses))
+    """Clause error over window, a panel per training and loss, a line per order: median and quartiles."""
+    panels = list(dict.fromkeys((row["training"], row["loss"]) for row in rows))
+    figure, axes = _axes(1.5 + 3.7 * len(panels), 3.8, len(panels))
     ticks = sorted({row["window"] for row in rows})
-    for axis, loss in zip(axes[0], losses):
-        orders = dict.fromkeys(row["order"] for row in rows if row["loss"] == loss)
-        for colour, order in zip(COLOURS, orders):
-            own = [row for row in rows if (row["loss"], row["order"]) == (loss, order)]
-            own.sort(key=lambda row: row["window"])
+    for axis, panel in zip(axes[0], panels):
+        inside = [row for row in rows if (row["training"], row["loss"]) == panel]
+        for colour, order in zip(COLOURS, dict.fromkeys(row["order"] for row in inside)):
+            own = sorted((row for row in inside if row["order"] == order), key=lambda row: row["window"])
             window = [row["window"] for row in own]
             low, high = [row["q25"] for row in own], [row["q75"] for row in own]
             axis.fill_between(window, low, high, color=colour, alpha=0.15, lw=0)
@@ -65,9 +64,9 @@ def plot_study(path: Path, rows: list[dict[str, Any]], length: int) -> Path:
         axis.set_xscale("log", base=2)
         axis.set_yscale("log")
         axis.axvline(length, color="#999999", lw=0.8, ls=":")
-        axis.set(title=f"trained on squared error of {loss}", xlabel=f"window w (1: autoregressive; {length} points)")
+        axis.set(title=f"{panel[0]}, loss in {panel[1]}", xlabel=f"window (1: autoregressive; {length} points)")
         axis.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
         axis.minorticks_off()
     axes[0][0].set_ylabel("clause error of a series")
-    axes[0][0].legend(frameon=False, title="median, quartiles; dashes: seeds")
+    axes[0][0].legend(frameon=False, fontsize=8, title="median, quartiles; dashes: seeds", title_fontsize=8)
     return _save(figure, path)

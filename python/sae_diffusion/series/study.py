@@ -1,8 +1,8 @@
 """The window study: clause error over the window of a staggered schedule, for natural and permuted chains.
 
-For each loss, order and seed one network is trained on independent levels. A copy of it is then trained on each
-window alone and sampled with that window's schedule. Every finished window is a small file, so that an interrupted
-study goes on where it was.
+For each loss, order and seed one network is trained on independent levels and sampled with every window. For some
+losses a copy of it is then trained on each window alone and sampled with that window. Every finished cell is a small
+file, so that an interrupted study goes on where it was.
 """
 
 from __future__ import annotations
@@ -36,12 +36,16 @@ RESULT = "windows"  # stem of the table and the picture
 _SAMPLE = 15  # purpose of random numbers
 
 
+SHARED, OWN = "one network", "a network per window"
+
+
 class Line(NamedTuple):
-    """The cells that share a pre-trained network."""
+    """The cells of one pre-trained network: sampled as it is, or trained on each window first."""
 
     loss_space: str
     swap: int
     seed: int
+    training: str
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,6 +57,7 @@ class StudyConfig:
         swaps: steps of the "swaps" orders; 1 is the natural order.
         seeds: networks per loss, order and window.
         losses: what squared error is taken of: "x0", as in the reference, or "v".
+        own_losses: those of `losses` with which networks are also trained on each window alone.
         length: points of a series.
         base_steps: optimizer steps on independent levels, once per loss, order and seed.
         steps: optimizer steps on one window.
@@ -67,6 +72,7 @@ class StudyConfig:
     swaps: tuple[int, ...] = (1, 4)
     seeds: tuple[int, ...] = (0, 1)
     losses: tuple[Literal["x0", "v"], ...] = ("x0", "v")
+    own_losses: tuple[Literal["x0", "v"], ...] = ("x0",)
     length: int = 20
     base_steps: int = 1500
     steps: int = 400
@@ -81,13 +87,24 @@ class StudyConfig:
         for name in ("windows", "swaps", "seeds", "losses"):
             if not getattr(self, name):
                 raise ValueError(f"{name}: must name at least one, got none")
+        if not set(self.own_losses) <= set(self.losses):
+            raise ValueError(f"own_losses: must be among losses {self.losses}, got {self.own_losses}")
         for name in ("base_steps", "steps", "samples", "sampling_steps"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}: must be at least 1, got {getattr(self, name)}")
 
     def lines(self) -> list[Line]:
         """A whole picture for one seed before the next seed begins."""
-        return [Line(loss, swap, seed) for seed in self.seeds for loss in self.losses for swap in self.swaps]
+        return [
+            Line(loss, swap, seed, training)
+            for seed in self.seeds
+            for loss, training in self.columns()
+            for swap in self.swaps
+        ]
+
+    def columns(self) -> list[tuple[str, str]]:
+        """(loss, training), in the order of the table."""
+        return [(loss, SHARED) for loss in self.losses] + [(loss, OWN) for loss in self.own_losses]
 
     def training(self, line: Line, window: float | None) -> SeriesTrainConfig:
         """Settings of the training on one window, or, for None, of that on independent levels."""
@@ -111,11 +128,13 @@ def order_name(swap: int) -> str:
 def _budget(config: StudyConfig) -> dict[str, Any]:
     """What a single cell depends on; windows, orders, seeds and losses can be added later."""
     settings = json.loads(json.dumps(dataclasses.asdict(config)))
-    return {name: value for name, value in settings.items() if name not in ("windows", "swaps", "seeds", "losses")}
+    grid = ("windows", "swaps", "seeds", "losses", "own_losses")
+    return {name: value for name, value in settings.items() if name not in grid}
 
 
 def _cell_path(out: Path, line: Line, window: float) -> Path:
-    return out / "cells" / f"{line.loss_space}-swap{line.swap}-seed{line.seed}-window{window:g}.json"
+    kind = "shared-" if line.training == SHARED else ""
+    return out / "cells" / f"{kind}{line.loss_space}-swap{line.swap}-seed{line.seed}-window{window:g}.json"
 
 
 def _write(path: Path, text: str) -> None:
@@ -139,9 +158,10 @@ def run_line(config: StudyConfig, out: Path, line: Line, deadline: float | None 
         began = time.process_time()
         trainer = SeriesTrainer(config.training(line, window))
         trainer.model.load_state_dict(base)
-        trainer.stats = source_stats(trainer.config.source, line.seed)  # those of the base
         trainer.average = [p.detach().clone() for p in trainer.parameters]
-        losses = torch.stack([trainer.train_step() for _ in range(config.steps)])
+        trainer.stats = source_stats(trainer.config.source, line.seed)  # those of the base
+        steps = config.steps if line.training == OWN else 0
+        losses = [trainer.train_step().item() for _ in range(steps)]
         trained = time.process_time()
         x = generate(
             trainer.averaged(), trainer.stats, trainer.schedule, config.samples,
@@ -149,7 +169,7 @@ def run_line(config: StudyConfig, out: Path, line: Line, deadline: float | None 
         )  # fmt: skip
         cell = {
             "window": window,
-            "loss": float(losses[-max(1, config.steps // 4) :].mean()),
+            "loss": float(np.mean(losses[-max(1, steps // 4) :])) if losses else None,
             "base_cpu_seconds": round(seconds, 1),
             "training_cpu_seconds": round(trained - began, 1),
             "sampling_cpu_seconds": round(time.process_time() - trained, 1),
@@ -231,26 +251,22 @@ def run_study(
 
 
 def summarise(config: StudyConfig, cells: dict[tuple[Line, float], dict[str, Any]]) -> dict[str, Any]:
-    """The study as JSON: per loss, order and window the quartiles over all seeds' series, and each seed's median."""
+    """The study as JSON: for each point of the figure the quartiles over all seeds' series, and each seed's median."""
     rows = []
-    for loss in config.losses:
+    for loss, training in config.columns():
         for swap in config.swaps:
             for window in config.windows:
-                own = {
-                    line.seed: cell
-                    for (line, w), cell in cells.items()
-                    if (line.loss_space, line.swap, w) == (loss, swap, window)
-                }
+                lines = [Line(loss, swap, seed, training) for seed in config.seeds]
+                own = {line.seed: cells[line, window] for line in lines if (line, window) in cells}
                 if not own:
                     continue
                 errors = np.concatenate([cell["errors"] for cell in own.values()])
                 low, median, high = np.quantile(errors, [0.25, 0.5, 0.75])
                 rows.append(
                     {
-                        "loss": loss, "order": order_name(swap), "swap": swap, "window": window,
+                        "training": training, "loss": loss, "order": order_name(swap), "swap": swap, "window": window,
                         "q25": _round(low), "median": _round(median), "q75": _round(high), "seeds": list(own),
                         "seed_medians": [_round(np.median(cell["errors"])) for cell in own.values()],
-                        "final_loss": _round(np.mean([cell["loss"] for cell in own.values()])),
                     }
                 )  # fmt: skip
     names = ("base_cpu_seconds", "training_cpu_seconds", "sampling_cpu_seconds")
@@ -272,14 +288,14 @@ def _round(value: Any) -> float:
 
 
 def table(result: dict[str, Any]) -> str:
-    """Markdown: a line per window, a column per loss and order: median (first to third quartile)."""
-    rows = {(row["loss"], row["order"], row["window"]): row for row in result["rows"]}
-    columns = list(dict.fromkeys((loss, order) for loss, order, _ in rows))
+    """Markdown: a line per window, a column per training, loss and order: median (first to third quartile)."""
+    rows = {(row["training"], row["loss"], row["order"], row["window"]): row for row in result["rows"]}
+    columns = list(dict.fromkeys(key[:3] for key in rows))
     lines = [
-        "| window | " + " | ".join(f"{order}, loss in {loss}" for loss, order in columns) + " |",
+        "| window | " + " | ".join(f"{training}, loss in {loss}: {order}" for training, loss, order in columns) + " |",
         "|---" * (1 + len(columns)) + "|",
     ]
-    for window in dict.fromkeys(window for _, _, window in rows):
+    for window in dict.fromkeys(key[3] for key in rows):
         cells = [rows.get((*column, window)) for column in columns]
         texts = ["" if c is None else f"{c['median']:.3g} ({c['q25']:.2g} to {c['q75']:.2g})" for c in cells]
         lines.append(f"| {window:g} | " + " | ".join(texts) + " |")
