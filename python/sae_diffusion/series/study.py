@@ -70,7 +70,7 @@ class StudyConfig:
 
     windows: tuple[float, ...] = (1, 2, 4, 8, 12, 16, 24, 64, 256)
     swaps: tuple[int, ...] = (1, 4)
-    seeds: tuple[int, ...] = (0, 1)
+    seeds: tuple[int, ...] = (0, 1, 2)
     losses: tuple[Literal["x0", "v"], ...] = ("x0", "v")
     own_losses: tuple[Literal["x0", "v"], ...] = ("x0",)
     length: int = 20
@@ -104,7 +104,8 @@ class StudyConfig:
 
     def columns(self) -> list[tuple[str, str]]:
         """(loss, training), in the order of the table."""
-        return [(loss, SHARED) for loss in self.losses] + [(loss, OWN) for loss in self.own_losses]
+        columns: list[tuple[str, str]] = [(loss, SHARED) for loss in self.losses]
+        return columns + [(loss, OWN) for loss in self.own_losses]
 
     def training(self, line: Line, window: float | None) -> SeriesTrainConfig:
         """Settings of the training on one window, or, for None, of that on independent levels."""
