@@ -6,6 +6,7 @@ import dataclasses
 import functools
 import json
 import math
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -17,7 +18,7 @@ from sae_diffusion.images.data import ImageSet, digits
 from sae_diffusion.images.evaluate import EvaluateConfig, contact_sheet, evaluate, sample_images
 from sae_diffusion.images.model import NetConfig
 from sae_diffusion.images.schedule import ScheduleConfig, in_flight, make_schedule
-from sae_diffusion.images.study import StudyConfig, markdown, run_study, table
+from sae_diffusion.images.study import StudyConfig, markdown, report, run_study, table
 from sae_diffusion.images.train import (
     ImageTrainConfig,
     ImageTrainer,
@@ -76,6 +77,23 @@ def test_times_are_stratified_and_uniform():
     t = torch.stack([stratified_times(4, generator) for _ in range(2000)])
     assert torch.equal((t * 4).floor(), torch.arange(4.0).expand(2000, 4))
     assert abs(t.mean().item() - 0.5) < 4 * (1 / 12) ** 0.5 / 4 / 2000**0.5
+
+
+@pytest.mark.parametrize("times", ["uniform", "snr"])
+def test_loss_of_the_untrained_network_is_its_expectation(times):
+    """E of (eps_hat - eps)^2 of whitened components is signal^2 there, so the bound's loss is an integral of a sigmoid."""
+    trainer = ImageTrainer(dataclasses.replace(TINY, times=times, schedule=ScheduleConfig(softness=0.25)), images())
+    schedule, net = trainer.model.schedule, trainer.model.net
+    t, weight = trainer.draw_times(600, torch.Generator().manual_seed(3))
+    z = torch.randn(600, 1, 8, 8, generator=torch.Generator().manual_seed(4))
+    with torch.no_grad():
+        loss = component_loss(net, z, schedule, t, seed=1, offset=2) * weight
+    ends = schedule.log_snr(torch.tensor([0.0, 1.0], dtype=torch.float64))
+    # the integral of sigmoid(lambda) over lambda is softplus
+    softplus = torch.nn.functional.softplus(ends)
+    expected = ((softplus[0] - softplus[1]).mean() / (ends[0] - ends[1]).mean()).item()
+    assert loss.mean().item() == pytest.approx(expected, abs=4 * loss.std().item() / 600**0.5)
+    assert (weight.std() > 0.1) == (times == "snr")
 
 
 def test_resumed_run_repeats_the_whole_one_bit_for_bit(tmp_path):
@@ -144,6 +162,7 @@ def test_an_infinite_loss_stops_the_run():
         (lambda: ImageTrainConfig(steps=0), "steps: must be at least 1, got 0"),
         (lambda: ImageTrainConfig(lr=0.0), "lr: must be positive"),
         (lambda: ImageTrainConfig(ema=0.5), "ema: must be in"),
+        (lambda: ImageTrainConfig(times="log"), "times: must be one of"),
         (lambda: ImageTrainConfig(weighting="x0"), "weighting: must be one of"),
         (lambda: EvaluateConfig(probes=0), "probes: must be at least 1, got 0"),
         (lambda: EvaluateConfig(tolerance=0.0), "tolerance"),
@@ -209,10 +228,13 @@ def test_training_beats_independent_normals_and_the_samples_are_images(tmp_path)
 
 
 def test_contact_sheet_places_images_and_scales_levels():
-    given = np.arange(3, dtype=np.uint8).reshape(3, 1, 1, 1) * 8
-    sheet = contact_sheet(given, 17, columns=2, scale=1)
-    assert sheet.shape == (4, 4, 3)
-    assert (sheet[0, 0, 0], sheet[0, 2, 0], sheet[2, 0, 0]) == (0, 128, 255) and sheet[1, 1, 0] == 96
+    given = (np.arange(3 * 3 * 2 * 4, dtype=np.uint8) % 17).reshape(3, 3, 2, 4)
+    sheet = contact_sheet(given, 17, columns=2, scale=2)
+    assert sheet.shape == (2 * 2 * 3, 2 * 2 * 5, 3)
+    shown = (given / 16 * 255).round().transpose(0, 2, 3, 1)
+    small = sheet[::2, ::2]
+    assert np.array_equal(small[:2, 5:9], shown[1]) and np.array_equal(small[3:5, :4], shown[2])
+    assert (small[2] == 96).all() and (small[:, 4] == 96).all() and (small[3:5, 5:9] == 0).all()
 
 
 def test_study_resumes_and_its_table_is_the_mean_over_seeds(tmp_path):
@@ -265,3 +287,15 @@ def test_commands_from_training_to_bits(tmp_path, capsys):
     assert report["images"] == 4 and report["step"] == 4 and 2 < report["bits_per_dim"] < 6
     with pytest.raises(FileNotFoundError, match="--data-path"):
         sae("train", "--run-dir", run, "--data", "cifar10")
+
+
+RESULTS = Path(__file__).parents[2] / "benchmarks" / "results" / "images"
+
+
+def test_readme_has_the_committed_table():
+    results = json.loads((RESULTS / "bits-per-dim.json").read_text(encoding="utf-8"))
+    assert results["table"] == table(results)
+    text = report(results)
+    assert text == (RESULTS / "bits-per-dim.md").read_text(encoding="utf-8")
+    readme = (RESULTS.parents[2] / "README.md").read_text(encoding="utf-8")
+    assert text in readme.partition("<!-- images:begin -->")[2].partition("<!-- images:end -->")[0]
