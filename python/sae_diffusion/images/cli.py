@@ -160,7 +160,7 @@ class ImagesCompare:
     out: Path = Path("runs/images-compare")
     study: StudyConfig = field(default_factory=StudyConfig)
     train: ImageTrainConfig = STUDY_TRAIN
-    evaluate: EvaluateConfig = field(default_factory=lambda: EvaluateConfig(images=192, batch_size=192))
+    evaluate: EvaluateConfig = field(default_factory=lambda: EvaluateConfig(images=192, batch_size=192, probes=4))
     seed: int = 0
     device: str = "auto"
     debug: bool = False

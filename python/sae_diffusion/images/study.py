@@ -201,8 +201,8 @@ def report(results: dict[str, Any]) -> str:
         f"Bits per dimension of {how['images'] or 'all'} held-out images of {train['data']}, {settings['levels']} "
         f"levels: mean ± standard error over {' to '.join(map(str, seeds))} training seeds (mean number of components "
         f"in flight). Every run has {train['steps']} steps of {train['batch_size']} images. Untrained are independent "
-        f"normal components. The images are the same for all, and choosing others would change a cell by "
-        f"{errors[0]:.3f} to {errors[-1]:.3f} (standard error).\n\n"
+        f"normal components. Images and probes ({how['divergence']}, {how['probes']}) are the same for all; "
+        f"others would change a cell by {errors[0]:.3f} to {errors[-1]:.3f} (standard error).\n\n"
         + markdown(results)
         + f"\n`{results['command']}`, {results['date']}, {results['machine']}; {packages}.\n"
     )
