@@ -65,7 +65,7 @@ def plot_study(path: Path, rows: list[dict[str, Any]], length: int) -> Path:
         axis.set_yscale("log")
         axis.axvline(length, color="#999999", lw=0.8, ls=":")
         axis.set(title=f"{panel[0]}, loss in {panel[1]}", xlabel=f"window (1: autoregressive; {length} points)")
-        axis.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
+        axis.set_xticks(ticks, [f"{tick:g}" for tick in ticks], fontsize=7)
         axis.minorticks_off()
     axes[0][0].set_ylabel("clause error of a series")
     axes[0][0].legend(frameon=False, fontsize=8, title="median, quartiles; dashes: seeds", title_fontsize=8)

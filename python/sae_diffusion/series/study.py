@@ -70,7 +70,7 @@ class StudyConfig:
 
     windows: tuple[float, ...] = (1, 2, 4, 8, 12, 16, 24, 64, 256)
     swaps: tuple[int, ...] = (1, 4)
-    seeds: tuple[int, ...] = (0, 1, 2)
+    seeds: tuple[int, ...] = (0, 1)
     losses: tuple[Literal["x0", "v"], ...] = ("x0", "v")
     own_losses: tuple[Literal["x0", "v"], ...] = ("x0",)
     length: int = 20
