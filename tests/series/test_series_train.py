@@ -206,6 +206,20 @@ def test_resume_refuses_other_settings(tmp_path):
         SeriesTrainer(dataclasses.replace(config, lr=0.1)).train()
 
 
+def test_resume_refuses_other_series(tmp_path):
+    path = tmp_path / "x.npz"
+    x = Source("mixture", 5).sample(20, 0)
+    np.savez(path, series=x)
+    config = tiny(tmp_path, data=path, steps=1)
+    SeriesTrainer(config).train()
+    assert SeriesTrainer(config).resume()
+    x[0, 0] += 1e-9
+    x[1:] += 1e-9
+    np.savez(path, series=x)
+    with pytest.raises(ValueError, match="data: .* was trained on other series"):
+        SeriesTrainer(config).resume()
+
+
 def test_loading_gives_the_average_or_the_weights(tmp_path):
     config = tiny(tmp_path)
     trainer = SeriesTrainer(config)

@@ -403,7 +403,7 @@ class SeriesTrainer:
         """Take up the latest checkpoint of run_dir that verifies; False if there is none.
 
         Raises:
-            ValueError: it was trained with other settings, which the message names.
+            ValueError: it was trained with other settings, which the message names, or on other series.
         """
         path = latest_checkpoint(self.config.run_dir)
         if path is None:
@@ -412,11 +412,12 @@ class SeriesTrainer:
         changed = _differences(state["config"], self.config.to_json())
         if changed:
             raise ValueError(f"run_dir: {path} was trained with other settings: {'; '.join(changed)}")
+        if state["stats"] != self.stats.to_json():
+            raise ValueError(f"data: {path} was trained on other series: their means or deviations differ")
         load_into(path / "model.safetensors", self.model.state_dict())
         names = [name for name, p in self.model.named_parameters() if p.requires_grad]
         load_into(path / "ema.safetensors", dict(zip(names, self.average, strict=True)))
         restore_optimizer(path / "optimizer.safetensors", self.model, self.optimizer)
-        self.stats = SeriesStats.from_json(state["stats"])
         self.step = state["step"]
         return True
 
