@@ -216,7 +216,7 @@ def test_resume_refuses_other_series(tmp_path):
     x[0, 0] += 1e-9
     x[1:] += 1e-9
     np.savez(path, series=x)
-    with pytest.raises(ValueError, match="data: .* was trained on other series"):
+    with pytest.raises(ValueError, match=r"data: .* was trained on other series"):
         SeriesTrainer(config).resume()
 
 
