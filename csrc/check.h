@@ -68,6 +68,34 @@ inline std::vector<Weight> weights_of(const std::vector<Tensor>& weights, const 
   return result;
 }
 
+// Weights with the gradients of their copies and of themselves, one of each; those without elements are left out.
+inline std::vector<WeightGradient> weight_gradients_of(const std::vector<Tensor>& grads,
+                                                       const std::vector<Tensor>& weights,
+                                                       const std::vector<Tensor>& grad_weights,
+                                                       const std::vector<double>& gains) {
+  STD_TORCH_CHECK(grads.size() == weights.size() && grad_weights.size() == weights.size() &&
+                      gains.size() == weights.size(),
+                  "grads, grad_weights, gains: must be as many as weights = ", weights.size());
+  std::vector<WeightGradient> result;
+  for (size_t i = 0; i < weights.size(); ++i) {
+    const Tensor &w = weights[i], &grad = grads[i], &grad_w = grad_weights[i];
+    check_contiguous("weights", w);
+    check_contiguous("grads", grad);
+    check_contiguous("grad_weights", grad_w);
+    STD_TORCH_CHECK(type_of("weights", w) == Type::f32 && type_of("grad_weights", grad_w) == Type::f32,
+                    "weights, grad_weights: dtype must be float32");
+    STD_TORCH_CHECK(w.dim() >= 2, "weights: must have shape (Cout, ...), got ", shape_of(w));
+    STD_TORCH_CHECK(grad.numel() == w.numel() && grad_w.numel() == w.numel(),
+                    "grads, grad_weights: must have the shapes of the weights, got ", shape_of(grad), " and ",
+                    shape_of(grad_w), " for ", shape_of(w));
+    if (w.numel() == 0) continue;
+    result.push_back({static_cast<const float*>(w.const_data_ptr()), grad.const_data_ptr(), type_of("grads", grad),
+                      static_cast<float*>(grad_w.mutable_data_ptr()), static_cast<float>(gains[i]), w.size(0),
+                      w.numel() / w.size(0)});
+  }
+  return result;
+}
+
 // The index space of an output (B, R T, rest...) over data x (B, T, rest...).
 class Frames {
  public:

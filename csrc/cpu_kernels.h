@@ -67,6 +67,16 @@ struct Weight {
   int64_t rows, fan_in;
 };
 
+// grad_w = c / d (grad - w <grad, w> / (d n rms)) for each row, c = gain / sqrt(n), d = rms + eps; 0 <grad, w> if rms = 0.
+struct WeightGradient {
+  const float* w;     // (rows, fan_in), as the copy was made from it
+  const void* grad;   // of the scaled compute copy
+  Type grad_type;
+  float* grad_w;
+  float gain;
+  int64_t rows, fan_in;
+};
+
 struct Kernels {
   const char* name;
   void (*noise_forward)(const NoiseForward&, bool fp64, int64_t begin, int64_t end);
@@ -74,7 +84,8 @@ struct Kernels {
   void (*noise_grad_x)(const NoiseBackward&, bool fp64, int64_t begin, int64_t end);
   void (*eps)(void* out, Type type, int64_t count, uint64_t seed, uint64_t offset, int64_t begin, int64_t end);
   void (*edm_loss)(const EdmLoss&, bool fp64, int64_t begin, int64_t end);
-  void (*weight_rows)(const Weight&, float eps, int64_t begin, int64_t end);
+  void (*weight_rows)(const Weight&, float eps, bool in_place, int64_t begin, int64_t end);
+  void (*weight_rows_backward)(const WeightGradient&, float eps, int64_t begin, int64_t end);
 };
 
 // The fastest set this processor runs; SAE_CPU_CAPABILITY=baseline|avx2 asks for a lesser one.

@@ -19,6 +19,8 @@ void token_noise_eps_cpu(Tensor out, int64_t seed, int64_t offset);
 void edm_loss_cpu(const Tensor& raw, const Tensor& x0, const Tensor& sigma, Tensor out, std::optional<Tensor> grad_loss,
                   int64_t streams, int64_t first_stream, double sigma_data, int64_t seed, int64_t offset);
 void normalize_weights_cpu(std::vector<Tensor> weights, std::vector<Tensor> copies, std::vector<double> gains,
-                           double eps);
+                           double eps, bool in_place);
+void normalize_weights_bwd_cpu(std::vector<Tensor> grads, std::vector<Tensor> weights, std::vector<Tensor> grad_weights,
+                               std::vector<double> gains, double eps);
 
 }  // namespace sae

@@ -16,9 +16,12 @@ STABLE_TORCH_LIBRARY(sae_kernels_native, m) {
   // from first_stream.
   m.def("edm_loss(Tensor raw, Tensor x0, Tensor sigma, Tensor(a!) out, Tensor? grad_loss, int streams, "
         "int first_stream, float sigma_data, int seed, int offset) -> ()");
-  // Each w[i] /= eps + rms(w[i]), fp32, in place; copies (none, or one of each weight) get that normalised once more,
-  // times gain / sqrt(fan_in), in any dtype.
-  m.def("normalize_weights(Tensor(a!)[] weights, Tensor(b!)[] copies, float[] gains, float eps) -> ()");
+  // Each w[i] /= eps + rms(w[i]), fp32, where in_place; copies (none, or one of each weight) get that, or w[i] as it is,
+  // normalised (once more), times gain / sqrt(fan_in), in any dtype. Backward: from the gradients of copies that were
+  // not made in place, of any dtype, to those of the weights.
+  m.def("normalize_weights(Tensor(a!)[] weights, Tensor(b!)[] copies, float[] gains, float eps, bool in_place) -> ()");
+  m.def("normalize_weights_bwd(Tensor[] grads, Tensor[] weights, Tensor(a!)[] grad_weights, float[] gains, float eps) "
+        "-> ()");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(sae_kernels_native, CPU, m) {
@@ -27,4 +30,5 @@ STABLE_TORCH_LIBRARY_IMPL(sae_kernels_native, CPU, m) {
   m.impl("token_noise_eps", TORCH_BOX(&sae::token_noise_eps_cpu));
   m.impl("edm_loss", TORCH_BOX(&sae::edm_loss_cpu));
   m.impl("normalize_weights", TORCH_BOX(&sae::normalize_weights_cpu));
+  m.impl("normalize_weights_bwd", TORCH_BOX(&sae::normalize_weights_bwd_cpu));
 }

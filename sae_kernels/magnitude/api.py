@@ -180,6 +180,41 @@ def normalize_weight(w: torch.Tensor, gain: float | torch.Tensor = 1, *, impl: s
     return ops.normalize_weight(w, tensor, factor, chosen)[0]
 
 
+def normalize_weights(
+    weights: Sequence[torch.Tensor],
+    gains: Sequence[float] | None = None,
+    *,
+    dtype: torch.dtype | None = None,
+    impl: str = "auto",
+) -> list[torch.Tensor]:
+    """`[normalize_weight(w, gain) for w, gain in zip(weights, gains)]`, all weights of a model in one pass.
+
+    The gradients of all weights are made in one pass too, once those of all results are there: under data parallelism,
+    where communication shall overlap with backward, `normalize_weight` for each layer is better.
+
+    Args:
+        weights: each (Cout, ...), at least two dimensions, of one device.
+        gains: numbers; None for 1.
+        dtype: of the results, those of the weights by default; such as the autocast dtype, which saves a cast of each.
+        impl: "auto", "composed", or "cuda" (the C++ extension, also on the CPU: contiguous float32 weights).
+
+    Returns:
+        Contiguous tensors of the weights' shapes.
+
+    Raises:
+        TypeError: not a tensor, or not a supported dtype.
+        ValueError: a shape or device breaks its rule, or `impl` cannot run here.
+    """
+    weights = list(weights)
+    _check_weights(weights)
+    if dtype is not None and dtype not in _checks.FLOAT_DTYPES:
+        raise TypeError(f"dtype: must be float32, bfloat16, float16 or float64, got {dtype}")
+    gains = _gains(gains, weights, "weights")
+    return (
+        ops.normalize_weights(weights, gains, dtype, _choose_for(weights, "normalize_weights", impl)) if weights else []
+    )
+
+
 @torch.no_grad()
 def normalize_weights_(
     weights: Sequence[torch.Tensor],
@@ -204,25 +239,39 @@ def normalize_weights_(
         ValueError: a shape or device breaks its rule, or `impl` cannot run here.
     """
     weights, copies = list(weights), list(copies or [])
-    for name, tensors in (("weights", weights), ("copies", copies)):
-        for tensor in tensors:
-            _check_tensor(name, tensor)
-            if tensor.device != weights[0].device:
-                raise ValueError(f"{name}: must be on one device ({weights[0].device}), got {_checks.describe(tensor)}")
-    for w in weights:
-        if w.ndim < 2 or any(n < 1 for n in w.shape[1:]):
-            raise ValueError(f"weights: must have shape (Cout, ...) with fan-in at least 1, got {_checks.describe(w)}")
+    _check_weights(weights)
+    for copy in copies:
+        _check_tensor("copies", copy)
+        if copy.device != weights[0].device:
+            raise ValueError(f"copies: must be on the device of weights, got {_checks.describe(copy)}")
     if copies and [c.shape for c in copies] != [w.shape for w in weights]:
         raise ValueError(f"copies: must have the shapes of the weights, got {[tuple(c.shape) for c in copies]}")
     if copies and not all(c.is_contiguous() for c in copies):
         raise ValueError("copies: must be contiguous, got strides that are not")
-    gains = [1.0] * len(copies) if gains is None else [_check_number("gains", gain) for gain in gains]
-    if len(gains) != len(copies):
-        raise ValueError(f"gains: must be as many as copies = {len(copies)}, got {len(gains)}")
+    gains = _gains(gains, copies, "copies")
     if weights:
-        available, why_not = ops.weight_implementations(weights)
-        chosen = _checks.choose_implementation("normalize_weights_", impl, weights[0].device, available, why_not)
-        ops.normalize_weights_(weights, copies, gains, chosen)
+        ops.normalize_weights_(weights, copies, gains, _choose_for(weights, "normalize_weights_", impl))
+
+
+def _check_weights(weights: list[torch.Tensor]) -> None:
+    for w in weights:
+        _check_tensor("weights", w)
+        if w.device != weights[0].device:
+            raise ValueError(f"weights: must be on one device ({weights[0].device}), got {_checks.describe(w)}")
+        if w.ndim < 2 or any(n < 1 for n in w.shape[1:]):
+            raise ValueError(f"weights: must have shape (Cout, ...) with fan-in at least 1, got {_checks.describe(w)}")
+
+
+def _gains(gains: Sequence[float] | None, tensors: list[torch.Tensor], name: str) -> list[float]:
+    found = [1.0] * len(tensors) if gains is None else [_check_number("gains", gain) for gain in gains]
+    if len(found) != len(tensors):
+        raise ValueError(f"gains: must be as many as {name} = {len(tensors)}, got {len(found)}")
+    return found
+
+
+def _choose_for(weights: list[torch.Tensor], op: str, impl: str) -> str:
+    available, why_not = ops.weight_implementations(weights)
+    return _checks.choose_implementation(op, impl, weights[0].device, available, why_not)
 
 
 def _check_tensor(name: str, value: object) -> None:

@@ -219,12 +219,33 @@ def _scale(gain: torch.Tensor | None, factor: float, fan_in: int, rms: torch.Ten
 
 
 @torch.no_grad()
-def normalize_weights(weights: list[torch.Tensor], copies: list[torch.Tensor], gains: list[float]) -> None:
+def normalize_weights_(weights: list[torch.Tensor], copies: list[torch.Tensor], gains: list[float]) -> None:
     """Each weight to unit RMS for each output channel, in place; copies get the weight that forward would use."""
     for w in weights:
-        rms = torch.empty((len(w), *[1] * (w.ndim - 1)), dtype=compute_dtype(w.dtype), device=w.device)
-        normalize_weight(w, None, math.prod(w.shape[1:]) ** 0.5, w, rms)
+        normalize_weight(w, None, math.prod(w.shape[1:]) ** 0.5, w, _rms_of(w))
     for w, copy, gain in zip(weights, copies, gains, strict=False):
         out = torch.empty_like(w, memory_format=torch.contiguous_format)
-        normalize_weight(w, None, gain, out, w.new_empty((len(w), *[1] * (w.ndim - 1)), dtype=compute_dtype(w.dtype)))
+        normalize_weight(w, None, gain, out, _rms_of(w))
         copy.copy_(out)
+
+
+def normalize_weights(weights: list[torch.Tensor], outs: list[torch.Tensor], gains: list[float]) -> None:
+    for w, out, gain in zip(weights, outs, gains, strict=True):
+        made = torch.empty_like(w)
+        normalize_weight(w, None, gain, made, _rms_of(w))
+        out.copy_(made)
+
+
+def normalize_weights_backward(
+    grads: list[torch.Tensor], weights: list[torch.Tensor], grad_weights: list[torch.Tensor], gains: list[float]
+) -> None:
+    for grad, w, grad_w, gain in zip(grads, weights, grad_weights, gains, strict=True):
+        rms = _rms_of(w)
+        torch.linalg.vector_norm(w, dim=list(range(1, w.ndim)), keepdim=True, dtype=rms.dtype, out=rms)
+        rms.mul_(math.prod(w.shape[1:]) ** -0.5)
+        normalize_weight_backward(grad, w, None, gain, rms, grad_w, None)
+
+
+def _rms_of(w: torch.Tensor) -> torch.Tensor:
+    """Room for the RMS of each output channel."""
+    return torch.empty((len(w), *[1] * (w.ndim - 1)), dtype=compute_dtype(w.dtype), device=w.device)

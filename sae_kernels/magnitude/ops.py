@@ -441,12 +441,65 @@ def weight_implementations(weights: Sequence[torch.Tensor]) -> tuple[list[str], 
     return (["composed"], {"cuda": reason}) if reason else (["cuda", "composed"], {})
 
 
-def _normalize_weights(weights, copies, gains, impl):
-    (cuda if impl == "cuda" else composed).normalize_weights(weights, copies, gains)
+def _weight_backend(impl: str):
+    return cuda if impl == "cuda" else composed
 
 
 normalize_weights_ = _library.define(
     "normalize_weights_(Tensor(a!)[] weights, Tensor(b!)[] copies, float[] gains, str impl) -> ()",
-    _normalize_weights,
+    lambda weights, copies, gains, impl: _weight_backend(impl).normalize_weights_(weights, copies, gains),
     lambda weights, copies, gains, impl: None,
 )
+
+
+def _empty_weights(weights, gains, dtype, impl):
+    return [torch.empty(w.shape, dtype=dtype or w.dtype, device=w.device) for w in weights]
+
+
+def _weights(weights, gains, dtype, impl):
+    outs = _empty_weights(weights, gains, dtype, impl)
+    _weight_backend(impl).normalize_weights(weights, outs, gains)
+    return outs
+
+
+def _empty_weights_backward(grads, weights, gains, impl):
+    return [torch.empty_like(w) for w in weights]
+
+
+def _weights_backward(grads, weights, gains, impl):
+    grad_weights = _empty_weights_backward(grads, weights, gains, impl)
+    _weight_backend(impl).normalize_weights_backward(grads, weights, grad_weights, gains)
+    return grad_weights
+
+
+normalize_weights = _library.define(
+    "normalize_weights(Tensor[] weights, float[] gains, ScalarType? dtype, str impl) -> Tensor[]",
+    _weights,
+    _empty_weights,
+)
+normalize_weights_bwd = _library.define(
+    "normalize_weights_bwd(Tensor[] grads, Tensor[] weights, float[] gains, str impl) -> Tensor[]",
+    _weights_backward,
+    _empty_weights_backward,
+)
+
+
+def _weights_context(ctx, inputs, output) -> None:
+    weights, ctx.gains, _, ctx.impl = inputs
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(*weights)
+
+
+def _weights_gradient(ctx, grads):
+    """One launch for all; a weight whose copy was not used gets no gradient."""
+    found: list[torch.Tensor | None] = [None] * len(ctx.gains)
+    used = [i for i, grad in enumerate(grads) if grad is not None and ctx.needs_input_grad[0][i]]
+    if used:
+        weights = ctx.saved_tensors
+        args = ([grads[i] for i in used], [weights[i] for i in used], [ctx.gains[i] for i in used])
+        for i, grad in zip(used, normalize_weights_bwd(*args, ctx.impl), strict=True):
+            found[i] = grad
+    return found, None, None, None
+
+
+_library.register_autograd(normalize_weights, _weights_gradient, _weights_context)

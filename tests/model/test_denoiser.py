@@ -349,3 +349,29 @@ def test_config_errors_name_the_field(field, value):
     named = {"patch_size": "height", "model_channels": "head_dim"}.get(field, field)
     with pytest.raises(ValueError, match=f"^{named}: "):
         ModelConfig(**SMALL | {field: value})
+
+
+@pytest.mark.parametrize("mixing", ["joint", "gated"])
+@pytest.mark.parametrize("autocast", [False, True])
+def test_weights_at_once_change_nothing(mixing, autocast):
+    """One launch for all weights: the loss and every gradient are those of normalising layer by layer."""
+    model = fresh(temporal_mixing=mixing).float()
+    x, sigma, _ = (value.float() for value in clip(model, 2, 3, 2))
+
+    def gradients(at_once):
+        model.weights_at_once = at_once
+        model.zero_grad()
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            out = model(x, sigma)
+        out.square().mean().backward()
+        return out.detach(), {name: p.grad for name, p in model.named_parameters()}
+
+    (out, grads), (want, wanted) = gradients(True), gradients(False)
+    tolerance = {"rtol": 2e-2, "atol": 2e-3} if autocast else {"rtol": 1e-4, "atol": 1e-6}
+    torch.testing.assert_close(out, want, **tolerance)
+    assert any(grad is None for grad in wanted.values())  # the action embedding, without actions
+    for name, grad in wanted.items():
+        assert (grads[name] is None) == (grad is None), name
+        if grad is not None:
+            torch.testing.assert_close(grads[name], grad, **tolerance, msg=name)
+    assert all(not module.given for module in model.modules() if hasattr(module, "given"))

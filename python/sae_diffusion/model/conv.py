@@ -69,10 +69,10 @@ class CausalConv(NormalizedModule):
 
     def _all_taps(self) -> Tensor:
         """(O, I, kt, 3, 3)."""
-        weight = normalize_weight(self.weight)
-        return (
-            weight if self.gate is None else torch.cat((normalize_weight(self.past_weight), weight[:, :, None]), dim=2)
-        )
+        weight = self.normalized(self.weight)
+        if self.gate is None:
+            return weight
+        return torch.cat((self.normalized(self.past_weight), weight[:, :, None]), dim=2)
 
     def _last_taps(self, gain: float) -> Tensor:
         """(O, I, 3, 3), ready for conv2d."""

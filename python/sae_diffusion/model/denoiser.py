@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from sae_kernels import normalize_weights_
+from sae_kernels import normalize_weights, normalize_weights_
 
 from .attention import VideoAttention
 from .cache import Cache
@@ -39,6 +39,9 @@ class Denoiser(nn.Module):
         super().__init__()
         self.config = config
         self.unet = UNet(config)
+        # In a training pass, normalise the weights of all layers in one launch, and their gradients in another. Turn it
+        # off where parameters are sharded or gradients are sent while backward runs: these come all at its end.
+        self.weights_at_once = True
         for name, module in self.named_modules():
             if isinstance(module, (CausalConv, VideoAttention)):
                 module.key = name
@@ -164,7 +167,15 @@ class Denoiser(nn.Module):
         inputs = x * total.rsqrt()[:, :, None, None, None]
         if self.config.patch_size > 1:
             inputs = F.pixel_unshuffle(inputs, self.config.patch_size)
-        out = self.unet(inputs.to(weights).transpose(1, 2), actions, frame_pass).transpose(1, 2)
+        run = self.unet
+        if (
+            mode == "sequence"
+            and self.weights_at_once
+            and torch.is_grad_enabled()
+            and not torch.compiler.is_compiling()
+        ):
+            run = self._with_weights_at_once
+        out = run(inputs.to(weights).transpose(1, 2), actions, frame_pass).transpose(1, 2)
         if self.config.patch_size > 1:
             out = F.pixel_shuffle(out, self.config.patch_size)
         if raw:
@@ -173,6 +184,21 @@ class Denoiser(nn.Module):
         c_skip = d**2 / total
         c_out = sigma * d * total.rsqrt()
         return c_skip[:, :, None, None, None] * x + c_out[:, :, None, None, None] * out
+
+    def _with_weights_at_once(self, x: Tensor, actions: Tensor | None, frames: FramePass) -> Tensor:
+        layers = [module for module in self.modules() if isinstance(module, NormalizedModule)]
+        owners = [(layer, weight) for layer in layers for weight in layer.raw_weights()]
+        device = x.device.type
+        # what convolutions and linear layers would cast each of them to
+        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
+        made = normalize_weights([weight for _, weight in owners], dtype=None if x.dtype == torch.float64 else dtype)
+        for (layer, weight), normalized in zip(owners, made, strict=True):
+            layer.given[weight] = normalized
+        try:
+            return self.unet(x, actions, frames)
+        finally:
+            for layer in layers:
+                layer.given.clear()
 
     def _check(self, x: Tensor, sigma: Tensor, cache: Cache | None = None) -> None:
         c = self.config

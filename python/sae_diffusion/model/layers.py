@@ -22,10 +22,17 @@ class NormalizedModule(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self._effective: dict[str, tuple[tuple, Tensor]] = {}
+        # Normalised weights for the pass under way, where the network makes those of all layers at once.
+        self.given: dict[nn.Parameter, Tensor] = {}
 
     def raw_weights(self) -> Iterator[nn.Parameter]:
         """The stored weights that forward normalises."""
         raise NotImplementedError
+
+    def normalized(self, weight: nn.Parameter) -> Tensor:
+        """The direction of a stored weight, with the variance of its outputs kept (gain 1 / sqrt(fan-in))."""
+        given = self.given.get(weight)
+        return normalize_weight(weight) if given is None else given
 
     def normalize_weights_(self) -> None:
         """Overwrite each stored weight by its direction, of unit RMS for each output channel (forced weight norm)."""
@@ -66,7 +73,7 @@ class Linear(NormalizedModule):
         yield self.weight
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.linear(x, self.effective("weight", lambda: normalize_weight(self.weight)))
+        return F.linear(x, self.effective("weight", lambda: self.normalized(self.weight)))
 
 
 def pointwise(linear: Linear, x: Tensor) -> Tensor:

@@ -133,6 +133,7 @@ class Trainer:
 
         self._ddp: DistributedDataParallel | None = None
         if self.world_size > 1:
+            self.model.weights_at_once = False  # or no gradient could be sent before backward ends
             self._ddp = DistributedDataParallel(
                 self.model, gradient_as_bucket_view=True, **_WITHOUT_BUFFER_SYNC,
                 # a spatial-only step leaves the temporal mixing out, clips without actions the action embedding
