@@ -110,7 +110,16 @@ def check_environment(session: Session) -> bool:
     facts = measure.environment(session.device)
     facts["nvcc"] = shutil.which("nvcc") or "not found"
     facts["compute_sanitizer"] = shutil.which("compute-sanitizer") or "not found"
-    packages = ("pytest", "pytest-xdist", "hypothesis", "numpy", "safetensors", "pytest-benchmark", "matplotlib", "rich")
+    packages = (
+        "pytest",
+        "pytest-xdist",
+        "pytest-benchmark",
+        "hypothesis",
+        "numpy",
+        "safetensors",
+        "matplotlib",
+        "rich",
+    )
     facts["packages"] = {name: _version(name) for name in packages}
     session.facts |= facts
     if importlib.util.find_spec("pytest") is None:

@@ -40,7 +40,7 @@ FREE = {
     "split_with_sizes", "unbind", "squeeze", "unsqueeze", "unsqueeze_", "alias", "detach", "detach_", "as_strided",
     "unfold", "flatten", "unflatten", "diagonal", "_reshape_alias", "chunk", "view_as", "expand_as", "empty",
     "empty_like", "empty_strided", "new_empty", "new_empty_strided", "resize_", "set_", "lift", "lift_fresh", "item",
-    "_local_scalar_dense",
+    "_local_scalar_dense", "to", "resolve_conj", "as_strided_",
 }  # fmt: skip
 # Weights that one launch of csrc/weight_norm.cu takes: its kMost.
 WEIGHTS_OF_A_LAUNCH = 256
@@ -81,9 +81,10 @@ class Count(TorchDispatchMode):
             if func.namespace == _extension.NAMESPACE:
                 read = list(args) + list(kwargs.values())
             launches = 1
-            if name.endswith("::normalize_weights"):
+            if "::normalize_weights" in name:
                 launches = math.ceil(len(args[0]) / WEIGHTS_OF_A_LAUNCH)
-                written = list(args[0])
+                in_place = not name.endswith("_bwd") and args[4]
+                written = list(args[0]) if in_place else []  # else what it writes to is among its arguments
             moved = footprint(tree_leaves(read)) + footprint(written)
             if moved:
                 self._add(name, launches, moved)

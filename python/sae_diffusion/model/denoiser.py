@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -167,7 +169,7 @@ class Denoiser(nn.Module):
         inputs = x * total.rsqrt()[:, :, None, None, None]
         if self.config.patch_size > 1:
             inputs = F.pixel_unshuffle(inputs, self.config.patch_size)
-        run = self.unet
+        run: Callable[..., Tensor] = self.unet
         if (
             mode == "sequence"
             and self.weights_at_once

@@ -133,7 +133,8 @@ class Trainer:
 
         self._ddp: DistributedDataParallel | None = None
         if self.world_size > 1:
-            self.model.weights_at_once = False  # or no gradient could be sent before backward ends
+            # or no gradient could be sent before backward ends
+            self.model.weights_at_once = False  # type: ignore[assignment]
             self._ddp = DistributedDataParallel(
                 self.model, gradient_as_bucket_view=True, **_WITHOUT_BUFFER_SYNC,
                 # a spatial-only step leaves the temporal mixing out, clips without actions the action embedding
