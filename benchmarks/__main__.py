@@ -36,6 +36,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--budget", type=float, help="seconds for everything; most important cases first")
     parser.add_argument("--json", type=Path, help="result file (default benchmarks/results/<date>-<machine>.json)")
     parser.add_argument("--no-plots", action="store_true")
+    parser.add_argument("--allocator", choices=("warm", "as-found"), default="warm", help="keep memory between calls?")
     return parser
 
 
@@ -123,6 +124,8 @@ def _default_path(device: str) -> Path:
 def _start_with_warm_allocator() -> None:
     """Start this process again with `WARM_ALLOCATOR`, unless it runs with it already or there is no glibc."""
     if platform.libc_ver()[0] != "glibc" or WARM_ALLOCATOR.items() <= os.environ.items():
+        return
+    if any("as-found" in argument for argument in sys.argv):
         return
     arguments = [sys.executable, "-m", "benchmarks", *sys.argv[1:]]
     os.execve(sys.executable, arguments, os.environ | WARM_ALLOCATOR)

@@ -41,6 +41,7 @@ class Denoiser(nn.Module):
         super().__init__()
         self.config = config
         self.unet = UNet(config)
+        self._layers = [module for module in self.modules() if isinstance(module, NormalizedModule)]
         # In a training pass, normalise the weights of all layers in one launch, and their gradients in another. Turn it
         # off where parameters are sharded or gradients are sent while backward runs: these come all at its end.
         self.weights_at_once = True
@@ -139,8 +140,7 @@ class Denoiser(nn.Module):
 
     def normalize_weights_(self) -> None:
         """Give every stored weight unit RMS for each output channel, in place; call before each training step."""
-        layers = [module for module in self.modules() if isinstance(module, NormalizedModule)]
-        normalize_weights_([weight for layer in layers for weight in layer.raw_weights()])
+        normalize_weights_([weight for layer in self._layers for weight in layer.raw_weights()])
 
     def num_parameters(self) -> int:
         return sum(p.numel() for p in self.parameters())
@@ -188,8 +188,7 @@ class Denoiser(nn.Module):
         return c_skip[:, :, None, None, None] * x + c_out[:, :, None, None, None] * out
 
     def _with_weights_at_once(self, x: Tensor, actions: Tensor | None, frames: FramePass) -> Tensor:
-        layers = [module for module in self.modules() if isinstance(module, NormalizedModule)]
-        owners = [(layer, weight) for layer in layers for weight in layer.raw_weights()]
+        owners = [(layer, weight) for layer in self._layers for weight in layer.raw_weights()]
         device = x.device.type
         # what convolutions and linear layers would cast each of them to
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
@@ -199,7 +198,7 @@ class Denoiser(nn.Module):
         try:
             return self.unet(x, actions, frames)
         finally:
-            for layer in layers:
+            for layer in self._layers:
                 layer.given.clear()
 
     def _check(self, x: Tensor, sigma: Tensor, cache: Cache | None = None) -> None:
