@@ -162,11 +162,13 @@ def _section(result: Mapping[str, Any]) -> list[str]:
     if env["device"] == "cuda":
         versions += f", cuDNN {env['cudnn']}, driver {(env.get('clocks') or {}).get('driver_version', 'unknown')}"
     commit = env["commit"][:12] + (" with uncommitted changes" if env["uncommitted_changes"] else "")
+    kept = env["device"] == "cpu" and env.get("allocator", "as found") != "as found"
+    memory = ", in memory that the process keeps between calls" if kept else ""
     parts = [
         f"### {machine}",
         f"{env['date'][:10]}, commit {commit}, Python {env['python']}, {versions}. Ceilings measured in the same "
         f"run: matmul {matmul}; copy {limits['copy_bytes_per_s'] / 1e9:.3g} GB/s. Medians of interleaved calls on "
-        f"random data with a cold cache; `{result['file']}` has quartiles and all details.",
+        f"random data with a cold cache{memory}; `{result['file']}` has quartiles and all details.",
     ]
     load = max(env["load_average"], env.get("load_average_after", 0) - env["threads"])
     if env["device"] == "cpu" and load > 0.5:
