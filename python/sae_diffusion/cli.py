@@ -32,7 +32,10 @@ from .train.trainer import Trainer
 
 RUN_FILE = "run.json"  # in a run folder: how its clips were cut and its sampler, for `sae sample`
 USER_ERRORS = (ValueError, TypeError, OSError, ImportError, RuntimeError, FloatingPointError)
-OPTIONAL = ("gymnasium", "av", "pillow", "safetensors", "tyro", "rich", "tensorboard", "matplotlib", "ale-py")
+OPTIONAL = (
+    "gymnasium", "av", "pillow", "pyarrow", "safetensors", "scikit-learn", "torchdiffeq", "tyro", "rich", "tensorboard",
+    "matplotlib", "ale-py",
+)  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)

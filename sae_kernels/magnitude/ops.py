@@ -22,7 +22,7 @@ def implementations(
     `no_triton`: why the Triton kernels do not take these arguments.
     """
     available = ["composed", "reference"]
-    why_not = {"cuda": "the C++ extension has no code for it but for normalize_weights_"}
+    why_not = {"cuda": "the C++ extension has code for normalize_weights and normalize_weights_ alone"}
     reason = _launch.why_not(device)
     if reason is None and dtype == torch.float64:
         reason = "it computes in float32; float64 is for composed and reference"
