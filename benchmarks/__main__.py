@@ -125,7 +125,7 @@ def _start_with_warm_allocator() -> None:
     """Start this process again with `WARM_ALLOCATOR`, unless it runs with it already or there is no glibc."""
     if platform.libc_ver()[0] != "glibc" or WARM_ALLOCATOR.items() <= os.environ.items():
         return
-    if any("as-found" in argument for argument in sys.argv):
+    if "as-found" in sys.argv or "--allocator=as-found" in sys.argv:
         return
     arguments = [sys.executable, "-m", "benchmarks", *sys.argv[1:]]
     os.execve(sys.executable, arguments, os.environ | WARM_ALLOCATOR)

@@ -41,8 +41,7 @@ class Preset:
 MODELS = {
     # 64x64 pixels as 32x32x12, made for some hundred training steps on two CPU cores. Given the past, little of a
     # frame is unknown: with sigma_data 0.3 D takes the network's own picture wherever sigma is above about that, and
-    # need not wait until the network has learned to subtract the noise it is shown (one-step PSNR after 170 steps:
-    # 10.3 dB with 1, 22.9 dB with 0.3). The window is the clip length of training less one.
+    # need not wait until the network has learned to subtract the noise it is shown. The window is the clip length of training less one.
     "tiny": ModelConfig(
         height=64,
         width=64,

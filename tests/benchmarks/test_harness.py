@@ -222,6 +222,10 @@ def test_the_process_starts_again_with_a_warm_allocator_once(monkeypatch):
     ((program, arguments, environment),) = started
     assert program == sys.executable and arguments[1:] == ["-m", "benchmarks", "--dry"]
     assert environment["MALLOC_MMAP_MAX_"] == "0" and environment["PATH"] == os.environ["PATH"]
+    monkeypatch.setattr(sys, "argv", ["benchmarks", "--allocator", "as-found"])
+    cli._start_with_warm_allocator()
+    assert len(started) == 1
+    monkeypatch.setattr(sys, "argv", ["benchmarks", "--json", "as-found.json"])
     for name, value in cli.WARM_ALLOCATOR.items():
         monkeypatch.setenv(name, value)
     cli._start_with_warm_allocator()
