@@ -41,7 +41,8 @@ class Preset:
 MODELS = {
     # 64x64 pixels as 32x32x12, made for some hundred training steps on two CPU cores. Given the past, little of a
     # frame is unknown: with sigma_data 0.3 D takes the network's own picture wherever sigma is above about that, and
-    # need not wait until the network has learned to subtract the noise it is shown. The window is the clip length of training less one.
+    # need not wait until the network has learned to subtract the noise it is shown. The window is the
+    # clip length of training less one.
     "tiny": ModelConfig(
         height=64,
         width=64,
