@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 
+import sae_kernels
 from sae_kernels import _extension
 
 ROOT = Path(__file__).parents[2]
@@ -72,6 +73,8 @@ print(home, _extension.library("cpu"), json.loads((home / "_build.json").read_te
     packages = {str(p.parent.relative_to(ROOT)) for p in (ROOT / "sae_kernels").rglob("__init__.py")}
     packages |= {str(p.parent.relative_to(ROOT / "python")) for p in (ROOT / "python").rglob("__init__.py")}
     assert packages <= {str(Path(name).parent) for name in names}
+    tops = {Path(name).parts[0] for name in names}
+    assert tops == {"sae_kernels", "sae_diffusion", f"sae_kernels-{sae_kernels.__version__}.dist-info"}
 
 
 def test_without_compilers_the_installation_is_pure_python_and_says_why(source, tmp_path):
