@@ -190,27 +190,39 @@ def ceilings(device: str, dtypes: Sequence[str], *, small: bool = False) -> dict
     return found | {"copy_size": size, "copy_bytes_per_s": 2 * size / min(times)}
 
 
-def cache_bytes(device: str) -> int:
-    """The last-level cache: 50 MB of L2 is the most on a Hopper GPU; L3 as Linux tells it, else 32 MB."""
+def cache_bytes(device: str, caches: Path = Path("/sys/devices/system/cpu/cpu0/cache")) -> int:
+    """The last-level cache: 50 MB of L2 is the most on a Hopper GPU; L3 as Linux tells it in `caches`, else 32 MB."""
     if device == "cuda":
         return int(getattr(torch.cuda.get_device_properties(0), "L2_cache_size", 0)) or 50 << 20
     sizes = []
-    for path in Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size"):
+    for path in caches.glob("index*/size"):
         match = re.fullmatch(r"(\d+)([KM])", path.read_text().strip())
         if match:
             sizes.append(int(match[1]) << (10 if match[2] == "K" else 20))
     return max(sizes, default=32 << 20)
 
 
-def number_of_sets(bytes_of_one: int, device: str, at_most: int) -> int:
-    """Input sets to rotate over so that none is in the cache when its turn comes, within a quarter of free memory."""
-    wanted = 1 + -(-4 * cache_bytes(device) // max(bytes_of_one, 1))
+def free_bytes(device: str) -> int:
+    """Free memory; half of all where the system does not tell."""
     if device == "cuda":
-        free = torch.cuda.mem_get_info()[0]
-    else:
-        free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+        return torch.cuda.mem_get_info()[0]
+    pages = os.sysconf("SC_AVPHYS_PAGES") if "SC_AVPHYS_PAGES" in os.sysconf_names else os.sysconf("SC_PHYS_PAGES") // 2
+    return pages * os.sysconf("SC_PAGE_SIZE")
+
+
+def number_of_sets(bytes_of_one: int, cache: int, free: int, at_most: int) -> int:
+    """Input sets to rotate over so that none is in the cache when its turn comes, within a quarter of free memory.
+
+    Where the two disagree, as with 480 MiB of cache and little memory, memory wins: `outgrow` then tells.
+    """
+    wanted = 1 + -(-4 * cache // max(bytes_of_one, 1))
     affordable = free // 4 // max(bytes_of_one, 1)
     return max(1, min(max(2, wanted), affordable, at_most))
+
+
+def outgrow(bytes_of_one: int, sets: int, cache: int) -> bool:
+    """Whether the other sets fill the cache before a set's turn comes again."""
+    return bytes_of_one * (sets - 1) >= cache
 
 
 def nbytes(value: Any) -> int:

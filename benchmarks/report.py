@@ -77,13 +77,15 @@ def rows(record: Mapping[str, Any]) -> list[tuple[str, ...]]:
 
 
 def remarks(record: Mapping[str, Any]) -> list[str]:
-    """What a table of figures does not show: a red gate, wrong or missing contenders, set-up costs, yardsticks."""
+    """What a table of figures does not show: red gates, wrong or missing contenders, set-up costs, yardsticks."""
     if not record["gate"]["ok"]:
         return [f"RED, no figures: {record['gate']['reason']}"]
     found = [f"{w['contender']}, {w['direction']}: WRONG, no figure: {w['reason']}" for w in record["wrong"]]
     for missing in record["missing"]:
         where = "" if missing["direction"] is None else f", {missing['direction']}"
         found.append(f"{missing['contender']}{where}: not there: {missing['reason']}")
+    if not record.get("cold", True):
+        found.append("warm cache: the input sets fit in it")
     first = {result["contender"]: result for result in reversed(record["results"])}
     for name, result in reversed(first.items()):
         if result["kind"] == "other":

@@ -96,9 +96,12 @@ def _time(
     limits: Mapping[str, Any],
 ) -> None:
     first = problem.make_inputs(0)
-    count = measure.number_of_sets(measure.nbytes(first), device, 1 if options.dry else problem.largest_sets)
+    size, cache = measure.nbytes(first), measure.cache_bytes(device)
+    at_most = 1 if options.dry else problem.largest_sets
+    count = measure.number_of_sets(size, cache, measure.free_bytes(device), at_most)
     sets = [first, *(problem.make_inputs(i) for i in range(1, count))]
     record["input_sets"] = count
+    record["cold"] = device == "cuda" or measure.outgrow(size, count, cache)  # on a GPU the stopwatch empties the cache
     for direction, contenders in ready.items():
         calls = {c.name: [_bind(c, direction, inputs) for inputs in sets] for c in contenders}
         rounds = {"min_rounds": 1, "max_rounds": 1} if options.dry else {}

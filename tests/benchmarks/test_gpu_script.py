@@ -20,7 +20,7 @@ def test_dry_run_takes_every_step_home(tmp_path):
     env = {k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "TRITON_INTERPRET")}
     done = subprocess.run(
         [sys.executable, "-m", "benchmarks.gpu", "--device", "cpu", "--dry"],
-        cwd=ROOT, env=env | {"GPU_OUT": str(out), "GPU_BUDGET_S": "400"}, capture_output=True, text=True, timeout=500,
+        cwd=ROOT, env=env | {"GPU_OUT": str(out), "GPU_BUDGET_S": "4000"}, capture_output=True, text=True,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
     summary = json.loads((out / "summary.json").read_text())
@@ -28,7 +28,7 @@ def test_dry_run_takes_every_step_home(tmp_path):
     assert {s["step"]: s["status"] for s in summary["steps"]}.items() >= {
         "environment": "ok", "tests": "ok", "benchmarks": "ok", "tables": "ok",
     }.items()  # fmt: skip
-    assert summary["budget_s"] == 400 and summary["torch"] and summary["compute_sanitizer"]
+    assert summary["budget_s"] == 4000 and summary["torch"] and summary["compute_sanitizer"]
     result = json.loads((out / "benchmarks.json").read_text())
     assert result["complete"] and all(c["gate"]["ok"] and c["results"] for c in result["cases"])
     reasons = [m["reason"] for c in result["cases"] for m in c["missing"]]
@@ -56,18 +56,15 @@ def test_no_gpu_fails_with_the_reason(tmp_path, monkeypatch, capsys):
 
 def test_commands_are_stopped_at_their_limit_and_leave_their_log(tmp_path):
     run = session(tmp_path)
-    code = [sys.executable, "-u", "-c", "import time; print('begun'); time.sleep(60)"]
-    assert run.command("slow", code, 3.0) == -1
+    assert run.command("slow", ["sh", "-c", "echo begun; exec sleep 600"], 3.0) == -1
     assert run.steps[-1]["status"] == "out of time"
-    assert (tmp_path / "slow.log").read_text() == "begun\n" or "KeyboardInterrupt" in (
-        tmp_path / "slow.log"
-    ).read_text()
+    assert (tmp_path / "slow.log").read_text() == "begun\n"
 
 
 @pytest.mark.parametrize(("code", "fine", "status"), [(0, (0,), "ok"), (5, (0, 5), "ok"), (3, (0, 5), "failed")])
 def test_exit_statuses(code, fine, status, tmp_path):
-    run = session(tmp_path)
-    run.command("step", [sys.executable, "-c", f"raise SystemExit({code})"], 30, fine=fine)
+    run = session(tmp_path, 600.0)
+    run.command("step", [sys.executable, "-c", f"raise SystemExit({code})"], 600, fine=fine)
     assert run.steps[-1]["status"] == status
     assert json.loads((tmp_path / "summary.json").read_text())["steps"] == run.steps
 

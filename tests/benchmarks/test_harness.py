@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import sys
-import time
 
 import pytest
 import torch
@@ -74,13 +73,20 @@ def test_contenders_take_turns_and_input_sets_rotate():
     assert log[6:] == [("a", 0), ("b", 0), ("b", 1), ("a", 1), ("a", 2), ("b", 2), ("b", 0), ("a", 0)]
 
 
-def test_timing_ends_with_its_time_and_measures_it():
-    begun = time.perf_counter()
-    times = measure.interleaved({"sleep": [lambda: time.sleep(0.01)]}, "cpu", 0.2)["sleep"]
-    assert 0.1 < time.perf_counter() - begun < 2
-    assert len(times) >= 5 and min(times) >= 0.01
-    # Slower than its time: three rounds.
-    assert len(measure.interleaved({"sleep": [lambda: time.sleep(0.02)]}, "cpu", 0.001)["sleep"]) == 3
+def test_timing_ends_with_its_time_and_measures_it(monkeypatch):
+    clock = [0.0]
+    monkeypatch.setattr(measure.time, "perf_counter", lambda: clock[0])
+
+    def takes(seconds):
+        return {"call": [lambda: clock.__setitem__(0, clock[0] + seconds)]}
+
+    # Three rounds to warm up, then rounds while another one ends before its time.
+    assert measure.interleaved(takes(0.25), "cpu", 2.0)["call"] == [0.25] * 7
+    assert clock[0] == 10 * 0.25
+    # Slower than its time: three rounds. Faster: at least five, at most 200.
+    assert measure.interleaved(takes(4.0), "cpu", 2.0)["call"] == [4.0] * 3
+    assert measure.interleaved(takes(0.5), "cpu", 1.0)["call"] == [0.5] * 5
+    assert len(measure.interleaved(takes(0.0), "cpu", 1.0)["call"]) == 200
 
 
 def test_summary_is_median_and_quartiles():
@@ -111,12 +117,27 @@ def test_leaves_are_operations_that_call_no_other():
     assert measure._leaves(events) == 3
 
 
-def test_input_sets_outgrow_the_cache_and_fit_in_memory():
-    cache = measure.cache_bytes("cpu")
-    assert measure.number_of_sets(cache // 4, "cpu", 64) == 17
-    assert measure.number_of_sets(8 * cache, "cpu", 64) == 2
-    assert measure.number_of_sets(1, "cpu", 64) == 64
-    assert measure.number_of_sets(1 << 60, "cpu", 64) == 1
+@pytest.mark.parametrize("cache", [1 << 20, 32 << 20, 480 << 20])
+def test_input_sets_outgrow_the_cache_and_fit_in_memory(cache):
+    plenty = 1 << 50
+    assert measure.number_of_sets(cache // 4, cache, plenty, 64) == 17
+    assert measure.number_of_sets(8 * cache, cache, plenty, 64) == 2
+    assert measure.number_of_sets(1, cache, plenty, 64) == 64
+    assert measure.number_of_sets(1 << 60, cache, plenty, 64) == 1
+    # A quarter of free memory holds no more, whatever the cache.
+    assert measure.number_of_sets(cache // 4, cache, 6 * cache, 64) == 6
+    assert measure.number_of_sets(cache // 4, cache, 0, 64) == 1
+    assert measure.outgrow(cache // 4, 5, cache) and not measure.outgrow(cache // 4, 4, cache)
+    assert not measure.outgrow(8 * cache, 1, cache)
+
+
+def test_the_cache_is_the_largest_that_linux_tells_or_32_mib(tmp_path):
+    for index, size in enumerate(("48K", "2048K", "480M")):
+        (tmp_path / f"index{index}").mkdir()
+        (tmp_path / f"index{index}" / "size").write_text(size + "\n")
+    assert measure.cache_bytes("cpu", tmp_path) == 480 << 20
+    assert measure.cache_bytes("cpu", tmp_path / "nowhere") == 32 << 20
+    assert measure.free_bytes("cpu") > 0
 
 
 def test_environment_says_what_ran_where(monkeypatch):
@@ -131,7 +152,7 @@ def test_environment_says_what_ran_where(monkeypatch):
 
 # --- the result file
 
-CASE_KEYS = {"op", "case", "about", "device", "shape", "dtype", "unit", "flops", "bytes", "gate", "results", "missing", "wrong", "input_sets", "seconds"}  # fmt: skip
+CASE_KEYS = {"op", "case", "about", "device", "shape", "dtype", "unit", "flops", "bytes", "gate", "results", "missing", "wrong", "input_sets", "cold", "seconds"}  # fmt: skip
 RESULT_KEYS = {"contender", "kind", "direction", "note", "median_s", "q25_s", "q75_s", "rounds", "units", "setup", "peak_bytes", "launches"}  # fmt: skip
 
 

@@ -45,6 +45,12 @@ def test_markdown_has_figures_machine_and_what_is_missing(result):
     assert "noise/2^28 was not run: 3 s of the budget left." in text
 
 
+def test_a_warm_cache_is_said(result):
+    assert "warm cache" not in report.markdown([result])
+    result["cases"][0]["cold"] = False
+    assert "- warm cache: the input sets fit in it" in report.markdown([result])
+
+
 def test_markdown_with_a_gpu_does_not_say_it_is_missing(result):
     gpu = copy.deepcopy(result)
     gpu["environment"] |= {"device": "cuda", "gpu": "NVIDIA H200", "clocks": {"driver_version": "580.1"}}

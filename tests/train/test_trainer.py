@@ -283,7 +283,11 @@ def run_two(runs: list[dict]) -> list[dict]:
         )
         for rank in range(2)
     ]  # fmt: skip
-    outputs = [p.communicate(timeout=120) for p in processes]
+    try:
+        outputs = [p.communicate() for p in processes]  # one that dies takes the other with it: gloo loses its peer
+    finally:
+        for p in processes:
+            p.kill()
     assert all(p.returncode == 0 for p in processes), outputs
     return [json.loads(line) for line in outputs[0][0].splitlines() if line.startswith("{")]
 
