@@ -130,7 +130,7 @@ def choosing(choose: Callable[[Sequence[str]], str]) -> Iterator[None]:
 
 
 def fastest(available: Sequence[str]) -> str:
-    return next(impl for impl in ("cuda", "triton", "composed", "reference") if impl in available)
+    return next(impl for impl in ("cuda", "cpp", "triton", "composed", "reference") if impl in available)
 
 
 def plain(available: Sequence[str]) -> str:

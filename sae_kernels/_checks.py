@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 
 FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-IMPLEMENTATIONS = ("auto", "reference", "composed", "triton", "cuda")
+IMPLEMENTATIONS = ("auto", "reference", "composed", "cpp", "triton", "cuda")
 
 
 def describe(value: object) -> str:

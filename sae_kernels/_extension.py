@@ -1,6 +1,6 @@
 """The C++ extension: loads the libraries that setup.py built, and says why one is missing.
 
-Its ops, `torch.ops.sae_kernels_native.*`, write into tensors they are given; each op's `cuda.py` calls them. They are
+Its ops, `torch.ops.sae_kernels_native.*`, write into tensors they are given; each op's `cpp.py` calls them. They are
 registered here with fakes, so that a trace that reaches them does not run them.
 """
 
@@ -69,3 +69,17 @@ def why_not(device: torch.device) -> str | None:
         if major < 8:
             return f"it needs compute capability 8.0 or newer, this device has {major}.{minor}"
     return reason
+
+
+def offer(available: list[str], unavailable: dict[str, str], device: torch.device, cannot: str | None = None) -> None:
+    """Add the extension to an op's implementations: first as "cpp" on the CPU or "cuda" on CUDA, or why not.
+
+    `cannot`: why it does not take the op's arguments.
+    """
+    name, other = ("cpp", "cuda") if device.type == "cpu" else ("cuda", "cpp")
+    unavailable[other] = f"it runs on {'CUDA devices' if other == 'cuda' else 'the CPU'}; here use {name!r}"
+    reason = why_not(device) or cannot
+    if reason is None:
+        available.insert(0, name)
+    else:
+        unavailable[name] = reason

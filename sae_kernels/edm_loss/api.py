@@ -37,8 +37,8 @@ def edm_loss(
         layout: its frames, noisy_copies and noisy_first are used; noisy_copies >= 1.
         seed, offset: those given to `token_noise` for the network's input.
         sigma_data: d, > 0.
-        impl: "auto", "reference", "composed", or "cuda" (the C++ extension, also on the CPU). A named one is used or
-            refused, never replaced.
+        impl: "auto", "reference", "composed", "cpp" (the C++ extension on the CPU) or "cuda" (on CUDA). A named one is
+            used or refused, never replaced.
 
     Returns:
         (B, K T), float32 (float64 for float64 raw). Gradient flows to raw alone.

@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 
 from .. import _extension, _library
-from . import composed, cuda
+from . import composed, cpp
 
 _OPTIONS = "SymInt streams, bool noisy_first, float sigma_data, SymInt seed, SymInt offset, str impl"
 # Dimensions of x0 that the extension walks: batch and kMaxDims of csrc/cpu_kernels.h.
@@ -18,21 +18,16 @@ MAX_DIMS = 9
 def implementations(device: torch.device, ndim: int = 5) -> tuple[list[str], dict[str, str]]:
     """(those that run on this device, fastest first; those that do not, with the reason)."""
     available, why_not = ["composed", "reference"], {"triton": "there is no Triton kernel for this op yet"}
-    reason = _extension.why_not(device)
-    if reason is None and ndim > MAX_DIMS:
-        reason = f"it takes up to {MAX_DIMS} dimensions, got {ndim}"
-    if reason is None:
-        available.insert(0, "cuda")
-    else:
-        why_not["cuda"] = reason
+    too_many = f"it takes up to {MAX_DIMS} dimensions, got {ndim}" if ndim > MAX_DIMS else None
+    _extension.offer(available, why_not, device, too_many)
     return available, why_not
 
 
 def _backend(impl: str):
     if impl == "composed":
         return composed
-    if impl == "cuda":
-        return cuda
+    if impl in ("cpp", "cuda"):
+        return cpp
     raise ValueError(f"impl: edm_loss has no registered implementation {impl!r}")
 
 

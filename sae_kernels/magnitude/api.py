@@ -196,7 +196,7 @@ def normalize_weights(
         weights: each (Cout, ...), at least two dimensions, of one device.
         gains: numbers; None for 1.
         dtype: of the results, those of the weights by default; such as the autocast dtype, which saves a cast of each.
-        impl: "auto", "composed", or "cuda" (the C++ extension, also on the CPU: contiguous float32 weights).
+        impl: "auto", "composed", "cpp" (the C++ extension on the CPU) or "cuda" (on CUDA): contiguous float32 weights.
 
     Returns:
         Contiguous tensors of the weights' shapes.
@@ -232,7 +232,7 @@ def normalize_weights_(
         weights: each (Cout, ...), at least two dimensions, of one device.
         copies: contiguous tensors of the weights' shapes; None for none.
         gains: of the copies; None for 1.
-        impl: "auto", "composed", or "cuda" (the C++ extension, also on the CPU: contiguous float32).
+        impl: "auto", "composed", "cpp" (the C++ extension on the CPU) or "cuda" (on CUDA): contiguous float32 weights.
 
     Raises:
         TypeError: not a tensor, or not a supported dtype.

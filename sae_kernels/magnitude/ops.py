@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import torch
 
 from .. import _extension, _launch, _library
-from . import composed, cuda
+from . import composed, cpp
 
 
 def implementations(
@@ -22,7 +22,9 @@ def implementations(
     `no_triton`: why the Triton kernels do not take these arguments.
     """
     available = ["composed", "reference"]
-    why_not = {"cuda": "the C++ extension has code for normalize_weights and normalize_weights_ alone"}
+    why_not = dict.fromkeys(
+        ("cpp", "cuda"), "the C++ extension has code for normalize_weights and normalize_weights_ alone"
+    )
     reason = _launch.why_not(device)
     if reason is None and dtype == torch.float64:
         reason = "it computes in float32; float64 is for composed and reference"
@@ -434,15 +436,15 @@ _library.register_autograd(normalize_weight, _weight_gradient, _weight_context)
 
 def weight_implementations(weights: Sequence[torch.Tensor]) -> tuple[list[str], dict[str, str]]:
     """(those that normalise these weights in place, fastest first; those that do not, with the reason)."""
-    reason = _extension.why_not(weights[0].device)
-    for w in weights:
-        if reason is None and (w.dtype != torch.float32 or not w.is_contiguous()):
-            reason = "it takes contiguous float32 weights"
-    return (["composed"], {"cuda": reason}) if reason else (["cuda", "composed"], {})
+    fits = all(w.dtype == torch.float32 and w.is_contiguous() for w in weights)
+    available = ["composed"]
+    why_not: dict[str, str] = {}
+    _extension.offer(available, why_not, weights[0].device, None if fits else "it takes contiguous float32 weights")
+    return available, why_not
 
 
 def _weight_backend(impl: str):
-    return cuda if impl == "cuda" else composed
+    return composed if impl == "composed" else cpp
 
 
 normalize_weights_ = _library.define(

@@ -22,7 +22,7 @@ def implementations(
 ) -> tuple[list[str], dict[str, str]]:
     """(those that run on this device, fastest first; those that do not, with the reason)."""
     available = ["composed", "reference"]
-    why_not = {"cuda": "there is no C++ kernel for this op; use triton or composed"}
+    why_not = dict.fromkeys(("cpp", "cuda"), "there is no C++ kernel for this op; use triton or composed")
     reason = _launch.why_not(device)
     if reason is None and dtype == torch.float64:
         reason = "it computes in float32; float64 is for composed and reference"

@@ -40,8 +40,8 @@ def token_noise(
             seed with different offsets never share a counter.
         dtype: of the output, that of x by default.
         return_noise: also return eps, of the output's shape and dtype, without gradient.
-        impl: "auto", "reference", "composed", "triton", or "cuda" (the C++ extension, also on the CPU). A named one is
-            used or refused, never replaced.
+        impl: "auto", "reference", "composed", "triton", "cpp" (the C++ extension on the CPU) or "cuda" (on CUDA). A
+            named one is used or refused, never replaced.
 
     Returns:
         (B, F, ...), contiguous; with `return_noise` the pair (out, eps). Gradients flow to x and both scales.

@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 
 from .. import _extension, _launch, _library
-from . import composed, cuda
+from . import composed, cpp
 
 _OPTIONS = "SymInt seed, SymInt offset, str impl"
 
@@ -30,21 +30,16 @@ def implementations(
     else:
         # The interpreter serves tests: never the choice of "auto".
         available.insert(0 if device.type == "cuda" else len(available), "triton")
-    reason = _extension.why_not(device)
-    if reason is None and ndim > MAX_DIMS:
-        reason = f"it takes up to {MAX_DIMS} dimensions, got {ndim}"
-    if reason is None:
-        available.insert(0, "cuda")
-    else:
-        why_not["cuda"] = reason
+    too_many = f"it takes up to {MAX_DIMS} dimensions, got {ndim}" if ndim > MAX_DIMS else None
+    _extension.offer(available, why_not, device, too_many)
     return available, why_not
 
 
 def _backend(impl: str):
     if impl == "composed":
         return composed
-    if impl == "cuda":
-        return cuda
+    if impl in ("cpp", "cuda"):
+        return cpp
     if impl == "triton":
         from . import triton
 

@@ -15,7 +15,8 @@ import pytest
 import torch
 
 import sae_kernels
-from sae_kernels import _extension
+from sae_kernels import FrameLayout, _extension
+from sae_kernels.__main__ import report
 
 ROOT = Path(__file__).parents[2]
 NVCC = shutil.which("nvcc")
@@ -61,7 +62,7 @@ def test_wheel_imports_in_a_clean_place_and_runs_its_own_library(source, tmp_pat
     code = """
 import json, pathlib, torch, sae_kernels, sae_diffusion
 from sae_kernels import _extension
-assert sae_kernels.token_noise_eps((9,), seed=1, impl="cuda").isfinite().all()
+assert sae_kernels.token_noise_eps((9,), seed=1, impl="cpp").isfinite().all()
 home = pathlib.Path(sae_kernels.__file__).parent
 print(home, _extension.library("cpu"), json.loads((home / "_build.json").read_text())["cuda"], sep="\\n")
 """
@@ -92,13 +93,13 @@ def test_without_compilers_the_installation_is_pure_python_and_says_why(source, 
 import torch, sae_kernels
 print(sae_kernels.token_noise_eps((3,), seed=1).shape)
 try:
-    sae_kernels.token_noise_eps((3,), seed=1, impl="cuda")
+    sae_kernels.token_noise_eps((3,), seed=1, impl="cpp")
 except ValueError as error:
     print(error)
 """
     output = run(sys.executable, "-c", code, cwd=source)
     assert "torch.Size([3])" in output
-    assert "cannot run 'cuda' on cpu: its cpu library is not built: SAE_SKIP_CPU=1 when it was built" in output
+    assert "cannot run 'cpp' on cpu: its cpu library is not built: SAE_SKIP_CPU=1 when it was built" in output
     report = run(sys.executable, "-m", "sae_kernels", cwd=source)
     assert re.search(r"C\+\+ cpu +its cpu library is not built: SAE_SKIP_CPU=1", report)
     (source / "sae_kernels" / "_cpu.so").write_bytes(b"not a library")
@@ -128,6 +129,25 @@ print(torch._C._dispatch_has_kernel_for_dispatch_key("sae_kernels_native::token_
         assert run(sys.executable, "-c", code, cwd=ROOT).strip() == "True"
 
 
+@pytest.mark.skipif(_extension.library("cpu") is not None, reason=str(_extension.library("cpu")))
+def test_on_the_cpu_the_extension_is_cpp():
+    """And "cuda" is refused there with the reason, by every op that has code in it."""
+    x = torch.zeros(1, 2, 3)
+    calls = {
+        "token_noise": lambda **impl: sae_kernels.token_noise(x, 1, 1, FrameLayout(2, 1), seed=0, **impl),
+        "token_noise_eps": lambda **impl: sae_kernels.token_noise_eps((3,), seed=0, **impl),
+        "edm_loss": lambda **impl: sae_kernels.edm_loss(x, x, x[..., 0] + 1, FrameLayout(2, 1), seed=0, **impl),
+        "normalize_weights": lambda **impl: sae_kernels.normalize_weights([x], **impl),
+        "normalize_weights_": lambda **impl: sae_kernels.normalize_weights_([x.clone()], **impl),
+    }
+    for op, call in calls.items():
+        call(impl="cpp")
+        with pytest.raises(ValueError, match=f"impl: {op} cannot run 'cuda' on cpu: it runs on CUDA.*use 'cpp'"):
+            call(impl="cuda")
+    for op in ("token_noise", "edm_loss"):
+        assert report()["ops"][op]["cpu"]["auto"] == "cpp"
+
+
 def test_extension_names_devices_it_has_no_code_for():
     assert _extension.why_not(torch.device("mps")) == "it has no code for mps devices"
 
@@ -141,7 +161,7 @@ import torch, sae_kernels
 from sae_kernels.testing import assert_within_budget
 gold, eager = (sae_kernels.token_noise_eps((50_001,), seed=3, impl="reference").to(d) for d in (torch.float64, torch.float32))
 ulp = torch.ldexp(torch.ones_like(eager), torch.frexp(eager).exponent - 24)
-got = sae_kernels.token_noise_eps((50_001,), seed=3, impl="cuda")
+got = sae_kernels.token_noise_eps((50_001,), seed=3, impl="cpp")
 assert ((got - eager).abs() / ulp).max() <= 4
 print("same")
 """

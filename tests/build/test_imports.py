@@ -12,7 +12,7 @@ import pytest
 ROOT = Path(__file__).parents[2]
 KERNELS = sorted((ROOT / "sae_kernels").rglob("*.py"))
 OPS = {"frame_attention", "causal_conv3d", "token_noise", "edm_loss", "magnitude", "qk_prepare"}
-IMPLEMENTATIONS = {"reference", "composed", "triton", "cuda"}
+IMPLEMENTATIONS = {"reference", "composed", "triton", "cpp"}
 
 
 def imports(path: Path) -> list[tuple[int, str]]:

@@ -12,7 +12,7 @@ from sae_kernels.edm_loss import ops
 from sae_kernels.testing import assert_within_budget, noncontiguous
 
 WHY_NOT = _extension.library("cpu")
-IMPLS = ("composed",) if WHY_NOT else ("composed", "cuda")
+IMPLS = ("composed",) if WHY_NOT else ("composed", "cpp")
 NAMES = ("loss", "draw")
 
 
@@ -146,7 +146,7 @@ def test_opcheck(impl):
     torch.library.opcheck(ops.edm_loss_fwd, (raw.requires_grad_(), x0, sigma, 3, True, 0.5, -3, 2**40, impl))
     with torch.no_grad():
         torch.library.opcheck(ops.edm_loss_bwd, (grad, raw, x0, sigma, 3, False, 0.5, -3, 2**40, impl))
-    if impl == "cuda":
+    if impl == "cpp":
         native = torch.ops.sae_kernels_native.edm_loss.default
         torch.library.opcheck(native, (raw.detach(), x0, sigma.double(), torch.empty(2, 6), None, 3, 1, 0.5, 1, 2))
         for wrong, message in (
@@ -217,7 +217,10 @@ def test_bad_input_names_argument_rule_and_value(message):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
 def test_gpu_agrees_with_the_cpu(dtype):
     tensors, layout = make(2, 3, 2, (3, 5, 7), dtype=dtype)
-    cpu, gpu = (run([t.to(d) for t in tensors], layout, dtype, seed=-3, impl="cuda") for d in ("cpu", "cuda"))
+    cpu, gpu = (
+        run([t.to(d) for t in tensors], layout, dtype, seed=-3, impl=impl)
+        for d, impl in (("cpu", "cpp"), ("cuda", "cuda"))
+    )
     for g, c in zip(gpu, cpu, strict=True):
         torch.testing.assert_close(g.cpu(), c)
 

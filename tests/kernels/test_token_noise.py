@@ -15,7 +15,7 @@ from sae_kernels.testing import assert_within_budget, noncontiguous
 from sae_kernels.token_noise import composed, ops, reference
 
 WHY_NOT = _extension.library("cpu")
-FP64_IMPLS = ("composed",) if WHY_NOT else ("composed", "cuda")
+FP64_IMPLS = ("composed",) if WHY_NOT else ("composed", "cpp")
 IMPLS = FP64_IMPLS if _launch.why_not(torch.device("cpu")) else (*FP64_IMPLS, "triton")
 needs_extension = pytest.mark.skipif(WHY_NOT is not None, reason=str(WHY_NOT))
 NAMES = ("out", "dx", "dsignal", "dnoise")
@@ -561,19 +561,19 @@ def test_normals_are_within_four_ulp_of_the_reference(impl):
 def test_extension_does_not_depend_on_threads_chunks_or_instruction_boundaries():
     """An element is the same wherever it lies: in the middle of a vector, at the end of a chunk, in another thread."""
     tensors, layout = make(2, 3, 1, (1201,), per="frame")
-    want = run(tensors, layout, torch.float32, seed=3, impl="cuda")
+    want = run(tensors, layout, torch.float32, seed=3, impl="cpp")
     threads = torch.get_num_threads()
     try:
         torch.set_num_threads(2)
-        got = run(tensors, layout, torch.float32, seed=3, impl="cuda")
-        long = token_noise_eps((300_001,), seed=3, impl="cuda")
+        got = run(tensors, layout, torch.float32, seed=3, impl="cpp")
+        long = token_noise_eps((300_001,), seed=3, impl="cpp")
     finally:
         torch.set_num_threads(threads)
     assert all(torch.equal(g, w) for g, w in zip(got, want, strict=True))
-    assert torch.equal(long, token_noise_eps((300_001,), seed=3, impl="cuda"))
+    assert torch.equal(long, token_noise_eps((300_001,), seed=3, impl="cpp"))
     for count in (1, 5, 63, 1023, 1025):
-        assert torch.equal(token_noise_eps((count,), seed=3, impl="cuda"), long[:count])
-    _, eps = token_noise(tensors[0], 1, 1, layout, seed=3, return_noise=True, impl="cuda")
+        assert torch.equal(token_noise_eps((count,), seed=3, impl="cpp"), long[:count])
+    _, eps = token_noise(tensors[0], 1, 1, layout, seed=3, return_noise=True, impl="cpp")
     assert torch.equal(eps.flatten(), long[: eps.numel()])
 
 
@@ -583,7 +583,7 @@ def test_extension_rounds_every_kind_of_number_as_torch_does(dtype):
     """Subnormals, ties, overflow, infinities: each bit pattern of a 16-bit type goes in and out unchanged."""
     every = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16).view(dtype)
     layout = FrameLayout(1, 1, noisy_copies=0)
-    out = token_noise(every.view(1, 1, -1), 1, 0, layout, seed=1, dtype=torch.float32, impl="cuda").flatten()
+    out = token_noise(every.view(1, 1, -1), 1, 0, layout, seed=1, dtype=torch.float32, impl="cpp").flatten()
     assert torch.equal(
         out.nan_to_num(7.0, posinf=9e9, neginf=-9e9), every.float().nan_to_num(7.0, posinf=9e9, neginf=-9e9)
     )
@@ -592,7 +592,7 @@ def test_extension_rounds_every_kind_of_number_as_torch_does(dtype):
         [-1, 0, 1]
     ) * 0x1000
     values = torch.cat([bits, halfway.flatten() & WORD]).to(torch.int32).view(torch.float32)
-    out = token_noise(values.view(1, 1, -1), 1, 0, layout, seed=1, dtype=dtype, impl="cuda").flatten()
+    out = token_noise(values.view(1, 1, -1), 1, 0, layout, seed=1, dtype=dtype, impl="cpp").flatten()
     assert torch.equal(
         out.float().nan_to_num(7.0, posinf=9e9, neginf=-9e9),
         values.to(dtype).float().nan_to_num(7.0, posinf=9e9, neginf=-9e9),
@@ -634,11 +634,12 @@ def test_gpu_gives_the_numbers_of_the_cpu(per, rest, dtype):
         per = "frame of any clip"
     tensors, layout = make(2, 3, 2, rest, per=per, dtype=dtype)
     options = {"seed": -5, "offset": 2**40}
-    cpu, gpu = (run([t.to(d) for t in tensors], layout, dtype, **options, impl="cuda") for d in ("cpu", "cuda"))
+    devices = (("cpu", "cpp"), ("cuda", "cuda"))
+    cpu, gpu = (run([t.to(d) for t in tensors], layout, dtype, **options, impl=impl) for d, impl in devices)
     assert torch.equal(cpu[0], gpu[0].cpu())
     for name, g, c in zip(NAMES[1:], gpu[1:], cpu[1:], strict=True):
         torch.testing.assert_close(g.cpu(), c, msg=name)
-    eps = [token_noise_eps((5, 7, 1001), **options, dtype=dtype, device=d, impl="cuda") for d in ("cpu", "cuda")]
+    eps = [token_noise_eps((5, 7, 1001), **options, dtype=dtype, device=d, impl=impl) for d, impl in devices]
     assert torch.equal(eps[0], eps[1].cpu())
 
 
