@@ -1,1 +1,82 @@
-"""World models on top of sae_kernels: model, diffusion, data and training."""
+"""World models on top of sae_kernels: model, diffusion, data and training.
+
+The names below are what a Python user needs; each is imported when it is first used, so `import sae_diffusion` does not
+wait for torch.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from ._lazy import lazy_names
+
+if TYPE_CHECKING:
+    from .data.format import DataError
+    from .data.readers import Clip, ClipDataset, open_dataset
+    from .data.record import collect
+    from .data.stats import FrameStats
+    from .diffusion.noise import NoiseConfig
+    from .diffusion.sampler import SamplerConfig, generate
+    from .diffusion.window_sampler import generate_window
+    from .model.config import ModelConfig
+    from .model.denoiser import Denoiser
+    from .presets import PRESETS, Preset
+    from .rollout import Rollout, continue_clips
+    from .train.checkpoint import latest_checkpoint, load_denoiser
+    from .train.config import TrainConfig
+    from .train.trainer import Trainer, TrainResult
+
+__all__ = [
+    "PRESETS",
+    "Clip",
+    "ClipDataset",
+    "DataError",
+    "Denoiser",
+    "FrameStats",
+    "ModelConfig",
+    "NoiseConfig",
+    "Preset",
+    "Rollout",
+    "SamplerConfig",
+    "TrainConfig",
+    "TrainResult",
+    "Trainer",
+    "collect",
+    "continue_clips",
+    "generate",
+    "generate_window",
+    "latest_checkpoint",
+    "load_denoiser",
+    "open_dataset",
+]
+
+__getattr__ = lazy_names(
+    __name__,
+    {
+        "PRESETS": "presets",
+        "Clip": "data.readers",
+        "ClipDataset": "data.readers",
+        "DataError": "data.format",
+        "Denoiser": "model.denoiser",
+        "FrameStats": "data.stats",
+        "ModelConfig": "model.config",
+        "NoiseConfig": "diffusion.noise",
+        "Preset": "presets",
+        "Rollout": "rollout",
+        "SamplerConfig": "diffusion.sampler",
+        "TrainConfig": "train.config",
+        "TrainResult": "train.trainer",
+        "Trainer": "train.trainer",
+        "collect": "data.record",
+        "continue_clips": "rollout",
+        "generate": "diffusion.sampler",
+        "generate_window": "diffusion.window_sampler",
+        "latest_checkpoint": "train.checkpoint",
+        "load_denoiser": "train.checkpoint",
+        "open_dataset": "data.readers",
+    },
+)
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *__all__])
