@@ -76,7 +76,7 @@ def build(shape: Mapping[str, Any], device: str) -> Problem:
     # A window as long as the context keeps the cost of a frame the same from call to call.
     config = dataclasses.replace(train_step.config_of(shape), window=context)
     model = train_step.network(config, device).eval()
-    sampler = SamplerConfig(steps=shape["steps"])
+    sampler = SamplerConfig(sampling_steps=shape["steps"])
     frames = torch.randn(B, context, config.channels, config.height, config.width, device=device)
     labels = torch.full((B, context), sampler.context_sigma, device=device)
     caches: dict[str, Any] = {}

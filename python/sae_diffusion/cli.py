@@ -7,30 +7,26 @@ import importlib.metadata
 import json
 import os
 import sys
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-import torch
 import tyro
 
-from .data import ClipDataset, FrameStats, collect, open_dataset
-from .diffusion.plot import SchedulePlot
-from .diffusion.sampler import SamplerConfig
-from .diffusion.window_sampler import check_trained_for_window
+from .diffusion.cli import SchedulePlot
+from .diffusion.config import SamplerConfig
 from .images.cli import ImagesCommand
-from .media import write_png
-from .model import Denoiser, ModelConfig
-from .presets import PRESETS, ClipConfig, Preset
-from .rollout import continue_clips, films_from_nothing, random_actions
+from .model.config import ModelConfig
+from .presets import PRESETS, ClipConfig, Preset, read_run_settings
+from .progress import progress_bar
 from .series.cli import SeriesCommand
-from .train.checkpoint import load_denoiser
 from .train.config import TrainConfig
-from .train.trainer import Trainer
 
-RUN_FILE = "run.json"  # in a run folder: how its clips were cut and its sampler, for `sae sample`
+if TYPE_CHECKING:
+    from .data import ClipDataset
+    from .model import Denoiser
+
 USER_ERRORS = (ValueError, TypeError, OSError, ImportError, RuntimeError, FloatingPointError)
 OPTIONAL = (
     "gymnasium", "av", "pillow", "pyarrow", "safetensors", "scikit-learn", "torchdiffeq", "tyro", "rich", "tensorboard",
@@ -71,11 +67,13 @@ class Collect:
     debug: bool = False
 
     def run(self) -> None:
-        with progress_bar("collect", self.episodes, "episodes") as update:
+        from .data import collect
+
+        with progress_bar("collect", self.episodes, "episodes") as bar:
             done = collect(
                 self.env, self.out, episodes=self.episodes, size=self.size, seed=self.seed, frame_skip=self.frame_skip,
                 hold=self.hold, max_frames=self.max_frames, skip_first=self.skip_first, num_workers=self.workers,
-                progress=lambda count, total, frames: update(count, f"{frames} frames"),
+                progress=lambda count, total, frames: bar.update(count, f"{frames} frames"),
             )  # fmt: skip
         print(f"{done.path}: {done.episodes} episodes, {done.frames} frames ({done.recorded} episodes new)")
 
@@ -105,6 +103,8 @@ class Train:
     def run(self) -> None:
         if not self.train.data:
             raise ValueError("data: name the training data with --data FOLDER")
+        from .runs import make_trainer
+
         trainer = make_trainer(Preset(self.model, self.train, self.sampler, self.clips))
         if trainer.rank == 0:
             skipped = len(trainer.dataset.skipped)
@@ -174,6 +174,12 @@ class Sample:
         for name in ("frames", "samples", "hold", "scale"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}: must be at least 1, got {getattr(self, name)}")
+        from .devices import pick_device
+        from .diffusion.window_sampler import check_trained_for_window
+        from .rollout import continue_clips, films_from_nothing, random_actions
+        from .runs import run_folder, spread
+        from .train.checkpoint import load_denoiser
+
         device = pick_device(self.device)
         model, stats, *states = load_denoiser(self.run_dir, self.ema, device=device)
         guide = None
@@ -185,11 +191,11 @@ class Sample:
                 check_trained_for_window(state)
         random = self.actions == "random" or self.data is None
         actions = random_actions(model, self.samples, self.frames, self.hold, self.seed) if random else None
-        with progress_bar("sample", self.frames, "frames") as update:
+        with progress_bar("sample", self.frames, "frames") as bar:
             if self.data is None:
                 rollout = films_from_nothing(
                     model, stats, self.samples, self.frames, self.sampler,
-                    actions=actions, seed=self.seed, guide=guide, window_frames=self.window_frames, callback=update,
+                    actions=actions, seed=self.seed, guide=guide, window_frames=self.window_frames, callback=bar.update,
                 )  # fmt: skip
             else:
                 if self.context < 1:
@@ -200,15 +206,17 @@ class Sample:
                     model, stats, clips, self.frames, self.sampler, context=self.context,
                     actions=actions[: len(clips)] if actions is not None else None,
                     recorded=not random, seed=self.seed, guide=guide, window_frames=self.window_frames,
-                    callback=update,
+                    callback=bar.update,
                 )  # fmt: skip
-        run_dir = self.run_dir if not (self.run_dir / "state.json").exists() else self.run_dir.parent
-        for path in rollout.write(self.out or run_dir / "samples", fps=self.fps, scale=self.scale):
+        for path in rollout.write(self.out or run_folder(self.run_dir) / "samples", fps=self.fps, scale=self.scale):
             print(path)
 
     def heldout(self, data: Path, model: Denoiser, length: int) -> ClipDataset:
         """Clips cut as in training."""
-        clips = ClipConfig(**run_settings(self.run_dir).get("clips", {}))
+        from .runs import open_clips
+
+        settings = read_run_settings(self.run_dir)
+        clips = settings[0] if settings else ClipConfig()
         return open_clips(data, dataclasses.replace(clips, on_error="skip"), model.config, length, "heldout")
 
 
@@ -269,129 +277,6 @@ def package_version(package: str) -> str:
         return "not installed"
 
 
-def pick_device(name: str) -> torch.device:
-    """Raises ValueError for a device that is not there."""
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-    except RuntimeError as error:
-        raise ValueError(f"device: {name!r} is none ({str(error).splitlines()[0]})") from error
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise ValueError(f"device: {name!r} is not here, {torch.cuda.device_count()} CUDA devices are")
-    return device
-
-
-def open_clips(path: Path | str, clips: ClipConfig, model: ModelConfig, length: int, split: str) -> ClipDataset:
-    """Clips at the model's size; latents and images of that size are left as they are."""
-
-    def open_at(size: tuple[int, int] | None) -> ClipDataset:
-        return open_dataset(
-            path, length, size=size, frame_stride=clips.frame_stride, clip_stride=clips.clip_stride,
-            on_error=clips.on_error, split=split, heldout_fraction=clips.heldout_fraction,
-        )  # fmt: skip
-
-    dataset = open_at(None)
-    size = (model.height, model.width)
-    return dataset if dataset.is_latent or dataset.frame_shape[:2] == size else open_at(size)
-
-
-def fit_to_data(model: ModelConfig, dataset: ClipDataset) -> ModelConfig:
-    """The model's border made to fit the data."""
-    height, width, channels = dataset.frame_shape
-    return dataclasses.replace(
-        model,
-        height=height,
-        width=width,
-        channels=channels,
-        num_actions=dataset.num_actions,
-        action_dim=dataset.action_dim,
-    )
-
-
-def run_settings(path: Path) -> dict[str, Any]:
-    """What run.json of a run folder, or of a checkpoint's, holds; empty where there is none."""
-    for folder in (path, path.parent):
-        if (folder / RUN_FILE).exists():
-            return json.loads((folder / RUN_FILE).read_text(encoding="utf-8"))
-    return {}
-
-
-def spread(dataset: ClipDataset, count: int) -> list[int]:
-    """Indices of up to `count` clips, evenly over the data set."""
-    count = min(count, len(dataset))
-    return [i * len(dataset) // count for i in range(count)]
-
-
-def make_trainer(preset: Preset) -> Trainer:
-    """Data, statistics, network and trainer of one run; writes run.json into its folder."""
-    train, clips = preset.train, preset.clips
-    pick_device(train.device)
-    dataset = open_clips(
-        train.data, clips, preset.model, train.clip_length, "train" if clips.heldout_fraction else "all"
-    )
-    torch.manual_seed(train.seed)
-    model = Denoiser(fit_to_data(preset.model, dataset))
-    on_sample = strip_writer(preset) if train.sample_every else None
-    trainer = Trainer(train, model, dataset, FrameStats.estimate(dataset), on_sample=on_sample)
-    if trainer.rank == 0:
-        Path(train.run_dir).mkdir(parents=True, exist_ok=True)
-        settings = {"clips": dataclasses.asdict(clips), "sampler": dataclasses.asdict(preset.sampler)}
-        (Path(train.run_dir) / RUN_FILE).write_text(json.dumps(settings, indent=1), encoding="utf-8")
-    return trainer
-
-
-def strip_writer(preset: Preset, films: int = 2) -> Callable[[Trainer, int], None]:
-    """Writes samples/step-*.png (recorded above generated) with the average of weights, and the same to TensorBoard."""
-    length = preset.train.clip_length
-    clips = dataclasses.replace(preset.clips, on_error="skip")
-
-    def write(trainer: Trainer, step: int) -> None:
-        model = trainer.model
-        dataset = open_clips(trainer.config.data, clips, model.config, length, "heldout")
-        given = max(1, length // 4)
-        with trainer.ema_weights(trainer.config.ema_stds[0]):
-            rollout = continue_clips(
-                model,
-                trainer.stats,
-                [dataset[i] for i in spread(dataset, films)],
-                length - given,
-                preset.sampler,
-                context=given,
-            )
-        folder = trainer.run_dir / "samples"
-        folder.mkdir(parents=True, exist_ok=True)
-        picture = rollout.strip(scale=2)
-        write_png(folder / f"step-{step:07d}.png", picture)
-        if trainer.reporter is not None:
-            trainer.reporter.add_image("rollout", picture, step)
-
-    return write
-
-
-@contextmanager
-def progress_bar(name: str, total: int, unit: str) -> Iterator[Callable[..., None]]:
-    """A rich bar on stderr with rate and remaining time; yields update(done, note="")."""
-    from rich.console import Console
-    from rich.progress import (
-        BarColumn,
-        MofNCompleteColumn,
-        Progress,
-        TextColumn,
-        TimeElapsedColumn,
-        TimeRemainingColumn,
-    )
-
-    columns = (
-        TextColumn(name), BarColumn(), MofNCompleteColumn(), TextColumn(unit), TextColumn("{task.fields[note]}"),
-        TimeElapsedColumn(), TextColumn("elapsed,"), TimeRemainingColumn(), TextColumn("left"),
-    )  # fmt: skip
-    console = Console(stderr=True)
-    with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
-        task = progress.add_task(name, total=total, note="")
-        yield lambda done, note="": progress.update(task, completed=done, note=note)
-
-
 def option(arguments: Sequence[str], name: str) -> str | None:
     """The value of an option that sets the defaults of others, which --help shows, so it is looked for first."""
     for i, argument in enumerate(arguments):
@@ -408,8 +293,8 @@ def parse(arguments: Sequence[str]) -> Any:
     if name is not None and name not in PRESETS:
         raise ValueError(f"preset: must be one of {', '.join(PRESETS)}, got {name!r}")
     preset = PRESETS[name or Train.preset]
-    settings = run_settings(Path(run_dir)) if run_dir is not None and name is None else {}
-    sampler = SamplerConfig(**settings["sampler"]) if "sampler" in settings else preset.sampler
+    settings = read_run_settings(Path(run_dir)) if run_dir is not None and name is None else None
+    sampler = settings[1] if settings else preset.sampler
     train = Train(train=preset.train, model=preset.model, clips=preset.clips, sampler=preset.sampler)
     # A required field has no default; tyro takes the mark for one.
     sample = dataclasses.replace(Sample(run_dir=Path()), run_dir=tyro.MISSING, sampler=sampler)

@@ -21,10 +21,12 @@ from typing import Any
 import torch
 import tyro
 
-from .cli import USER_ERRORS, make_trainer, open_clips, progress_bar
+from .cli import USER_ERRORS
 from .data import ClipDataset, collect
 from .presets import PRESETS, Preset
+from .progress import progress_bar
 from .rollout import Rollout, continue_clips
+from .runs import make_trainer, open_clips
 from .train.checkpoint import latest_checkpoint, load_denoiser, read_state, versions
 from .train.evaluate import one_step_psnr, validate
 
@@ -131,12 +133,12 @@ def stage(name: str, seconds: dict[str, float]) -> Iterator[None]:
 
 
 def record(config: DemoConfig, preset: Preset) -> Any:
-    with progress_bar("record", config.episodes, "episodes") as update:
+    with progress_bar("record", config.episodes, "episodes") as bar:
         return collect(
             config.env, preset.train.data, episodes=config.episodes, seed=config.seed, frame_skip=config.frame_skip,
             hold=config.hold, size=(preset.model.height, preset.model.width),
             num_workers=min(config.workers, os.cpu_count() or 1),
-            progress=lambda count, total, frames: update(count),
+            progress=lambda count, total, frames: bar.update(count),
         )  # fmt: skip
 
 
@@ -164,10 +166,10 @@ def continuations(config: DemoConfig, preset: Preset, model: Any, stats: Any) ->
     clips = dataclasses.replace(preset.clips, clip_stride=1)
     dataset = open_clips(preset.train.data, clips, model.config, config.context + config.frames, "heldout")
     ends = last_clips(dataset)[: config.films]
-    with progress_bar("sample", config.frames, "frames") as update:
+    with progress_bar("sample", config.frames, "frames") as bar:
         rollout = continue_clips(
             model, stats, [dataset[i] for i in ends], config.frames, preset.sampler,
-            context=config.context, seed=config.seed, callback=update,
+            context=config.context, seed=config.seed, callback=bar.update,
         )  # fmt: skip
     return rollout, dataset.fps or 10.0
 

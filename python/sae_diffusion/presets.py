@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import dataclasses
+import json
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Literal
 
-from .diffusion.noise import NoiseConfig
-from .diffusion.sampler import SamplerConfig
+from .diffusion.config import NoiseConfig, SamplerConfig
 from .model import ModelConfig
 from .train.config import TrainConfig
+
+RUN_FILE = "run.json"  # in a run folder: how its clips were cut and its sampler, for `sae sample`
 
 
 @dataclass(frozen=True)
@@ -91,7 +95,7 @@ PRESETS = {
             lr=2e-2, lr_ref_steps=100, lr_ramp_steps=20, checkpoint_every=200, snapshot_every=200, log_every=20,
             num_workers=1,
         ),
-        SamplerConfig(steps=8, sigma_min=2.0, sigma_max=40.0, rho=2.0),
+        SamplerConfig(sampling_steps=8, sigma_min=2.0, sigma_max=40.0, rho=2.0),
         ClipConfig(clip_stride=2),
     ),
     "lunar-lander": Preset(
@@ -109,6 +113,25 @@ PRESETS = {
             clip_length=16, batch_size=8, micro_batch=2, noise=NoiseConfig(mean=0.9, std=1.0, context_sigma_max=0.1),
             steps=100_000, lr=1e-4, lr_ref_steps=200, lr_ramp_steps=200, precision="bf16", spatial_every=4,
         ),
-        SamplerConfig(steps=64, sigma_min=0.4, rho=2.0),
+        SamplerConfig(sampling_steps=64, sigma_min=0.4, rho=2.0),
     ),
 }  # fmt: skip
+
+
+def write_run_settings(run_dir: Path, preset: Preset) -> None:
+    """run.json of a run folder."""
+    run_dir.mkdir(parents=True, exist_ok=True)
+    settings = {"clips": dataclasses.asdict(preset.clips), "sampler": dataclasses.asdict(preset.sampler)}
+    (run_dir / RUN_FILE).write_text(json.dumps(settings, indent=1), encoding="utf-8")
+
+
+def read_run_settings(path: Path) -> tuple[ClipConfig, SamplerConfig] | None:
+    """What run.json of a run folder, or of a checkpoint's, holds; None where there is none."""
+    for folder in (path, path.parent):
+        if (folder / RUN_FILE).exists():
+            settings = json.loads((folder / RUN_FILE).read_text(encoding="utf-8"))
+            sampler = settings["sampler"]
+            if "steps" in sampler:  # its name until sampling_steps
+                sampler["sampling_steps"] = sampler.pop("steps")
+            return ClipConfig(**settings["clips"]), SamplerConfig(**sampler)
+    return None

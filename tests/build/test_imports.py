@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -67,6 +68,42 @@ print(sae_kernels.frame_attention(q, q, q, layout).shape[2])
 """
     result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
     assert result.stdout.strip() == "12", result.stderr
+
+
+COMMANDS = """; collect; train; sample; schedule; info; series train; series sample; series plot; series study;
+    images train; images sample; images evaluate; images compare"""
+
+
+def test_options_are_parsed_without_importing_anything_heavy():
+    """`sae --help`, that of every command, and wrong options answer before torch and the like are imported."""
+    code = f"""
+import contextlib, io, sys
+from sae_diffusion.cli import parse
+calls = [[*command.split(), "--help"] for command in {COMMANDS!r}.split(";")] + [["train", "--no-such-option"]]
+for arguments in calls:
+    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+        try:
+            parse(arguments)
+        except SystemExit as end:
+            assert end.code == (2 if arguments[-1] != "--help" else 0), (arguments, end.code)
+        else:
+            raise AssertionError(arguments)
+heavy = "torch", "triton", "numpy", "gymnasium", "matplotlib", "PIL", "av", "safetensors", "sklearn", "sae_kernels"
+print(len(calls), [name for name in heavy if name in sys.modules])
+"""
+    result = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=False, cwd=ROOT,
+        env=os.environ | {"PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'python'}"},
+    )  # fmt: skip
+    assert result.stdout.strip() == "15 []", result.stdout + result.stderr
+
+
+def test_nothing_imports_the_command_line():
+    """Apart from the programs themselves: commands import what they run, never the other way round."""
+    for path in sorted((ROOT / "python" / "sae_diffusion").rglob("*.py")):
+        if path.name in ("cli.py", "demo.py", "__main__.py"):
+            continue
+        assert not [name for level, name in imports(path) if level and "cli" in name.split(".")], path
 
 
 def test_public_api_is_documented_and_exported():

@@ -7,7 +7,8 @@ import math
 import pytest
 import torch
 import tyro
-from sae_diffusion.diffusion.plot import CURVES, SchedulePlot, plot_schedule, schedule_table
+from sae_diffusion.diffusion.cli import SchedulePlot
+from sae_diffusion.diffusion.plot import CURVES, plot_schedule, schedule_table
 from sae_diffusion.diffusion.schedules import Columns, Rolling, Staggered, Together
 
 KINDS = ["staggered", "together", "independent", "rolling", "triangular", "components", "columns", "rows"]

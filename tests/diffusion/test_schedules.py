@@ -153,7 +153,7 @@ def test_scaling_defaults_to_that_of_the_curve():
 
 
 def test_edm_grid_is_the_one_of_the_video_sampler():
-    config = SamplerConfig(steps=9, sigma_min=0.01, sigma_max=50.0, rho=5.0)
+    config = SamplerConfig(sampling_steps=9, sigma_min=0.01, sigma_max=50.0, rho=5.0)
     _, sigma = Together((), EDM(0.01, 50.0, 5.0)).scales(sampling_times(Together(), 8))
     torch.testing.assert_close(sigma, sigma_schedule(config)[:-1], rtol=1e-12, atol=0)
 

@@ -331,7 +331,7 @@ def edm_reference(denoise, x: torch.Tensor, sigma: list[float], churn: Churn, se
     "churn", [Churn(0.0), Churn(5.0), Churn(40.0, 0.1, 3.0, 1.01)], ids=["none", "some", "limited"]
 )
 def test_heun_with_the_edm_curve_is_edm(churn):
-    levels = sigma_schedule(SamplerConfig(steps=10, sigma_min=0.02, sigma_max=20.0))[:-1].tolist()
+    levels = sigma_schedule(SamplerConfig(sampling_steps=10, sigma_min=0.02, sigma_max=20.0))[:-1].tolist()
     schedule = Together((), EDM(0.02, 20.0))
     x = start((3, 4), schedule, dtype=torch.float64)
 

@@ -279,7 +279,7 @@ def test_commands_from_training_to_bits(tmp_path, capsys):
     assert "1438 images of (1, 8, 8), 359 held out" in sae(*train)
     assert sorted(p.name for p in run.iterdir()) == ["step-0000002", "step-0000004"]
     assert "step 4" in sae(*train)
-    assert "samples.png" in sae("sample", "--run-dir", run, "--count", "3", "--steps", "2", "--device", "cpu")
+    assert "samples.png" in sae("sample", "--run-dir", run, "--count", "3", "--sampling-steps", "2", "--device", "cpu")
     assert "bits/dim on 4 held-out images" in sae(
         "evaluate", "--run-dir", run, "--images", "4", "--tolerance", "0.1", "--device", "cpu"
     )

@@ -21,7 +21,7 @@ from sae_kernels import token_noise_eps
 
 DECAY, STD = 0.8, 0.5
 MARGINAL_STD = STD / math.sqrt(1 - DECAY**2)
-EXACT = SamplerConfig(steps=16, sigma_min=1e-4, sigma_max=20.0)
+EXACT = SamplerConfig(sampling_steps=16, sigma_min=1e-4, sigma_max=20.0)
 
 
 class Chain(torch.nn.Module):
@@ -90,14 +90,14 @@ def context(batch=1, frames=2, pixels=4):
 
 
 def test_schedule_values():
-    config = SamplerConfig(steps=5, sigma_min=0.25, sigma_max=16.0, rho=2.0)
+    config = SamplerConfig(sampling_steps=5, sigma_min=0.25, sigma_max=16.0, rho=2.0)
     # sqrt(sigma) falls linearly from 4 to 0.5.
     expected = [4.0**2, 3.125**2, 2.25**2, 1.375**2, 0.5**2, 0.0]
     assert torch.allclose(sigma_schedule(config), torch.tensor(expected, dtype=torch.float64), rtol=1e-14, atol=0)
     default = sigma_schedule(SamplerConfig())
     assert len(default) == 33 and default[-1] == 0 and (default.diff() < 0).all()
     assert default[0].item() == pytest.approx(80.0, rel=1e-12) and default[31].item() == pytest.approx(0.002, rel=1e-12)
-    assert sigma_schedule(SamplerConfig(steps=1)).tolist() == pytest.approx([80.0, 0.0])
+    assert sigma_schedule(SamplerConfig(sampling_steps=1)).tolist() == pytest.approx([80.0, 0.0])
 
 
 @pytest.mark.parametrize(("solver", "order"), [("heun", 2), ("euler", 1)])
@@ -105,7 +105,7 @@ def test_solver_converges_to_the_exact_solution_with_its_order(solver, order):
     model, given = Chain(), context()
     errors = []
     for steps in (64, 128, 256):
-        config = dataclasses.replace(EXACT, steps=steps, solver=solver)
+        config = dataclasses.replace(EXACT, sampling_steps=steps, solver=solver)
         got = generate(model, given, None, 3, config)
         errors.append((got - chain_solution(model, config, given, 3)).abs().max().item())
     assert errors[-1] < (1e-3 if order == 2 else 1e-1)
@@ -116,7 +116,7 @@ def test_solver_converges_to_the_exact_solution_with_its_order(solver, order):
 def test_starts_from_nothing_with_the_marginal_and_keeps_the_chain():
     """Frames drawn from nothing have the chain's variance and correlation, which needs generated frames in the cache."""
     model = Chain(pixels=48)
-    x = generate(model, None, None, 4, dataclasses.replace(EXACT, steps=32), batch=2)
+    x = generate(model, None, None, 4, dataclasses.replace(EXACT, sampling_steps=32), batch=2)
     frames = x.transpose(0, 1).flatten(1)
     count = frames.shape[1]
     for i, frame in enumerate(frames):
@@ -129,7 +129,7 @@ def test_starts_from_nothing_with_the_marginal_and_keeps_the_chain():
 
 def test_churn_keeps_the_marginal():
     model = Chain(pixels=64)
-    config = dataclasses.replace(EXACT, steps=64, churn=20.0)
+    config = dataclasses.replace(EXACT, sampling_steps=64, churn=20.0)
     x = generate(model, None, None, 1, config, batch=2)
     count = x.numel()
     assert x.var().item() == pytest.approx(MARGINAL_STD**2, rel=5 * math.sqrt(2 / count) + 0.01)
@@ -160,7 +160,7 @@ def test_churn_acts_between_its_limits_only():
 def test_guidance_formula(kind):
     """One Euler step from sigma_max to 0 returns D itself: D_weak + w (D - D_weak)."""
     model, guide, given, w = Chain(), Chain(decay=0.3), context(), 2.5
-    config = SamplerConfig(steps=1, sigma_max=3.0, guidance=w, guidance_kind=kind)
+    config = SamplerConfig(sampling_steps=1, sigma_max=3.0, guidance=w, guidance_kind=kind)
     cache, guide_cache, other = model.new_cache(1), guide.new_cache(1), given.flip(1)
     model.prefill(given, None, None, cache)
     guide.prefill(other, None, None, guide_cache)
@@ -234,7 +234,7 @@ def small_network(**options) -> Denoiser:
 @pytest.mark.parametrize("block", [1, 2])
 def test_two_calls_of_the_real_network_equal_one(block):
     network = small_network(window=2, frames_per_block=block)
-    config = SamplerConfig(steps=3, churn=2.0, guidance=1.5)
+    config = SamplerConfig(sampling_steps=3, churn=2.0, guidance=1.5)
     given, actions = torch.randn(2, 2, 2, 8, 8), torch.randint(3, (2, 8))
     whole = generate(network, given, actions, 6, config, seed=5)
     cache = network.new_cache(2)
@@ -248,14 +248,14 @@ def test_two_calls_of_the_real_network_equal_one(block):
 def test_memory_is_bounded_under_a_window():
     network = small_network(window=3, sink=1)
     cache, sizes = network.new_cache(1), []
-    for _ in iter_frames(network, None, None, 24, SamplerConfig(steps=1), cache=cache):
+    for _ in iter_frames(network, None, None, 24, SamplerConfig(sampling_steps=1), cache=cache):
         sizes.append(cache.nbytes)
     assert cache.frames == 24
     assert len(set(sizes)) == 1
 
 
 def test_seeds_frames_and_samples_have_their_own_noise():
-    model, config = Chain(decay=0.0), SamplerConfig(steps=2)
+    model, config = Chain(decay=0.0), SamplerConfig(sampling_steps=2)
     given = torch.zeros(2, 1, 2, 4, 4, dtype=torch.float64)
     draws = [x for seed in (0, 1) for x in generate(model, given, None, 2, config, seed=seed).flatten(0, 1)]
     for i, x in enumerate(draws):
@@ -279,7 +279,7 @@ def test_yields_block_by_block_and_reports_progress():
     frames = iter_frames(model, None, None, 6, EXACT, batch=3)
     first = next(frames)
     assert first.shape == (3, 2, 2, 4, 4) and first.dtype == torch.float32
-    assert len(model.levels) == 2 * EXACT.steps - 1
+    assert len(model.levels) == 2 * EXACT.sampling_steps - 1
     seen = []
     generate(model, None, None, 6, EXACT, callback=seen.append)
     assert seen == [2, 4, 6]
@@ -312,7 +312,8 @@ def test_bad_arguments_are_named(arguments, message):
 
 
 @pytest.mark.parametrize(
-    ("field", "value"), [("steps", 0), ("sigma_min", 0.0), ("rho", 0.0), ("solver", "rk4"), ("guidance_kind", "x")]
+    ("field", "value"),
+    [("sampling_steps", 0), ("sigma_min", 0.0), ("rho", 0.0), ("solver", "rk4"), ("guidance_kind", "x")],
 )
 def test_bad_config_is_named(field, value):
     with pytest.raises(ValueError, match=f"{field}: must be"):

@@ -29,7 +29,7 @@ VARIANTS = {
 
 
 def config(**changes) -> SamplerConfig:
-    return SamplerConfig(**({"steps": 4, "sigma_min": 0.1, "sigma_max": 10.0} | changes))
+    return SamplerConfig(**({"sampling_steps": 4, "sigma_min": 0.1, "sigma_max": 10.0} | changes))
 
 
 @pytest.mark.parametrize(("variant", "block"), [*((v, 1) for v in VARIANTS), ("heun", 2), ("churn", 2)])
@@ -45,7 +45,7 @@ def test_window_of_one_block_is_block_by_block_sampling_bit_for_bit(variant, blo
 def test_autoguidance_in_a_window_of_one_block():
     net, guide = small(), small(temporal_mixing="gated")
     x, _, actions = clip(net, 1, 5)
-    settings = config(guidance=2.0, guidance_kind="auto", steps=2)
+    settings = config(guidance=2.0, guidance_kind="auto", sampling_steps=2)
     plain = generate(net, x[:, :2], actions, 3, settings, guide=guide)
     assert torch.equal(generate_window(net, x[:, :2], actions, 3, 1, settings, guide=guide), plain)
     wide = generate_window(net, x[:, :2], actions, 3, 2, settings, guide=guide)
@@ -59,7 +59,7 @@ def noise_of(net, frame: int, seed: int) -> torch.Tensor:
 
 def without_cache(net, given, actions, frames: int, window: int, settings: SamplerConfig, seed: int) -> torch.Tensor:
     """One sample: every step evaluates the plain causal pass over the whole video, levels by `Triangular`."""
-    n, steps, block = given.shape[1], settings.steps, net.config.frames_per_block
+    n, steps, block = given.shape[1], settings.sampling_steps, net.config.frames_per_block
     sigmas = sigma_schedule(settings).tolist()
     to_go = Triangular(frames // block, steps, steps * block // window).levels().repeat_interleave(block, dim=1)
     x = [sigmas[0] * noise_of(net, n + i, seed) for i in range(frames)]
@@ -130,7 +130,7 @@ class Recorder(torch.nn.Module):
 @pytest.mark.parametrize(("window", "steps"), [(1, 5), (2, 8), (4, 8), (8, 8)])
 def test_levels_are_the_lower_triangular_schedule_in_the_ve_scaling(window, steps):
     net, frames = Recorder(), 6
-    settings = config(steps=steps, solver="euler")
+    settings = config(sampling_steps=steps, solver="euler")
     generate_window(net, None, None, frames, window, settings)
     schedule = Triangular(frames, steps, steps // window, EDM(0.1, 10.0, settings.rho))
     levels = schedule.levels()
@@ -146,7 +146,7 @@ def test_levels_are_the_lower_triangular_schedule_in_the_ve_scaling(window, step
 @pytest.mark.parametrize(("window", "steps"), [(3, 8), (5, 7), (4, 4)])
 def test_any_window_holds_no_more_than_its_frames_and_gives_each_all_levels(window, steps):
     net, frames = Recorder(), 12
-    settings = config(steps=steps, solver="euler")
+    settings = config(sampling_steps=steps, solver="euler")
     generate_window(net, None, None, frames, window, settings)
     assert max(len(told) for _, told in net.calls) == window
     seen: dict[int, list[float]] = {i: [] for i in range(frames)}
@@ -165,7 +165,7 @@ def test_any_window_holds_no_more_than_its_frames_and_gives_each_all_levels(wind
 @pytest.mark.parametrize("solver", ["heun", "euler"])
 def test_noise_belongs_to_the_frame_whatever_the_window(solver):
     """With an estimate that does not depend on other frames the window must not matter, churn included."""
-    settings = config(steps=6, churn=2.0, context_noise=0.1, solver=solver)
+    settings = config(sampling_steps=6, churn=2.0, context_noise=0.1, solver=solver)
     plain = generate(Recorder(), None, None, 5, settings, seed=2, batch=2)
     for window in (1, 2, 4):
         assert torch.equal(generate_window(Recorder(), None, None, 5, window, settings, seed=2, batch=2), plain)
@@ -175,7 +175,7 @@ def test_noise_belongs_to_the_frame_whatever_the_window(solver):
 
 def test_heun_evaluates_twice_but_for_a_last_step_of_one():
     net = Recorder()
-    generate_window(net, None, None, 4, 2, config(steps=4))
+    generate_window(net, None, None, 4, 2, config(sampling_steps=4))
     # 4 + 3 * 2 steps; the first block is gone when the second evaluation of its last step is made.
     assert len(net.calls) == 2 * 10 - 1
     sizes = [(first, len(told)) for first, told in net.calls]
@@ -221,7 +221,7 @@ def test_callback_counts_frames():
     [
         (0, 1, "window_frames: must be a positive multiple of frames_per_block = 1, got 0"),
         (3, 2, "window_frames: must be a positive multiple of frames_per_block = 2, got 3"),
-        (5, 1, "window_frames: at most steps = 4 blocks can be in flight"),
+        (5, 1, "window_frames: at most sampling_steps = 4 blocks can be in flight"),
     ],
 )
 def test_windows_that_break_their_rule_are_refused(window, block, message):

@@ -25,7 +25,7 @@ GRID = StudyConfig(
 def test_train_sample_plot(tmp_path, capsys):
     SeriesTrain(train=tiny(tmp_path, steps=3)).run()
     assert "fresh series of 5 points" in capsys.readouterr().out
-    SeriesSample(run_dir=tmp_path / "run", count=6, steps=5, likelihood=2, device="cpu").run()
+    SeriesSample(run_dir=tmp_path / "run", count=6, sampling_steps=5, likelihood=2, device="cpu").run()
     out = tmp_path / "run" / "samples"
     assert f"{out}/samples.png" in capsys.readouterr().out
     report = json.loads((out / "report.json").read_text())
@@ -35,12 +35,12 @@ def test_train_sample_plot(tmp_path, capsys):
     assert report["nll"]["series"] == 2 and np.isfinite(report["nll"]["nats_per_series"])
     assert report["schedule"]["window"] == 2.0
     SeriesSample(
-        run_dir=tmp_path / "run", out=tmp_path / "w", count=2, steps=4, likelihood=0, window=1.0, device="cpu"
+        run_dir=tmp_path / "run", out=tmp_path / "w", count=2, sampling_steps=4, likelihood=0, window=1.0, device="cpu"
     ).run()
     report = json.loads((tmp_path / "w" / "report.json").read_text())
     assert report["schedule"]["window"] == 1.0 and "nll" not in report
     SeriesSample(
-        run_dir=tmp_path / "run", out=tmp_path / "g", count=3, steps=4, likelihood=0, given=2, device="cpu"
+        run_dir=tmp_path / "run", out=tmp_path / "g", count=3, sampling_steps=4, likelihood=0, given=2, device="cpu"
     ).run()
     content = np.load(tmp_path / "g" / "samples.npz")
     np.testing.assert_array_equal(content["series"][:, :2], content["heldout"][:3, :2])
@@ -55,7 +55,7 @@ def test_own_series_from_file_to_samples(tmp_path):
     rows = [f"{s},{t},{x[s, t, 0]},{x[s, t, 1]}" for s in range(12) for t in range(5)]
     path.write_text("series,time,left,right\n" + "\n".join(rows) + "\n")
     SeriesTrain(train=tiny(tmp_path, data=path, steps=2)).run()
-    SeriesSample(run_dir=tmp_path / "run", count=3, steps=4, likelihood=0, device="cpu").run()
+    SeriesSample(run_dir=tmp_path / "run", count=3, sampling_steps=4, likelihood=0, device="cpu").run()
     content = np.load(tmp_path / "run" / "samples" / "samples.npz")
     assert content["series"].shape == (3, 5, 2) and content["heldout"].shape == (1, 5, 2)
     assert "clause_error" not in json.loads((tmp_path / "run" / "samples" / "report.json").read_text())

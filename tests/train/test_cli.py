@@ -42,7 +42,7 @@ def recorded(tmp_path_factory):
 def trained(recorded, tmp_path_factory):
     run = tmp_path_factory.mktemp("trained") / "run"
     arguments = ["train", f"--data={recorded}", f"--run-dir={run}", "--steps=2", "--sample-every=2", "--log-every=1"]
-    assert cli.main([*arguments, *MICRO, "--sampler.steps=2"]) == 0
+    assert cli.main([*arguments, *MICRO, "--sampler.sampling-steps=2"]) == 0
     return run
 
 
@@ -113,8 +113,12 @@ def test_train_writes_checkpoint_strip_and_how_clips_were_cut(trained):
     settings = json.loads((trained / "run.json").read_text())
     assert settings["clips"]["heldout_fraction"] == 0.5
     # `sae sample` takes the run's sampler, unless a preset or an option says otherwise.
-    assert settings["sampler"]["steps"] == cli.parse(["sample", f"--run-dir={trained}"]).sampler.steps == 2
-    assert cli.parse(words(f"sample --run-dir {trained}/step-0000002 --guidance 3")).sampler.steps == 2
+    assert (
+        settings["sampler"]["sampling_steps"]
+        == cli.parse(["sample", f"--run-dir={trained}"]).sampler.sampling_steps
+        == 2
+    )
+    assert cli.parse(words(f"sample --run-dir {trained}/step-0000002 --guidance 3")).sampler.sampling_steps == 2
     assert cli.parse(words(f"sample --run-dir {trained} --preset tiny")).sampler == PRESETS["tiny"].sampler
     assert Image.open(trained / "samples" / "step-0000002.png").size[0] > 16
     assert len((trained / "metrics.jsonl").read_text().splitlines()) == 2
@@ -128,9 +132,7 @@ def test_training_goes_on_where_it_stopped(recorded, trained, capsys):
 
 
 def test_sample_continues_heldout_clips(recorded, trained, tmp_path):
-    arguments = (
-        f"sample --run-dir {trained} --data {recorded} --out {tmp_path} --frames 3 --context 2 --steps 2 --scale 1"
-    )
+    arguments = f"sample --run-dir {trained} --data {recorded} --out {tmp_path} --frames 3 --context 2 --sampling-steps 2 --scale 1"
     assert cli.main([*arguments.split(), "--samples=2", "--guidance=1.5", "--ema=0.1", "--device=cpu"]) == 0
     with Image.open(tmp_path / "rollout.gif") as gif:
         assert gif.n_frames == 5
@@ -142,7 +144,9 @@ def test_sample_continues_heldout_clips(recorded, trained, tmp_path):
 
 def test_sample_is_seeded_and_needs_no_data(trained, tmp_path):
     def films(name, *options):
-        arguments = f"sample --run-dir {trained} --out {tmp_path / name} --frames 2 --samples 1 --steps 2 --device cpu"
+        arguments = (
+            f"sample --run-dir {trained} --out {tmp_path / name} --frames 2 --samples 1 --sampling-steps 2 --device cpu"
+        )
         assert cli.main([*arguments.split(), *options]) == 0
         return np.asarray(Image.open(tmp_path / name / "strip.png"))
 
@@ -155,7 +159,7 @@ def test_sample_takes_random_actions_and_a_guide(recorded, trained, tmp_path):
     # Episodes have 8 frames: with random actions a film may be longer than what was recorded.
     arguments = (
         f"sample --run-dir {trained} --guide {trained} --guide-ema None --guidance-kind auto --guidance 2 --data {recorded} "
-        f"--actions random --out {tmp_path} --frames 10 --context 3 --samples 1 --steps 1 --device cpu"
+        f"--actions random --out {tmp_path} --frames 10 --context 3 --samples 1 --sampling-steps 1 --device cpu"
     )
     assert cli.main(arguments.split()) == 0
     with Image.open(tmp_path / "rollout.gif") as gif:

@@ -21,7 +21,7 @@ MICRO = dataclasses.replace(
     train=dataclasses.replace(
         TINY.train, clip_length=4, batch_size=2, steps=4, log_every=1, num_workers=0, tensorboard=False
     ),
-    sampler=SamplerConfig(steps=2),
+    sampler=SamplerConfig(sampling_steps=2),
     clips=ClipConfig(heldout_fraction=0.5),
 )
 

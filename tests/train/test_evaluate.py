@@ -103,14 +103,14 @@ def test_one_step_psnr_compares_the_block_after_the_context(monkeypatch, block, 
         clips = [data[first + i] for i in range(context.shape[0])]
         assert torch.equal(context, torch.stack([STATS.normalize(c.frames[:given]) for c in clips]))
         assert actions.tolist() == [c.actions[: given + block].tolist() for c in clips]
-        assert num_frames == block and config.steps == 7
+        assert num_frames == block and config.sampling_steps == 7
         assert not denoiser.training
         return torch.stack([STATS.normalize(c.frames[given : given + block] - 8) for c in clips])
 
     contexts: list[torch.Tensor] = []
     monkeypatch.setattr(evaluate, "generate", generate)
     monkeypatch.setattr(StubClips, "__getitem__", lambda self, i, real=StubClips.__getitem__: brighter(real(self, i)))
-    got = one_step_psnr(Averager(block).train(), data, STATS, SamplerConfig(steps=7), clips=5, batch_size=2)
+    got = one_step_psnr(Averager(block).train(), data, STATS, SamplerConfig(sampling_steps=7), clips=5, batch_size=2)
     assert got["generated"] == pytest.approx(20 * math.log10(255 / 8))
     errors = [
         (c.frames[given : given + block].astype(float) - c.frames[given - 1]) ** 2 for c in (data[i] for i in range(5))
@@ -134,9 +134,9 @@ def test_with_the_real_network():
     # untrained: D = c_skip x, whatever the context
     assert losses["full_context"] == losses["last_frame"] == losses["no_context"]
     assert all(0.2 < value < 5 for value in losses["no_context"])
-    got = one_step_psnr(net, StubClips(4, 3), STATS, SamplerConfig(steps=3), clips=4)
+    got = one_step_psnr(net, StubClips(4, 3), STATS, SamplerConfig(sampling_steps=3), clips=4)
     assert 0 < got["generated"] < 30 and 0 < got["copy_last_frame"] < 30
-    assert got == one_step_psnr(net, StubClips(4, 3), STATS, SamplerConfig(steps=3), clips=4)
+    assert got == one_step_psnr(net, StubClips(4, 3), STATS, SamplerConfig(sampling_steps=3), clips=4)
     latents = FrameStats(STATS.mean, STATS.std, latent=True)
     with pytest.raises(TypeError, match="frames: must be floats"):
         one_step_psnr(net, StubClips(4, 3), latents)

@@ -223,7 +223,7 @@ MICRO = [
     "--clips.heldout-fraction=0.5",
     "--device=cpu",
     "--steps=1",
-    "--sampler.steps=3",
+    "--sampler.sampling-steps=3",
 ]
 
 
@@ -241,7 +241,7 @@ def test_command_line_trains_and_samples_with_a_window(recorded, tmp_path, capsy
     assert main([*nothing, "--window-frames=2"]) == 0
     capsys.readouterr()
     assert main([*nothing, "--window-frames=4"]) == 2
-    assert "window_frames: at most steps = 3 blocks" in capsys.readouterr().err
+    assert "window_frames: at most sampling_steps = 3 blocks" in capsys.readouterr().err
 
 
 def test_command_line_refuses_a_window_for_teacher_forcing(recorded, tmp_path, capsys):

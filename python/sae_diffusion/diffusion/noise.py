@@ -2,43 +2,10 @@
 
 from __future__ import annotations
 
-import math
-from dataclasses import dataclass
-
 import numpy as np
 import torch
 
-
-@dataclass(frozen=True)
-class NoiseConfig:
-    """How noise levels are drawn, in units of the normalised data (sigma_data = 1).
-
-    Args:
-        mean, std: of ln sigma of the noisy copies; the defaults are those of the reference's newest training on pixels.
-        context_sigma_max: the clean copy of a clip carries noise of one level drawn from U(0, context_sigma_max), and
-            the network is told that level, so that it learns to live with its own imperfect frames.
-        context_sigma_min: the lowest level the network is told for context (its logarithm must be finite).
-        context_sigma_label: the level the network is told at inference for context frames, which get no noise then.
-
-    Raises:
-        ValueError: a field breaks its rule; the message names field, rule and value.
-    """
-
-    mean: float = 0.0
-    std: float = 2.0
-    context_sigma_max: float = 0.5
-    context_sigma_min: float = 0.002
-    context_sigma_label: float = 0.05
-
-    def __post_init__(self) -> None:
-        if not math.isfinite(self.mean):
-            raise ValueError(f"mean: must be finite, got {self.mean}")
-        for name, least in (("std", 0.0), ("context_sigma_max", 0.0)):
-            if not getattr(self, name) >= least:
-                raise ValueError(f"{name}: must be at least {least}, got {getattr(self, name)}")
-        for name in ("context_sigma_min", "context_sigma_label"):
-            if not getattr(self, name) > 0:
-                raise ValueError(f"{name}: must be positive, got {getattr(self, name)}")
+from .config import NoiseConfig
 
 
 def sample_sigmas(

@@ -7,80 +7,25 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 from sae_kernels import token_noise_eps
 
+from .config import SamplerConfig
+
 # The normals of a frame are numbered by (frame, sample, draw): draw 0 starts the ODE, draw i + 1 churns step i.
 _SAMPLE_BITS, _DRAW_BITS = 16, 16
 _CONTEXT_DRAW = 2**_DRAW_BITS - 1
 
 
-@dataclass(frozen=True)
-class SamplerConfig:
-    """How a frame is drawn.
-
-    Args:
-        steps: N noise levels; a block costs 2N - 1 network evaluations with "heun" and N with "euler" (twice that
-            when guidance is not 1), and one more to enter the cache.
-        sigma_min: the last noise level before 0.
-        sigma_max: the first noise level.
-        rho: how densely levels lie near sigma_min, see `sigma_schedule`.
-        churn: S_churn of EDM algorithm 2, noise added between steps; 0 is deterministic.
-        churn_min: the least noise level that is churned.
-        churn_max: the greatest noise level that is churned.
-        churn_noise: S_noise, a factor on the added noise.
-        solver: "heun" (second order) or "euler" (first order).
-        context_sigma: the noise level the network is told for frames in the cache.
-        context_noise: standard deviation of the noise really added to frames before they enter the cache.
-        guidance: w in D = D_weak + w (D - D_weak); 1 is off.
-        guidance_kind: where D_weak comes from: "context", the same network without the past, or "auto", a second
-            network with the same past (Karras et al. 2024, autoguidance).
-
-    Raises:
-        ValueError: a field breaks its rule.
-    """
-
-    steps: int = 32
-    sigma_min: float = 0.002
-    sigma_max: float = 80.0
-    rho: float = 7.0
-    churn: float = 0.0
-    churn_min: float = 0.0
-    churn_max: float = math.inf
-    churn_noise: float = 1.0
-    solver: str = "heun"
-    context_sigma: float = 0.05
-    context_noise: float = 0.0
-    guidance: float = 1.0
-    guidance_kind: str = "context"
-
-    def __post_init__(self) -> None:
-        def require(name: str, holds: bool, rule: str) -> None:
-            if not holds:
-                raise ValueError(f"{name}: must be {rule}, got {getattr(self, name)!r}")
-
-        require("steps", 1 <= self.steps < _CONTEXT_DRAW, f"between 1 and {_CONTEXT_DRAW - 1}")
-        require("sigma_min", 0 < self.sigma_min <= self.sigma_max, f"in (0, sigma_max = {self.sigma_max}]")
-        require("sigma_max", math.isfinite(self.sigma_max), "finite")
-        require("rho", self.rho > 0, "> 0")
-        require("churn", self.churn >= 0, ">= 0")
-        require("churn_noise", self.churn_noise >= 0, ">= 0")
-        require("solver", self.solver in ("heun", "euler"), "'heun' or 'euler'")
-        require("context_sigma", self.context_sigma > 0, "> 0")
-        require("context_noise", self.context_noise >= 0, ">= 0")
-        require("guidance_kind", self.guidance_kind in ("context", "auto"), "'context' or 'auto'")
-
-
 def sigma_schedule(config: SamplerConfig) -> torch.Tensor:
-    """Noise levels, fp64 (steps + 1), the last one 0 (EDM eq. 5).
+    """Noise levels, fp64 (sampling_steps + 1), the last one 0 (EDM eq. 5).
 
-    sigma_i = (sigma_max^(1/rho) + i / (N - 1) (sigma_min^(1/rho) - sigma_max^(1/rho)))^rho, i < N = steps.
+    sigma_i = (sigma_max^(1/rho) + i / (N - 1) (sigma_min^(1/rho) - sigma_max^(1/rho)))^rho, i < N = sampling_steps.
     """
-    ramp = torch.linspace(0, 1, config.steps, dtype=torch.float64)
+    ramp = torch.linspace(0, 1, config.sampling_steps, dtype=torch.float64)
     first, last = config.sigma_max ** (1 / config.rho), config.sigma_min ** (1 / config.rho)
     return torch.cat([(first + ramp * (last - first)) ** config.rho, ramp.new_zeros(1)])
 
@@ -275,7 +220,7 @@ class BlockSampler:
         config = self.config
         if not (config.churn > 0 and config.churn_min <= sigma <= config.churn_max):
             return x, sigma
-        raised = sigma * (1 + min(config.churn / config.steps, math.sqrt(2) - 1))
+        raised = sigma * (1 + min(config.churn / config.sampling_steps, math.sqrt(2) - 1))
         spread = config.churn_noise * math.sqrt(raised**2 - sigma**2)
         return x + spread * self.noise(x.shape[1], step + 1, ahead), raised
 

@@ -42,7 +42,7 @@ def iter_window(
     Args:
         denoiser: a `Denoiser` in eval mode, trained with independent noise levels (see `check_trained_for_window`).
         actions: known for all frames from the start, as frames in flight need theirs.
-        window_frames: W f, a multiple of the f frames of a block; W at most config.steps.
+        window_frames: W f, a multiple of the f frames of a block; W at most config.sampling_steps.
         context, num_frames, config, seed, guide, cache, guide_cache, batch: as in `sampler.iter_frames`.
 
     Raises:
@@ -57,10 +57,10 @@ def iter_window(
         raise ValueError(
             f"window_frames: must be a positive multiple of frames_per_block = {block_frames}, got {window_frames}"
         )
-    if window_frames // block_frames > config.steps:
+    if window_frames // block_frames > config.sampling_steps:
         raise ValueError(
-            f"window_frames: at most steps = {config.steps} blocks can be in flight, one for each noise level, got "
-            f"{window_frames // block_frames}"
+            f"window_frames: at most sampling_steps = {config.sampling_steps} blocks can be in flight, one for each "
+            f"noise level, got {window_frames // block_frames}"
         )
     return WindowSampler(networks, config, seed, batch, window_frames // block_frames).run(context, actions, num_frames)
 
@@ -133,7 +133,7 @@ class WindowSampler(BlockSampler):
         flight: list[_Block] = []
         entered = step = 0
         while entered < blocks or flight:
-            if entered < blocks and first_step(entered, self.config.steps, self.window) == step:
+            if entered < blocks and first_step(entered, self.config.sampling_steps, self.window) == step:
                 flight.append(self.enter(done + entered * self.block_frames, actions, len(flight)))
                 entered += 1
             finished = self.advance(flight)
@@ -163,7 +163,7 @@ class WindowSampler(BlockSampler):
         for block, estimate, (sigma, next_sigma) in zip(flight, estimates, taken):
             slopes.append((block.x - estimate) / sigma)
             ends.append(block.x + (next_sigma - sigma) * slopes[-1])
-        if flight[0].step == self.config.steps:
+        if flight[0].step == self.config.sampling_steps:
             finished = ends.pop(0)
             self.append(finished, flight.pop(0).actions)
             del slopes[0], taken[0]

@@ -11,11 +11,8 @@ from typing import Annotated, Literal
 
 import tyro
 
-from ..media import write_png
-from .data import open_images
-from .evaluate import EvaluateConfig, contact_sheet, evaluate, sample_images
-from .study import RESULTS, StudyConfig, markdown, run_study
-from .train import ImageTrainConfig, ImageTrainer, load_model
+from ..progress import progress_bar
+from .config import EvaluateConfig, ImageTrainConfig, StudyConfig
 
 # 22 s of training on one core for each of the study's runs
 STUDY_TRAIN = ImageTrainConfig(steps=1600)
@@ -40,20 +37,22 @@ class ImagesTrain:
     debug: bool = False
 
     def run(self) -> None:
-        from ..cli import pick_device, progress_bar
-
         if self.checkpoint_every < 0:
             raise ValueError(f"checkpoint_every: must be at least 0, got {self.checkpoint_every}")
+        from ..devices import pick_device
+        from .data import open_images
+        from .train import ImageTrainer
+
         images = open_images(self.train.data, self.train.data_path)
         trainer = ImageTrainer(self.train, images, self.run_dir, device=pick_device(self.device))
         print(
             f"{len(images.train)} images of {images.shape}, {len(images.heldout)} held out; "
             f"{trainer.model.net.num_parameters() / 1e3:.0f} k parameters on {trainer.device}"
         )
-        with progress_bar("train", self.train.steps, "steps") as update:
+        with progress_bar("train", self.train.steps, "steps") as bar:
             trainer.train(
                 checkpoint_every=self.checkpoint_every,
-                callback=lambda step, loss: update(step, f"loss {loss:.4f}"),
+                callback=lambda step, loss: bar.update(step, f"loss {loss:.4f}"),
             )
         print(f"{self.run_dir}: step {trainer.step} after {trainer.seconds:.0f} s of training")
 
@@ -66,7 +65,7 @@ class ImagesSample:
         run_dir: run folder or checkpoint.
         out: picture to write; <run_dir>/samples.png if not given.
         count: images.
-        steps: of the solver; one component after another needs more of them than all together.
+        sampling_steps: of the solver; one component after another needs more of them than all together.
         solver: "ancestral" draws from the closed-form posterior, "ddim", "euler", "heun" and "dpm++2m" follow the flow.
         weights: the average of weights, or those as trained.
         scale: enlargement of the picture.
@@ -78,7 +77,7 @@ class ImagesSample:
     run_dir: Path
     out: Path | None = None
     count: int = 64
-    steps: int = 128
+    sampling_steps: int = 128
     solver: Literal["ancestral", "ddpm", "ddim", "euler", "heun", "dpm++2m"] = "ddim"
     weights: Literal["average", "trained"] = "average"
     scale: int = 4
@@ -87,15 +86,18 @@ class ImagesSample:
     debug: bool = False
 
     def run(self) -> None:
-        from ..cli import pick_device
-
-        for name in ("count", "steps", "scale"):
+        for name in ("count", "sampling_steps", "scale"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}: must be at least 1, got {getattr(self, name)}")
+        from ..devices import pick_device
+        from ..media import write_png
+        from ..runs import run_folder
+        from .evaluate import contact_sheet, sample_images
+        from .train import load_model
+
         model = load_model(self.run_dir, average=self.weights == "average", device=pick_device(self.device))
-        images = sample_images(model, self.count, steps=self.steps, solver=self.solver, seed=self.seed)
-        run_dir = self.run_dir if not (self.run_dir / "state.json").exists() else self.run_dir.parent
-        out = self.out or run_dir / "samples.png"
+        images = sample_images(model, self.count, steps=self.sampling_steps, solver=self.solver, seed=self.seed)
+        out = self.out or run_folder(self.run_dir) / "samples.png"
         out.parent.mkdir(parents=True, exist_ok=True)
         write_png(out, contact_sheet(images, model.levels, columns=min(16, self.count), scale=self.scale))
         print(out)
@@ -122,19 +124,22 @@ class ImagesEvaluate:
     debug: bool = False
 
     def run(self) -> None:
-        from ..cli import pick_device
         from ..data.format import write_json
+        from ..devices import pick_device
+        from ..runs import run_folder
+        from .data import open_images
+        from .evaluate import evaluate
+        from .train import load_model
 
         model = load_model(self.run_dir, average=self.weights == "average", device=pick_device(self.device))
         images = open_images(model.config.data, self.data_path or model.config.data_path)
         bits = evaluate(model, images.heldout, self.evaluate)
-        run_dir = self.run_dir if not (self.run_dir / "state.json").exists() else self.run_dir.parent
         report = {
             "bits_per_dim": bits.mean, "standard_error": bits.standard_error, "images": len(bits.bits),
             "independent_normals": float(bits.gaussian.mean()), "step": model.step,
             "settings": dataclasses.asdict(self.evaluate),
         }  # fmt: skip
-        write_json(run_dir / "evaluation.json", report)
+        write_json(run_folder(self.run_dir) / "evaluation.json", report)
         print(
             f"{bits.mean:.4f} +- {bits.standard_error:.4f} bits/dim on {len(bits.bits)} held-out images; "
             f"independent normal components have {bits.gaussian.mean():.4f}"
@@ -166,14 +171,15 @@ class ImagesCompare:
     debug: bool = False
 
     def run(self) -> None:
-        from ..cli import progress_bar
+        from .data import open_images
+        from .study import RESULTS, markdown, run_study
 
         study = dataclasses.replace(self.study, seeds=tuple(s + self.seed for s in self.study.seeds))
         images = open_images(self.train.data, self.train.data_path)
-        with progress_bar("compare", len(study.cells()), "runs") as update:
+        with progress_bar("compare", len(study.cells()), "runs") as bar:
 
             def progress(done: int, total: int, text: str) -> None:
-                update(done, text)
+                bar.update(done, text)
                 print(f"{done}/{total} {text}", flush=True)
 
             command = "sae " + shlex.join(sys.argv[1:])

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Literal
 
 import numpy as np
 import torch
@@ -16,42 +15,12 @@ from ..diffusion.schedules import Schedule, sampling_times
 from ..diffusion.solvers import sample
 from ..diffusion.solvers import start as start_noise
 from .components import gaussian_bits_per_dim
+from .config import EvaluateConfig
 from .data import quantise
 from .train import ImageModel
 
 # purposes of derived seeds, apart from those of training
 _CHOICE, _PIXELS, _PROBES, _START, _STEPS = range(100, 105)
-
-
-@dataclass(frozen=True)
-class EvaluateConfig:
-    """How bits per dimension are measured.
-
-    Args:
-        images: held-out images, the same ones for every model and seed of training; 0 takes all.
-        batch_size: images that share the solver's steps.
-        divergence: "rademacher" is unbiased and costs one backward pass per step and probe, "exact" one per component.
-        probes: random sign vectors per image.
-        tolerance: relative and absolute, of the adaptive solver.
-        seed: of the choice of images, dequantisation and probes.
-
-    Raises:
-        ValueError: a field breaks its rule; the message names field, rule and value.
-    """
-
-    images: int = 128
-    batch_size: int = 128
-    divergence: Literal["rademacher", "exact"] = "rademacher"
-    probes: int = 1
-    tolerance: float = 1e-3
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        for name, least in (("images", 0), ("batch_size", 1), ("probes", 1)):
-            if getattr(self, name) < least:
-                raise ValueError(f"{name}: must be at least {least}, got {getattr(self, name)}")
-        if not 0 < self.tolerance < 1:
-            raise ValueError(f"tolerance: must lie in (0, 1), got {self.tolerance}")
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,6 @@ Legend: B batch, C colours, Y X pixels, G groups of components, W model channels
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -15,46 +14,9 @@ from torch.nn import functional as F
 
 from ..diffusion.schedules import scales_of
 from .components import Whitened
+from .config import NetConfig
 
 TOKEN_FEATURES = 3
-
-
-@dataclass(frozen=True)
-class NetConfig:
-    """The network's size.
-
-    Args:
-        channels: at full resolution.
-        channel_mult: channels of each level over `channels`; each further level has half the height and width.
-        blocks: residual blocks per level, on the way down and again on the way up.
-        groups: tokens of the noise state; neighbours in the order of generation share one.
-        token_channels: of a token.
-        heads: of cross-attention.
-        fourier: sines and cosines of the image estimate with periods of 2, 1, 1/2 ... levels, so many of each
-            (Kingma et al. 2021, VDM, appendix C): they show where in a level a pixel lies.
-
-    Raises:
-        ValueError: a field breaks its rule; the message names field, rule and value.
-    """
-
-    channels: int = 16
-    channel_mult: tuple[int, ...] = (1, 2)
-    blocks: int = 1
-    groups: int = 16
-    token_channels: int = 32
-    heads: int = 2
-    fourier: int = 1
-
-    def __post_init__(self) -> None:
-        for name, least in (("channels", 8), ("blocks", 1), ("groups", 1), ("token_channels", 1), ("heads", 1)):
-            if getattr(self, name) < least:
-                raise ValueError(f"{name}: must be at least {least}, got {getattr(self, name)}")
-        if self.fourier < 0:
-            raise ValueError(f"fourier: must be at least 0, got {self.fourier}")
-        if not self.channel_mult or min(self.channel_mult) < 1:
-            raise ValueError(f"channel_mult: must be positive integers, at least one, got {self.channel_mult}")
-        if self.channels % 8 or self.channels % self.heads:
-            raise ValueError(f"channels: must be a multiple of 8 and of heads = {self.heads}, got {self.channels}")
 
 
 class NoiseState(nn.Module):

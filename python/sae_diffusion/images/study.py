@@ -9,7 +9,6 @@ import math
 import os
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,42 +18,13 @@ from ..data.format import atomic_path
 from ..media import write_png
 from ..train.checkpoint import versions
 from .components import check_basis
+from .config import EvaluateConfig, ImageTrainConfig, StudyConfig
 from .data import ImageSet
-from .evaluate import EvaluateConfig, contact_sheet, evaluate, sample_images
-from .schedule import ScheduleConfig, in_flight
-from .train import ImageTrainConfig, ImageTrainer
+from .evaluate import contact_sheet, evaluate, sample_images
+from .schedule import in_flight
+from .train import ImageTrainer
 
 RESULTS, TABLE, PLOT, SAMPLES = "bits-per-dim.json", "bits-per-dim.md", "bits-per-dim.png", "samples.png"
-
-
-@dataclass(frozen=True)
-class StudyConfig:
-    """What is compared.
-
-    Args:
-        bases: see `ImageTrainConfig.basis`.
-        softness: see `ScheduleConfig.softness`; 1 is standard diffusion, towards 0 autoregressive.
-        seeds: of training.
-
-    Raises:
-        ValueError: a field breaks its rule; the message names field, rule and value.
-    """
-
-    bases: tuple[str, ...] = ("identity", "pca", "dct", "haar")
-    softness: tuple[float, ...] = (1.0, 1 / 4, 1 / 32)
-    seeds: tuple[int, ...] = (0, 1, 2)
-
-    def __post_init__(self) -> None:
-        for name in ("bases", "softness", "seeds"):
-            values = getattr(self, name)
-            if not values or len(set(values)) != len(values):
-                raise ValueError(f"{name}: must be one or more values, each once, got {values}")
-        for softness in self.softness:
-            ScheduleConfig(softness=softness)
-
-    def cells(self) -> list[tuple[str, float, int]]:
-        """(basis, softness, seed), seeds outermost: a study that is cut short has whole tables of fewer seeds."""
-        return [(basis, s, seed) for seed in self.seeds for basis in self.bases for s in self.softness]
 
 
 def run_study(

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import dataclasses
-import json
 import math
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from safetensors.torch import load_file
@@ -30,81 +28,15 @@ from ..train.checkpoint import (
     save_checkpoint,
     verify_checkpoint,
 )
-from ..train.ema import MAX_STD, PowerEMA
+from ..train.ema import PowerEMA
 from .components import Whitened, check_basis
+from .config import ImageTrainConfig
 from .data import ImageSet, middle
-from .model import ComponentUNet, NetConfig
-from .schedule import ScheduleConfig, make_schedule
+from .model import ComponentUNet
+from .schedule import make_schedule
 
 # purposes of derived seeds
 _WEIGHTS, _BATCH, _PIXELS, _NOISE = range(4)
-
-
-@dataclass(frozen=True)
-class ImageTrainConfig:
-    """A training run.
-
-    Args:
-        data: digits, or cifar10 with `data_path`.
-        data_path: cifar-10-binary.tar.gz or its unpacked folder.
-        basis: in which noise levels differ.
-        schedule: noise levels of the components.
-        net: the network.
-        steps: optimizer steps; the learning rate falls to zero on the last one, along a cosine.
-        batch_size: images per step.
-        lr: largest learning rate of Adam.
-        warmup: steps of the linear ramp before it.
-        clip: largest norm of the gradient.
-        weighting: "elbo" weighs every component by - d log-SNR / dt, so that the loss is the variational bound up to a
-            constant; "eps" is the plain mean over components.
-        times: "uniform" in t, one in each part of the batch; "snr" has the SNR of components spread over its range,
-            logarithmically where large and linearly where small, with exact weights (`SNRSampler`).
-        ema: relative width of the average of weights, over the whole of training.
-        seed: of weights, order of images, dequantisation, times and noise.
-
-    Raises:
-        ValueError: a field breaks its rule; the message names field, rule and value.
-    """
-
-    data: Literal["digits", "cifar10"] = "digits"
-    data_path: str | None = None
-    basis: Literal["identity", "pca", "dct", "fourier", "haar"] = "pca"
-    schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
-    net: NetConfig = field(default_factory=NetConfig)
-    steps: int = 4000
-    batch_size: int = 32
-    lr: float = 4e-3
-    warmup: int = 100
-    clip: float = 1.0
-    weighting: Literal["elbo", "eps"] = "elbo"
-    times: Literal["uniform", "snr"] = "uniform"
-    ema: float = 0.1
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        for name, least in (("steps", 1), ("batch_size", 1), ("warmup", 0)):
-            if getattr(self, name) < least:
-                raise ValueError(f"{name}: must be at least {least}, got {getattr(self, name)}")
-        for name in ("lr", "clip"):
-            if not 0 < getattr(self, name) < math.inf:
-                raise ValueError(f"{name}: must be positive and finite, got {getattr(self, name)}")
-        if not 0 < self.ema <= MAX_STD:
-            raise ValueError(f"ema: must be in (0, {MAX_STD:.4f}], got {self.ema}")
-        for name, choices in (
-            ("data", ("digits", "cifar10")),
-            ("weighting", ("elbo", "eps")),
-            ("times", ("uniform", "snr")),
-        ):
-            if getattr(self, name) not in choices:
-                raise ValueError(f"{name}: must be one of {choices}, got {getattr(self, name)!r}")
-
-    def to_json(self) -> dict[str, Any]:
-        return json.loads(json.dumps(dataclasses.asdict(self)))
-
-    @classmethod
-    def from_json(cls, fields: dict[str, Any]) -> ImageTrainConfig:
-        net: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in fields["net"].items()}
-        return cls(**{**fields, "net": NetConfig(**net), "schedule": ScheduleConfig(**fields["schedule"])})
 
 
 @dataclass

@@ -1,7 +1,15 @@
 """The EDM2-style U-Net over frames and its cache."""
 
-from .cache import Cache
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from .._lazy import lazy_names
 from .config import ModelConfig
-from .denoiser import Denoiser
+
+if TYPE_CHECKING:
+    from .cache import Cache
+    from .denoiser import Denoiser
 
 __all__ = ["Cache", "Denoiser", "ModelConfig"]
+__getattr__ = lazy_names(__name__, {"Cache": "cache", "Denoiser": "denoiser"})

@@ -9,14 +9,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Literal
 
-import numpy as np
 import tyro
 
-from .data import Source, read_series, split_series
-from .plot import plot_series, plot_study
-from .sampling import error_quartiles, generate, negative_log_likelihood
-from .study import RESULT, StudyConfig, run_study, table
-from .train import SeriesTrainConfig, SeriesTrainer, heldout_series, load_series_model
+from ..progress import progress_bar
+from .config import SeriesTrainConfig, Source, StudyConfig
 
 Solver = Literal["ancestral", "ddpm", "ddim", "euler", "heun", "dpm++2m", "stochastic-heun"]
 
@@ -37,6 +33,8 @@ class SeriesTrain:
     debug: bool = False
 
     def run(self) -> None:
+        from .train import SeriesTrainer
+
         trainer = SeriesTrainer(self.train)
         given = "fresh series" if trainer.data is None else f"{len(trainer.data)} series"
         print(
@@ -55,7 +53,7 @@ class SeriesSample:
         run_dir: run folder or checkpoint.
         out: folder to write into; <run_dir>/samples if not given.
         count: series.
-        steps: of the solver.
+        sampling_steps: of the solver.
         solver: "ancestral" draws from the closed-form posterior, "ddim", "euler", "heun" and "dpm++2m" follow the flow.
         eta: of "ddim".
         window: another window than the run's, which suits networks trained on "independent" levels or "mixed" windows;
@@ -72,7 +70,7 @@ class SeriesSample:
     run_dir: Path
     out: Path | None = None
     count: int = 256
-    steps: int = 400
+    sampling_steps: int = 400
     solver: Solver = "ancestral"
     eta: float = 0.0
     window: float | None = None
@@ -85,14 +83,21 @@ class SeriesSample:
     debug: bool = False
 
     def run(self) -> None:
-        from ..cli import pick_device, progress_bar
-
-        for name in ("count", "steps"):
+        for name in ("count", "sampling_steps"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}: must be at least 1, got {getattr(self, name)}")
         for name in ("given", "likelihood"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name}: must be at least 0, got {getattr(self, name)}")
+        import numpy as np
+
+        from ..devices import pick_device
+        from ..runs import run_folder
+        from .data import read_series, split_series
+        from .plot import plot_series
+        from .sampling import error_quartiles, generate, negative_log_likelihood
+        from .train import heldout_series, load_series_model
+
         model, stats, config = load_series_model(
             self.run_dir, average=self.weights == "average", device=pick_device(self.device)
         )
@@ -107,14 +112,14 @@ class SeriesSample:
         # a file may hold out fewer series than are asked for: they are continued more than once
         given = true[np.arange(self.count) % len(true), : self.given] if self.given else None
         batch = 256
-        with progress_bar("sample", -(-self.count // batch) * self.steps, "steps") as update:
+        with progress_bar("sample", -(-self.count // batch) * self.sampling_steps, "steps") as bar:
             x = generate(
-                model, stats, schedule, self.count, steps=self.steps, solver=self.solver, eta=self.eta,
-                seed=self.seed, batch=batch, given=given, callback=update,
+                model, stats, schedule, self.count, steps=self.sampling_steps, solver=self.solver, eta=self.eta,
+                seed=self.seed, batch=batch, given=given, callback=bar.update,
             )  # fmt: skip
         report: dict[str, object] = {
-            "count": self.count, "steps": self.steps, "solver": self.solver, "seed": self.seed, "given": self.given,
-            "schedule": dataclasses.asdict(chosen),
+            "count": self.count, "sampling_steps": self.sampling_steps, "solver": self.solver, "seed": self.seed,
+            "given": self.given, "schedule": dataclasses.asdict(chosen),
         }  # fmt: skip
         if config.data is None and config.source.has_clauses:
             error = error_quartiles(config.source, x)
@@ -130,8 +135,7 @@ class SeriesSample:
                 "series": len(nats),
             }
             print(f"held-out series: {nats.mean():.4g} nats each ({len(nats)} series)")
-        run_dir = self.run_dir if not (self.run_dir / "state.json").exists() else self.run_dir.parent
-        out = self.out or run_dir / "samples"
+        out = self.out or run_folder(self.run_dir) / "samples"
         out.mkdir(parents=True, exist_ok=True)
         np.savez_compressed(out / "samples.npz", series=x, heldout=true)
         (out / "report.json").write_text(json.dumps(report, indent=1, default=str) + "\n", encoding="utf-8")
@@ -169,6 +173,9 @@ class SeriesPlot:
     debug: bool = False
 
     def run(self) -> None:
+        from .data import read_series
+        from .plot import plot_series, plot_study
+
         if self.study is not None:
             result = json.loads(self.study.read_text(encoding="utf-8"))
             print(plot_study(self.out, result["rows"], result["settings"]["length"]))
@@ -213,18 +220,18 @@ class SeriesStudy:
     debug: bool = False
 
     def run(self) -> None:
-        from ..cli import progress_bar
-
         if self.minutes is not None and not self.minutes > 0:
             raise ValueError(f"minutes: must be positive, got {self.minutes}")
+        from .study import RESULT, run_study, table
+
         config = QUICK if self.minutes is not None and self.study == StudyConfig() else self.study
         config = dataclasses.replace(config, seeds=tuple(seed + self.seed for seed in config.seeds))
         total = len(config.lines()) * len(config.windows)
-        with progress_bar("study", total, "networks") as update:
+        with progress_bar("study", total, "networks") as bar:
             result = run_study(
                 config, self.out, workers=self.workers,
                 max_seconds=None if self.minutes is None else 60 * self.minutes,
-                callback=lambda done, _total: update(done),
+                callback=lambda done, _total: bar.update(done),
             )  # fmt: skip
         print(table(result))
         for suffix in ("json", "md", "png"):

@@ -8,20 +8,16 @@ from __future__ import annotations
 import zipfile
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
 
 from ..diffusion.noise import derive_seed
+from .config import CHAINS, Source, check_order
 
 LOGISTIC_RATE = 3.993
 MIXTURE_RATE = 3.9993
-CHAINS = ("logistic", "stochastic", "one-minus-x")
-KINDS = (*CHAINS, "mixture", "white-noise")
-ORDERS = ("natural", "backward", "swaps", "block-shuffle", "shuffled")
-Kind = Literal["logistic", "stochastic", "one-minus-x", "mixture", "white-noise"]
-Order = Literal["natural", "backward", "swaps", "block-shuffle", "shuffled"]
 
 
 def gen(n: int, chaos_ratio: float = 0.5, *, seed: int = 0) -> np.ndarray:
@@ -61,12 +57,7 @@ def permutation(order: str, length: int, step: int = 1, seed: int = 0) -> np.nda
     Raises:
         ValueError: an unknown order, a step outside [1, length], or for block-shuffle one that does not divide length.
     """
-    if order not in ORDERS:
-        raise ValueError(f"order: must be one of {', '.join(ORDERS)}, got {order!r}")
-    if length < 2:
-        raise ValueError(f"length: must be at least 2, got {length}")
-    if not 1 <= step <= length:
-        raise ValueError(f"step: must be in [1, {length}], got {step}")
+    check_order(order, length, step)
     perm = np.arange(length)
     if order == "backward":
         return perm[::-1].copy()
@@ -75,8 +66,6 @@ def permutation(order: str, length: int, step: int = 1, seed: int = 0) -> np.nda
             last = first + step - 1
             perm[first], perm[last] = perm[last], perm[first]
     elif order == "block-shuffle":
-        if length % step:
-            raise ValueError(f"step: must divide the length {length} for block-shuffle, got {step}")
         block = _half_inverted(step, np.random.default_rng(derive_seed(seed, 2)))
         perm = (np.arange(0, length, step)[:, None] + block).reshape(-1)
     elif order == "shuffled":
@@ -94,91 +83,52 @@ def _half_inverted(size: int, rng: np.random.Generator) -> np.ndarray:
             return block
 
 
-@dataclass(frozen=True)
-class Source:
-    """A generator of series of one channel.
+def draw_series(source: Source, count: int, seed: int) -> np.ndarray:
+    """`count` series of a source, (count, length, 1); a larger count begins with the series of a smaller one."""
+    if count < 1:
+        raise ValueError(f"count: must be at least 1, got {count}")
+    if source.kind == "mixture":
+        return gen_dataset(count, source.length, source.chaos_ratio, seed=seed)
+    if source.kind == "white-noise":
+        normal = np.random.default_rng(derive_seed(seed, 0)).standard_normal((count, source.length))
+        return normal[:, :, None]
+    perm = source.permutation()
+    draws = np.random.default_rng(derive_seed(seed, 0)).random((count, source.length))
+    x = np.empty((count, source.length))
+    x[:, perm[0]] = draws[:, 0]
+    for k in range(1, source.length):
+        p = x[:, perm[k - 1]]
+        if source.kind == "logistic":
+            x[:, perm[k]] = LOGISTIC_RATE * p * (1 - p)
+        elif source.kind == "stochastic":
+            x[:, perm[k]] = p + (draws[:, k] < 0.5)
+        else:
+            x[:, perm[k]] = 1 - p
+    return x[:, :, None]
 
-    Args:
-        kind: "logistic", "stochastic" and "one-minus-x" are chains, in which each point follows from another:
-            next = 3.993 p (1 - p), p + Bernoulli(1/2), 1 - p; the first is U(0, 1). "mixture" is `gen_dataset`;
-            "white-noise" N(0, 1).
-        length: points of a series.
-        order: of a chain's links along the series, see `permutation`.
-        step: block size of "swaps" and "block-shuffle".
-        chaos_ratio: of "mixture".
-        order_seed: of the random orders.
+
+def clause_error(source: Source, x: np.ndarray) -> np.ndarray:
+    """Squared violation of the chain's law, summed over its length - 1 links: (count, length, 1) -> (count,).
+
+    For "stochastic" a link costs min(d², (d - 1)²), d the increment.
 
     Raises:
-        ValueError: a field breaks its rule.
+        ValueError: the source has no clauses, or x has another shape.
     """
-
-    kind: Kind = "logistic"
-    length: int = 20
-    order: Order = "natural"
-    step: int = 1
-    chaos_ratio: float = 0.5
-    order_seed: int = 0
-
-    def __post_init__(self) -> None:
-        if self.kind not in KINDS:
-            raise ValueError(f"kind: must be one of {', '.join(KINDS)}, got {self.kind!r}")
-        if not 0 <= self.chaos_ratio <= 1:
-            raise ValueError(f"chaos_ratio: must be in [0, 1], got {self.chaos_ratio}")
-        self.permutation()
-
-    @property
-    def has_clauses(self) -> bool:
-        """Whether a series can be checked against its law, see `clause_error`."""
-        return self.kind in CHAINS
-
-    def permutation(self) -> np.ndarray:
-        return permutation(self.order, self.length, self.step, self.order_seed)
-
-    def sample(self, count: int, seed: int) -> np.ndarray:
-        """`count` series (count, length, 1); a larger count begins with the series of a smaller one."""
-        if count < 1:
-            raise ValueError(f"count: must be at least 1, got {count}")
-        if self.kind == "mixture":
-            return gen_dataset(count, self.length, self.chaos_ratio, seed=seed)
-        if self.kind == "white-noise":
-            normal = np.random.default_rng(derive_seed(seed, 0)).standard_normal((count, self.length))
-            return normal[:, :, None]
-        perm = self.permutation()
-        draws = np.random.default_rng(derive_seed(seed, 0)).random((count, self.length))
-        x = np.empty((count, self.length))
-        x[:, perm[0]] = draws[:, 0]
-        for k in range(1, self.length):
-            p = x[:, perm[k - 1]]
-            if self.kind == "logistic":
-                x[:, perm[k]] = LOGISTIC_RATE * p * (1 - p)
-            elif self.kind == "stochastic":
-                x[:, perm[k]] = p + (draws[:, k] < 0.5)
-            else:
-                x[:, perm[k]] = 1 - p
-        return x[:, :, None]
-
-    def clause_error(self, x: np.ndarray) -> np.ndarray:
-        """Squared violation of the chain's law, summed over its length - 1 links: (count, length, 1) -> (count,).
-
-        For "stochastic" a link costs min(d², (d - 1)²), d the increment.
-
-        Raises:
-            ValueError: the source has no clauses, or x has another shape.
-        """
-        if not self.has_clauses:
-            raise ValueError(f"kind: must be one of {', '.join(CHAINS)} to have clauses, got {self.kind!r}")
-        x = np.asarray(x, dtype=np.float64)
-        if x.ndim != 3 or x.shape[1:] != (self.length, 1):
-            raise ValueError(f"x: must have shape (count, {self.length}, 1), got {x.shape}")
-        links = x[:, self.permutation(), 0]
-        p, following = links[:, :-1], links[:, 1:]
-        if self.kind == "logistic":
-            error = (LOGISTIC_RATE * p * (1 - p) - following) ** 2
-        elif self.kind == "stochastic":
-            error = np.minimum((following - p) ** 2, (following - p - 1) ** 2)
-        else:
-            error = (1 - p - following) ** 2
-        return error.sum(axis=1)
+    if not source.has_clauses:
+        raise ValueError(f"kind: must be one of {', '.join(CHAINS)} to have clauses, got {source.kind!r}")
+    x = np.asarray(x, dtype=np.float64)
+    if x.ndim != 3 or x.shape[1:] != (source.length, 1):
+        raise ValueError(f"x: must have shape (count, {source.length}, 1), got {x.shape}")
+    links = x[:, source.permutation(), 0]
+    p, following = links[:, :-1], links[:, 1:]
+    if source.kind == "logistic":
+        error = (LOGISTIC_RATE * p * (1 - p) - following) ** 2
+    elif source.kind == "stochastic":
+        error = np.minimum((following - p) ** 2, (following - p - 1) ** 2)
+    else:
+        error = (1 - p - following) ** 2
+    return error.sum(axis=1)
 
 
 @dataclass(frozen=True, eq=False)

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
-from typing import Literal
 
 import torch
 import torch.nn as nn
@@ -12,40 +10,7 @@ import torch.nn.functional as F
 
 from ..diffusion.schedules import scales_of
 from ..diffusion.solvers import to_x0
-
-
-@dataclass(frozen=True)
-class SeriesModelConfig:
-    """The network. B batch, N tokens (points of a series), C channels.
-
-    Args:
-        width: of the residual stream.
-        layers, heads: of the transformer.
-        expansion: hidden width of the feed-forward layers over `width`.
-        prediction: what the last layer's numbers mean.
-        features: what a token is told of its noise beside x: "scales" (signal, noise), as in the reference, or
-            "log_snr", an embedding that resolves the levels near both ends.
-
-    Raises:
-        ValueError: a field breaks its rule.
-    """
-
-    width: int = 64
-    layers: int = 4
-    heads: int = 4
-    expansion: int = 4
-    prediction: Literal["x0", "eps", "v"] = "v"
-    features: Literal["scales", "log_snr"] = "log_snr"
-
-    def __post_init__(self) -> None:
-        for name in ("width", "layers", "heads", "expansion"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}: must be at least 1, got {getattr(self, name)}")
-        if self.width % self.heads or self.width % 2:
-            raise ValueError(f"width: must be even and a multiple of heads {self.heads}, got {self.width}")
-        for name, known in (("prediction", ("x0", "eps", "v")), ("features", ("scales", "log_snr"))):
-            if getattr(self, name) not in known:
-                raise ValueError(f"{name}: must be one of {', '.join(known)}, got {getattr(self, name)!r}")
+from .config import SeriesModelConfig
 
 
 class _Block(nn.Module):

@@ -10,7 +10,8 @@ import torch
 from ..diffusion.noise import derive_seed
 from ..diffusion.schedules import Given, Schedule, sampling_times, scales_of
 from ..diffusion.solvers import sample, start
-from .data import SeriesStats, Source
+from .config import Source
+from .data import SeriesStats
 from .model import SeriesDenoiser
 
 

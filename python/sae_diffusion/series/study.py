@@ -16,9 +16,8 @@ import sys
 import time
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor, wait
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
@@ -26,100 +25,13 @@ from safetensors.torch import load_file, save_file
 
 from ..diffusion.noise import derive_seed
 from ..train.checkpoint import versions
-from .data import Source
-from .model import SeriesModelConfig
+from .config import OWN, SHARED, Line, StudyConfig
 from .plot import plot_study
 from .sampling import generate
-from .train import ScheduleConfig, SeriesTrainConfig, SeriesTrainer, source_stats
+from .train import SeriesTrainer, source_stats
 
 RESULT = "windows"  # stem of the table and the picture
 _SAMPLE = 15  # purpose of random numbers
-
-
-SHARED, OWN = "one network", "a network per window"
-
-
-class Line(NamedTuple):
-    """The cells of one pre-trained network: sampled as it is, or trained on each window first."""
-
-    loss_space: str
-    swap: int
-    seed: int
-    training: str
-
-
-@dataclass(frozen=True, kw_only=True)
-class StudyConfig:
-    """The grid, and the budget of each network.
-
-    Args:
-        windows: of the staggered schedule.
-        swaps: steps of the "swaps" orders; 1 is the natural order.
-        seeds: networks per loss, order and window.
-        losses: what squared error is taken of: "x0", as in the reference, or "v".
-        own_losses: those of `losses` with which networks are also trained on each window alone.
-        length: points of a series.
-        base_steps: optimizer steps on independent levels, once per loss, order and seed.
-        steps: optimizer steps on one window.
-        batch: series per step.
-        base_lr, lr: learning rates of the two.
-        model: the network.
-        samples: series per network that clause errors are taken from.
-        sampling_steps: of the ancestral solver.
-    """
-
-    windows: tuple[float, ...] = (1, 2, 4, 8, 12, 16, 24, 64, 256)
-    swaps: tuple[int, ...] = (1, 4)
-    seeds: tuple[int, ...] = (0, 1)
-    losses: tuple[Literal["x0", "v"], ...] = ("x0", "v")
-    own_losses: tuple[Literal["x0", "v"], ...] = ("x0",)
-    length: int = 20
-    base_steps: int = 1500
-    steps: int = 400
-    batch: int = 64
-    base_lr: float = 3e-3
-    lr: float = 1e-3
-    model: SeriesModelConfig = field(default_factory=SeriesModelConfig)
-    samples: int = 256
-    sampling_steps: int = 200
-
-    def __post_init__(self) -> None:
-        for name in ("windows", "swaps", "seeds", "losses"):
-            if not getattr(self, name):
-                raise ValueError(f"{name}: must name at least one, got none")
-        if not set(self.own_losses) <= set(self.losses):
-            raise ValueError(f"own_losses: must be among losses {self.losses}, got {self.own_losses}")
-        for name in ("base_steps", "steps", "samples", "sampling_steps"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}: must be at least 1, got {getattr(self, name)}")
-
-    def lines(self) -> list[Line]:
-        """A whole picture for one seed before the next seed begins."""
-        return [
-            Line(loss, swap, seed, training)
-            for seed in self.seeds
-            for loss, training in self.columns()
-            for swap in self.swaps
-        ]
-
-    def columns(self) -> list[tuple[str, str]]:
-        """(loss, training), in the order of the table."""
-        columns: list[tuple[str, str]] = [(loss, SHARED) for loss in self.losses]
-        return columns + [(loss, OWN) for loss in self.own_losses]
-
-    def training(self, line: Line, window: float | None) -> SeriesTrainConfig:
-        """Settings of the training on one window, or, for None, of that on independent levels."""
-        if window is None:
-            schedule, steps, lr = ScheduleConfig(kind="independent"), self.base_steps, self.base_lr
-        else:
-            schedule, steps, lr = ScheduleConfig(kind="staggered", window=float(window)), self.steps, self.lr
-        # seeds differ from window to window: the second training must not see the first one's series again
-        seed = line.seed if window is None else derive_seed(line.seed, round(window * 1000))
-        return SeriesTrainConfig(
-            source=Source(length=self.length, order="swaps", step=line.swap), schedule=schedule, model=self.model,
-            steps=steps, batch=self.batch, lr=lr, warmup=min(50, steps // 4), loss_space=line.loss_space,  # type: ignore[arg-type]
-            seed=seed, device="cpu",
-        )  # fmt: skip
 
 
 def order_name(swap: int) -> str:

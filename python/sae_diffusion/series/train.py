@@ -5,23 +5,20 @@ Every random number is a function of (seed, purpose, step), so a resumed run dra
 
 from __future__ import annotations
 
-import dataclasses
-import json
 import math
 import signal
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
 
 from sae_kernels import FrameLayout, token_noise
 
-from ..diffusion import schedules
+from ..devices import pick_device
 from ..diffusion.noise import derive_seed
 from ..diffusion.schedules import Schedule, scales_of
 from ..train.checkpoint import (
@@ -36,70 +33,13 @@ from ..train.checkpoint import (
     verify_checkpoint,
 )
 from ..train.metrics import Reporter
-from .data import SeriesStats, Source, read_series, split_series
-from .model import SeriesDenoiser, SeriesModelConfig
+from .config import ScheduleConfig, SeriesModelConfig, SeriesTrainConfig, Source
+from .data import SeriesStats, read_series, split_series
+from .model import SeriesDenoiser
 
 # One stream of random numbers per purpose.
 _BATCH, _TIME, _NOISE, _STATS, _HELDOUT = 10, 11, 12, 13, 14
 STATS_SERIES = 16384  # generated series that means and deviations are estimated from
-
-
-@dataclass(frozen=True)
-class ScheduleConfig:
-    """When each point of a series is noised. t = 0 is data, t = 1 noise; generation runs from 1 to 0.
-
-    Args:
-        kind: what a network is trained on. "staggered": generation from left to right with `window` tokens in flight;
-            "together": all at once; "independent": a level drawn for each token, so that the network can be sampled
-            with any schedule; "mixed": all of `windows` in turn, so that it can be sampled with any of them.
-        window: 1 is autoregressive, infinity joint; for "independent" and "mixed" that of sampling.
-        windows: of "mixed".
-        curve: log-SNR of one token over its own time.
-        start, end: log-SNR at t = 0 and t = 1 of the "log-linear" curve.
-
-    Raises:
-        ValueError: a field breaks its rule.
-    """
-
-    kind: Literal["staggered", "together", "independent", "mixed"] = "independent"
-    window: float = 8.0
-    windows: tuple[float, ...] = (1, 2, 4, 8, 12, 16, 24, 64, 256)
-    curve: Literal["log-linear", "vp-linear", "cosine"] = "log-linear"
-    start: float = 9.2
-    end: float = -4.6
-
-    def __post_init__(self) -> None:
-        for name, known in (
-            ("kind", ("staggered", "together", "independent", "mixed")),
-            ("curve", ("log-linear", "vp-linear", "cosine")),
-        ):
-            if getattr(self, name) not in known:
-                raise ValueError(f"{name}: must be one of {', '.join(known)}, got {getattr(self, name)!r}")
-        if not self.window > 0:
-            raise ValueError(f"window: must be positive, got {self.window}")
-        if not self.windows or not all(window > 0 for window in self.windows):
-            raise ValueError(f"windows: must be positive, at least one, got {self.windows}")
-        if not (math.isfinite(self.start) and math.isfinite(self.end) and self.start > self.end):
-            raise ValueError(f"start, end: must be finite, start above end, got {self.start} and {self.end}")
-
-    def build(self, length: int) -> Schedule:
-        """The schedule that series of `length` points are sampled with, variance preserving."""
-        if self.kind == "together":
-            return schedules.Together((length,), self._curve())
-        return schedules.Staggered(length, self.window, self._curve())
-
-    def build_training(self, length: int) -> Schedule:
-        """The schedule that the network is trained on."""
-        if self.kind == "independent":
-            return schedules.Independent((length,), self._curve())
-        if self.kind == "mixed":
-            return Mixed([schedules.Staggered(length, window, self._curve()) for window in self.windows])
-        return self.build(length)
-
-    def _curve(self) -> schedules.Curve:
-        if self.curve == "log-linear":
-            return schedules.LogLinear(self.start, self.end)
-        return schedules.VPLinear() if self.curve == "vp-linear" else schedules.Cosine()
 
 
 class Mixed(Schedule):
@@ -119,85 +59,6 @@ class Mixed(Schedule):
         for k, part in enumerate(self.parts):
             out[k :: len(self.parts)] = getattr(part, name)(t[k :: len(self.parts)])
         return out
-
-
-@dataclass(frozen=True, kw_only=True)
-class SeriesTrainConfig:
-    """A run.
-
-    Args:
-        run_dir: folder for checkpoints, metrics and curves; the same command again resumes.
-        data: .csv, .parquet or .npz file of series; none trains on `source`, with fresh series in every step.
-        source: the generator.
-        schedule: when each point is noised.
-        model: the network.
-        steps: optimizer steps.
-        batch: series per step.
-        lr: highest learning rate; it rises over `warmup` steps and falls along a cosine to `final_lr` of itself.
-        warmup: steps.
-        final_lr: last learning rate over `lr`.
-        weight_decay: of AdamW.
-        beta2: of AdamW.
-        clip: gradient norm is cut to this.
-        ema: decay per step of the average of weights, which is what is sampled.
-        loss: "masked" counts tokens whose log-SNR is changing at the time drawn, "simple" all tokens, "vlb" weights
-            them by -dλ/dt as the continuous ELBO does.
-        loss_space: squared error of "x0", "eps" or "v"; "vlb" is always the ELBO.
-        heldout_fraction: of the file's series that training never sees.
-        checkpoint_every: steps between checkpoints; one more is written at the end.
-        log_every: steps between lines of metrics.jsonl.
-        keep: how many of the latest checkpoints to keep.
-        tensorboard: also write TensorBoard curves.
-        seed: of weights, data, times and noise.
-        device: "auto" takes CUDA where there is one.
-
-    Raises:
-        ValueError: a field breaks its rule.
-    """
-
-    run_dir: Path = Path("runs/series")
-    data: Path | None = None
-    source: Source = field(default_factory=Source)
-    schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
-    model: SeriesModelConfig = field(default_factory=SeriesModelConfig)
-    steps: int = 4000
-    batch: int = 64
-    lr: float = 2e-3
-    warmup: int = 200
-    final_lr: float = 0.01
-    weight_decay: float = 0.0
-    beta2: float = 0.99
-    clip: float = 1.0
-    ema: float = 0.998
-    loss: Literal["masked", "simple", "vlb"] = "masked"
-    loss_space: Literal["x0", "eps", "v"] = "v"
-    heldout_fraction: float = 0.1
-    checkpoint_every: int = 1000
-    log_every: int = 100
-    keep: int = 2
-    tensorboard: bool = True
-    seed: int = 0
-    device: str = "auto"
-
-    def __post_init__(self) -> None:
-        for name in ("steps", "batch", "checkpoint_every", "log_every"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}: must be at least 1, got {getattr(self, name)}")
-        for name in ("lr", "clip"):
-            if not getattr(self, name) > 0:
-                raise ValueError(f"{name}: must be positive, got {getattr(self, name)}")
-        for name in ("ema", "beta2"):
-            if not 0 <= getattr(self, name) < 1:
-                raise ValueError(f"{name}: must be in [0, 1), got {getattr(self, name)}")
-        for name in ("warmup", "weight_decay"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"{name}: must be at least 0, got {getattr(self, name)}")
-        for name, known in (("loss", ("masked", "simple", "vlb")), ("loss_space", ("x0", "eps", "v"))):
-            if getattr(self, name) not in known:
-                raise ValueError(f"{name}: must be one of {', '.join(known)}, got {getattr(self, name)!r}")
-
-    def to_json(self) -> dict[str, Any]:
-        return json.loads(json.dumps(dataclasses.asdict(self), default=str))
 
 
 def learning_rate(config: SeriesTrainConfig, step: int) -> float:
@@ -268,8 +129,6 @@ class SeriesTrainer:
     """Trains one network. `average` holds the EMA of the parameters; `step` counts optimizer steps done."""
 
     def __init__(self, config: SeriesTrainConfig) -> None:
-        from ..cli import pick_device
-
         self.config = config
         self.device = pick_device(config.device)
         self.data: np.ndarray | None = None

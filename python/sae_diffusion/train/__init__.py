@@ -1,7 +1,23 @@
 """Training: the loop, its schedule and averages, checkpoints, and measurements on held-out clips."""
 
-from .checkpoint import latest_checkpoint, load_denoiser
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from .._lazy import lazy_names
 from .config import TrainConfig
-from .trainer import Trainer, TrainResult
+
+if TYPE_CHECKING:
+    from .checkpoint import latest_checkpoint, load_denoiser
+    from .trainer import Trainer, TrainResult
 
 __all__ = ["TrainConfig", "TrainResult", "Trainer", "latest_checkpoint", "load_denoiser"]
+__getattr__ = lazy_names(
+    __name__,
+    {
+        "TrainResult": "trainer",
+        "Trainer": "trainer",
+        "latest_checkpoint": "checkpoint",
+        "load_denoiser": "checkpoint",
+    },
+)

@@ -5,7 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
-from ..diffusion.noise import NoiseConfig
+from ..diffusion.config import NoiseConfig
+
+MAX_STD = 12**-0.5  # of an average of weights: gamma = 0, a plain average over all of training
 
 # what may not change between a run and its resumption: the weights, the data order or the averages would be others
 FIXED_ON_RESUME = ("clip_length", "seed", "ema_stds", "normalizer_size", "objective")

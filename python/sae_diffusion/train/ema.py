@@ -20,8 +20,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from .checkpoint import check_header, fsync_path
-
-MAX_STD = 12**-0.5  # gamma = 0, a plain average over all of training
+from .config import MAX_STD
 
 
 def gamma_from_std(std: float) -> float:

@@ -1,0 +1,96 @@
+"""How noise levels are drawn in training, and how a frame is drawn in sampling."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+MOST_STEPS = 2**16 - 2  # draws of noise are numbered in 16 bits, and one number is the context's
+
+
+@dataclass(frozen=True)
+class NoiseConfig:
+    """How noise levels are drawn, in units of the normalised data (sigma_data = 1).
+
+    Args:
+        mean, std: of ln sigma of the noisy copies; the defaults are those of the reference's newest training on pixels.
+        context_sigma_max: the clean copy of a clip carries noise of one level drawn from U(0, context_sigma_max), and
+            the network is told that level, so that it learns to live with its own imperfect frames.
+        context_sigma_min: the lowest level the network is told for context (its logarithm must be finite).
+        context_sigma_label: the level the network is told at inference for context frames, which get no noise then.
+
+    Raises:
+        ValueError: a field breaks its rule; the message names field, rule and value.
+    """
+
+    mean: float = 0.0
+    std: float = 2.0
+    context_sigma_max: float = 0.5
+    context_sigma_min: float = 0.002
+    context_sigma_label: float = 0.05
+
+    def __post_init__(self) -> None:
+        if not math.isfinite(self.mean):
+            raise ValueError(f"mean: must be finite, got {self.mean}")
+        for name, least in (("std", 0.0), ("context_sigma_max", 0.0)):
+            if not getattr(self, name) >= least:
+                raise ValueError(f"{name}: must be at least {least}, got {getattr(self, name)}")
+        for name in ("context_sigma_min", "context_sigma_label"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"{name}: must be positive, got {getattr(self, name)}")
+
+
+@dataclass(frozen=True)
+class SamplerConfig:
+    """How a frame is drawn.
+
+    Args:
+        sampling_steps: N noise levels; a block costs 2N - 1 network evaluations with "heun" and N with "euler" (twice
+            that when guidance is not 1), and one more to enter the cache.
+        sigma_min: the last noise level before 0.
+        sigma_max: the first noise level.
+        rho: how densely levels lie near sigma_min, see `sigma_schedule`.
+        churn: S_churn of EDM algorithm 2, noise added between steps; 0 is deterministic.
+        churn_min: the least noise level that is churned.
+        churn_max: the greatest noise level that is churned.
+        churn_noise: S_noise, a factor on the added noise.
+        solver: "heun" (second order) or "euler" (first order).
+        context_sigma: the noise level the network is told for frames in the cache.
+        context_noise: standard deviation of the noise really added to frames before they enter the cache.
+        guidance: w in D = D_weak + w (D - D_weak); 1 is off.
+        guidance_kind: where D_weak comes from: "context", the same network without the past, or "auto", a second
+            network with the same past (Karras et al. 2024, autoguidance).
+
+    Raises:
+        ValueError: a field breaks its rule.
+    """
+
+    sampling_steps: int = 32
+    sigma_min: float = 0.002
+    sigma_max: float = 80.0
+    rho: float = 7.0
+    churn: float = 0.0
+    churn_min: float = 0.0
+    churn_max: float = math.inf
+    churn_noise: float = 1.0
+    solver: str = "heun"
+    context_sigma: float = 0.05
+    context_noise: float = 0.0
+    guidance: float = 1.0
+    guidance_kind: str = "context"
+
+    def __post_init__(self) -> None:
+        def require(name: str, holds: bool, rule: str) -> None:
+            if not holds:
+                raise ValueError(f"{name}: must be {rule}, got {getattr(self, name)!r}")
+
+        require("sampling_steps", 1 <= self.sampling_steps <= MOST_STEPS, f"between 1 and {MOST_STEPS}")
+        require("sigma_min", 0 < self.sigma_min <= self.sigma_max, f"in (0, sigma_max = {self.sigma_max}]")
+        require("sigma_max", math.isfinite(self.sigma_max), "finite")
+        require("rho", self.rho > 0, "> 0")
+        require("churn", self.churn >= 0, ">= 0")
+        require("churn_noise", self.churn_noise >= 0, ">= 0")
+        require("solver", self.solver in ("heun", "euler"), "'heun' or 'euler'")
+        require("context_sigma", self.context_sigma > 0, "> 0")
+        require("context_noise", self.context_noise >= 0, ">= 0")
+        require("guidance_kind", self.guidance_kind in ("context", "auto"), "'context' or 'auto'")

@@ -1,0 +1,355 @@
+"""What a run on series, and the window study, are told."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from ..diffusion import schedules
+
+CHAINS = ("logistic", "stochastic", "one-minus-x")
+KINDS = (*CHAINS, "mixture", "white-noise")
+ORDERS = ("natural", "backward", "swaps", "block-shuffle", "shuffled")
+Kind = Literal["logistic", "stochastic", "one-minus-x", "mixture", "white-noise"]
+Order = Literal["natural", "backward", "swaps", "block-shuffle", "shuffled"]
+
+
+def check_order(order: str, length: int, step: int) -> None:
+    """ValueError for an order of series that `data.permutation` does not know."""
+    if order not in ORDERS:
+        raise ValueError(f"order: must be one of {', '.join(ORDERS)}, got {order!r}")
+    if length < 2:
+        raise ValueError(f"length: must be at least 2, got {length}")
+    if not 1 <= step <= length:
+        raise ValueError(f"step: must be in [1, {length}], got {step}")
+    if order == "block-shuffle" and length % step:
+        raise ValueError(f"step: must divide the length {length} for block-shuffle, got {step}")
+
+
+@dataclass(frozen=True)
+class Source:
+    """A generator of series of one channel.
+
+    Args:
+        kind: "logistic", "stochastic" and "one-minus-x" are chains, in which each point follows from another:
+            next = 3.993 p (1 - p), p + Bernoulli(1/2), 1 - p; the first is U(0, 1). "mixture" is `gen_dataset`;
+            "white-noise" N(0, 1).
+        length: points of a series.
+        order: of a chain's links along the series, see `permutation`.
+        step: block size of "swaps" and "block-shuffle".
+        chaos_ratio: of "mixture".
+        order_seed: of the random orders.
+
+    Raises:
+        ValueError: a field breaks its rule.
+    """
+
+    kind: Kind = "logistic"
+    length: int = 20
+    order: Order = "natural"
+    step: int = 1
+    chaos_ratio: float = 0.5
+    order_seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.kind not in KINDS:
+            raise ValueError(f"kind: must be one of {', '.join(KINDS)}, got {self.kind!r}")
+        if not 0 <= self.chaos_ratio <= 1:
+            raise ValueError(f"chaos_ratio: must be in [0, 1], got {self.chaos_ratio}")
+        check_order(self.order, self.length, self.step)
+
+    @property
+    def has_clauses(self) -> bool:
+        """Whether a series can be checked against its law, see `clause_error`."""
+        return self.kind in CHAINS
+
+    def permutation(self) -> np.ndarray:
+        """See `data.permutation`."""
+        from .data import permutation
+
+        return permutation(self.order, self.length, self.step, self.order_seed)
+
+    def sample(self, count: int, seed: int) -> np.ndarray:
+        """`count` series (count, length, 1); a larger count begins with the series of a smaller one."""
+        from .data import draw_series
+
+        return draw_series(self, count, seed)
+
+    def clause_error(self, x: np.ndarray) -> np.ndarray:
+        """See `data.clause_error`."""
+        from .data import clause_error
+
+        return clause_error(self, x)
+
+
+@dataclass(frozen=True)
+class SeriesModelConfig:
+    """The network. B batch, N tokens (points of a series), C channels.
+
+    Args:
+        width: of the residual stream.
+        layers, heads: of the transformer.
+        expansion: hidden width of the feed-forward layers over `width`.
+        prediction: what the last layer's numbers mean.
+        features: what a token is told of its noise beside x: "scales" (signal, noise), as in the reference, or
+            "log_snr", an embedding that resolves the levels near both ends.
+
+    Raises:
+        ValueError: a field breaks its rule.
+    """
+
+    width: int = 64
+    layers: int = 4
+    heads: int = 4
+    expansion: int = 4
+    prediction: Literal["x0", "eps", "v"] = "v"
+    features: Literal["scales", "log_snr"] = "log_snr"
+
+    def __post_init__(self) -> None:
+        for name in ("width", "layers", "heads", "expansion"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}: must be at least 1, got {getattr(self, name)}")
+        if self.width % self.heads or self.width % 2:
+            raise ValueError(f"width: must be even and a multiple of heads {self.heads}, got {self.width}")
+        for name, known in (("prediction", ("x0", "eps", "v")), ("features", ("scales", "log_snr"))):
+            if getattr(self, name) not in known:
+                raise ValueError(f"{name}: must be one of {', '.join(known)}, got {getattr(self, name)!r}")
+
+
+@dataclass(frozen=True)
+class ScheduleConfig:
+    """When each point of a series is noised. t = 0 is data, t = 1 noise; generation runs from 1 to 0.
+
+    Args:
+        kind: what a network is trained on. "staggered": generation from left to right with `window` tokens in flight;
+            "together": all at once; "independent": a level drawn for each token, so that the network can be sampled
+            with any schedule; "mixed": all of `windows` in turn, so that it can be sampled with any of them.
+        window: 1 is autoregressive, infinity joint; for "independent" and "mixed" that of sampling.
+        windows: of "mixed".
+        curve: log-SNR of one token over its own time.
+        start, end: log-SNR at t = 0 and t = 1 of the "log-linear" curve.
+
+    Raises:
+        ValueError: a field breaks its rule.
+    """
+
+    kind: Literal["staggered", "together", "independent", "mixed"] = "independent"
+    window: float = 8.0
+    windows: tuple[float, ...] = (1, 2, 4, 8, 12, 16, 24, 64, 256)
+    curve: Literal["log-linear", "vp-linear", "cosine"] = "log-linear"
+    start: float = 9.2
+    end: float = -4.6
+
+    def __post_init__(self) -> None:
+        for name, known in (
+            ("kind", ("staggered", "together", "independent", "mixed")),
+            ("curve", ("log-linear", "vp-linear", "cosine")),
+        ):
+            if getattr(self, name) not in known:
+                raise ValueError(f"{name}: must be one of {', '.join(known)}, got {getattr(self, name)!r}")
+        if not self.window > 0:
+            raise ValueError(f"window: must be positive, got {self.window}")
+        if not self.windows or not all(window > 0 for window in self.windows):
+            raise ValueError(f"windows: must be positive, at least one, got {self.windows}")
+        if not (math.isfinite(self.start) and math.isfinite(self.end) and self.start > self.end):
+            raise ValueError(f"start, end: must be finite, start above end, got {self.start} and {self.end}")
+
+    def build(self, length: int) -> schedules.Schedule:
+        """The schedule that series of `length` points are sampled with, variance preserving."""
+        from ..diffusion import schedules
+
+        if self.kind == "together":
+            return schedules.Together((length,), self._curve())
+        return schedules.Staggered(length, self.window, self._curve())
+
+    def build_training(self, length: int) -> schedules.Schedule:
+        """The schedule that the network is trained on."""
+        from ..diffusion import schedules
+        from .train import Mixed
+
+        if self.kind == "independent":
+            return schedules.Independent((length,), self._curve())
+        if self.kind == "mixed":
+            return Mixed([schedules.Staggered(length, window, self._curve()) for window in self.windows])
+        return self.build(length)
+
+    def _curve(self) -> schedules.Curve:
+        from ..diffusion import schedules
+
+        if self.curve == "log-linear":
+            return schedules.LogLinear(self.start, self.end)
+        return schedules.VPLinear() if self.curve == "vp-linear" else schedules.Cosine()
+
+
+@dataclass(frozen=True, kw_only=True)
+class SeriesTrainConfig:
+    """A run.
+
+    Args:
+        run_dir: folder for checkpoints, metrics and curves; the same command again resumes.
+        data: .csv, .parquet or .npz file of series; none trains on `source`, with fresh series in every step.
+        source: the generator.
+        schedule: when each point is noised.
+        model: the network.
+        steps: optimizer steps.
+        batch: series per step.
+        lr: highest learning rate; it rises over `warmup` steps and falls along a cosine to `final_lr` of itself.
+        warmup: steps.
+        final_lr: last learning rate over `lr`.
+        weight_decay: of AdamW.
+        beta2: of AdamW.
+        clip: gradient norm is cut to this.
+        ema: decay per step of the average of weights, which is what is sampled.
+        loss: "masked" counts tokens whose log-SNR is changing at the time drawn, "simple" all tokens, "vlb" weights
+            them by -dλ/dt as the continuous ELBO does.
+        loss_space: squared error of "x0", "eps" or "v"; "vlb" is always the ELBO.
+        heldout_fraction: of the file's series that training never sees.
+        checkpoint_every: steps between checkpoints; one more is written at the end.
+        log_every: steps between lines of metrics.jsonl.
+        keep: how many of the latest checkpoints to keep.
+        tensorboard: also write TensorBoard curves.
+        seed: of weights, data, times and noise.
+        device: "auto" takes CUDA where there is one.
+
+    Raises:
+        ValueError: a field breaks its rule.
+    """
+
+    run_dir: Path = Path("runs/series")
+    data: Path | None = None
+    source: Source = field(default_factory=Source)
+    schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
+    model: SeriesModelConfig = field(default_factory=SeriesModelConfig)
+    steps: int = 4000
+    batch: int = 64
+    lr: float = 2e-3
+    warmup: int = 200
+    final_lr: float = 0.01
+    weight_decay: float = 0.0
+    beta2: float = 0.99
+    clip: float = 1.0
+    ema: float = 0.998
+    loss: Literal["masked", "simple", "vlb"] = "masked"
+    loss_space: Literal["x0", "eps", "v"] = "v"
+    heldout_fraction: float = 0.1
+    checkpoint_every: int = 1000
+    log_every: int = 100
+    keep: int = 2
+    tensorboard: bool = True
+    seed: int = 0
+    device: str = "auto"
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "batch", "checkpoint_every", "log_every"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}: must be at least 1, got {getattr(self, name)}")
+        for name in ("lr", "clip"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"{name}: must be positive, got {getattr(self, name)}")
+        for name in ("ema", "beta2"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ValueError(f"{name}: must be in [0, 1), got {getattr(self, name)}")
+        for name in ("warmup", "weight_decay"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name}: must be at least 0, got {getattr(self, name)}")
+        for name, known in (("loss", ("masked", "simple", "vlb")), ("loss_space", ("x0", "eps", "v"))):
+            if getattr(self, name) not in known:
+                raise ValueError(f"{name}: must be one of {', '.join(known)}, got {getattr(self, name)!r}")
+
+    def to_json(self) -> dict[str, Any]:
+        return json.loads(json.dumps(dataclasses.asdict(self), default=str))
+
+
+SHARED, OWN = "one network", "a network per window"
+
+
+class Line(NamedTuple):
+    """The cells of one pre-trained network: sampled as it is, or trained on each window first."""
+
+    loss_space: str
+    swap: int
+    seed: int
+    training: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class StudyConfig:
+    """The grid, and the budget of each network.
+
+    Args:
+        windows: of the staggered schedule.
+        swaps: steps of the "swaps" orders; 1 is the natural order.
+        seeds: networks per loss, order and window.
+        losses: what squared error is taken of: "x0", as in the reference, or "v".
+        own_losses: those of `losses` with which networks are also trained on each window alone.
+        length: points of a series.
+        base_steps: optimizer steps on independent levels, once per loss, order and seed.
+        steps: optimizer steps on one window.
+        batch: series per step.
+        base_lr, lr: learning rates of the two.
+        model: the network.
+        samples: series per network that clause errors are taken from.
+        sampling_steps: of the ancestral solver.
+    """
+
+    windows: tuple[float, ...] = (1, 2, 4, 8, 12, 16, 24, 64, 256)
+    swaps: tuple[int, ...] = (1, 4)
+    seeds: tuple[int, ...] = (0, 1)
+    losses: tuple[Literal["x0", "v"], ...] = ("x0", "v")
+    own_losses: tuple[Literal["x0", "v"], ...] = ("x0",)
+    length: int = 20
+    base_steps: int = 1500
+    steps: int = 400
+    batch: int = 64
+    base_lr: float = 3e-3
+    lr: float = 1e-3
+    model: SeriesModelConfig = field(default_factory=SeriesModelConfig)
+    samples: int = 256
+    sampling_steps: int = 200
+
+    def __post_init__(self) -> None:
+        for name in ("windows", "swaps", "seeds", "losses"):
+            if not getattr(self, name):
+                raise ValueError(f"{name}: must name at least one, got none")
+        if not set(self.own_losses) <= set(self.losses):
+            raise ValueError(f"own_losses: must be among losses {self.losses}, got {self.own_losses}")
+        for name in ("base_steps", "steps", "samples", "sampling_steps"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}: must be at least 1, got {getattr(self, name)}")
+
+    def lines(self) -> list[Line]:
+        """A whole picture for one seed before the next seed begins."""
+        return [
+            Line(loss, swap, seed, training)
+            for seed in self.seeds
+            for loss, training in self.columns()
+            for swap in self.swaps
+        ]
+
+    def columns(self) -> list[tuple[str, str]]:
+        """(loss, training), in the order of the table."""
+        columns: list[tuple[str, str]] = [(loss, SHARED) for loss in self.losses]
+        return columns + [(loss, OWN) for loss in self.own_losses]
+
+    def training(self, line: Line, window: float | None) -> SeriesTrainConfig:
+        """Settings of the training on one window, or, for None, of that on independent levels."""
+        from ..diffusion.noise import derive_seed
+
+        if window is None:
+            schedule, steps, lr = ScheduleConfig(kind="independent"), self.base_steps, self.base_lr
+        else:
+            schedule, steps, lr = ScheduleConfig(kind="staggered", window=float(window)), self.steps, self.lr
+        # seeds differ from window to window: the second training must not see the first one's series again
+        seed = line.seed if window is None else derive_seed(line.seed, round(window * 1000))
+        return SeriesTrainConfig(
+            source=Source(length=self.length, order="swaps", step=line.swap), schedule=schedule, model=self.model,
+            steps=steps, batch=self.batch, lr=lr, warmup=min(50, steps // 4), loss_space=line.loss_space,  # type: ignore[arg-type]
+            seed=seed, device="cpu",
+        )  # fmt: skip
