@@ -157,7 +157,7 @@ def sample_video(
     dtype: torch.dtype, window: int | None = None, model: dict[str, Any] | None = None, nothing: bool = False, **changes
 ) -> Tensors:
     net, (context, actions) = network(dtype, **(model or {})), given(dtype)
-    config = SamplerConfig(**({"steps": 4, "sigma_min": 0.1, "sigma_max": 10.0} | changes))
+    config = SamplerConfig(**({"sampling_steps": 4, "sigma_min": 0.1, "sigma_max": 10.0} | changes))
     guide = network(dtype, seed=2) if config.guidance_kind == "auto" else None
     start = (None, actions[:, 2:]) if nothing else (context, actions)
     if window is None:
@@ -168,7 +168,7 @@ def sample_video(
 VARIANTS: dict[str, dict[str, Any]] = {
     "heun": {},
     "euler": {"solver": "euler"},
-    "one-step": {"steps": 1},
+    "one-step": {"sampling_steps": 1},
     "churn": {"churn": 2.0},
     "churn-limits": {"churn": 2.0, "churn_min": 0.5, "churn_max": 5.0, "churn_noise": 1.1},
     "euler-churn": {"solver": "euler", "churn": 2.0},
@@ -184,7 +184,7 @@ MOST = ("heun", "euler-churn", "guidance-auto")  # in both dtypes and in every w
 for name, options in VARIANTS.items():
     for window in (None, 1, 2, 4) if name in MOST else (None, 2):
         blocks = options.get("model", {}).get("frames_per_block", 1)
-        if window is None or (window % blocks == 0 and window // blocks <= options.get("steps", 4)):
+        if window is None or (window % blocks == 0 and window // blocks <= options.get("sampling_steps", 4)):
             place = "block-by-block" if window is None else f"window-{window}"
             case(
                 f"sample/video/{place}/{name}",
@@ -196,7 +196,7 @@ for name, options in VARIANTS.items():
 def roll_out(dtype: torch.dtype, window: int | None, nothing: bool, recorded: bool = True) -> Tensors:
     """Through the files' units, as float latents."""
     net, stats = network(dtype), FrameStats((0.0, 0.1), (0.6, 0.5), latent=True)
-    config = SamplerConfig(steps=3, sigma_min=0.1, sigma_max=10.0)
+    config = SamplerConfig(sampling_steps=3, sigma_min=0.1, sigma_max=10.0)
     actions = torch.randint(3, (2, 2), generator=torch.Generator().manual_seed(1))
     if nothing:
         rollout = films_from_nothing(net, stats, 2, 2, config, actions=actions, seed=4, window_frames=window)
