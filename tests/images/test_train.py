@@ -27,6 +27,7 @@ from sae_diffusion.images.train import (
     new_model,
     stratified_times,
 )
+from sae_diffusion.train.checkpoint import save_checkpoint
 from safetensors.torch import load_file
 
 from sae_kernels import token_noise_eps
@@ -141,6 +142,27 @@ def test_other_runs_are_refused_by_name(tmp_path):
     state.write_text(state.read_text().replace('"levels": 17', '"levels": 18'))
     with pytest.raises(ValueError, match="does not match its digest"):
         load_model(tmp_path / "step-0000001")
+
+
+def test_a_gradient_that_is_not_finite_is_never_saved(tmp_path):
+    for steps in (4, 6):
+        run_dir = tmp_path / str(steps)
+        trainer = ImageTrainer(TINY, images(), run_dir)
+        trainer.model.net.last.weight.register_hook(lambda g, t=trainer: g * math.nan if t.step == 3 else g)
+        with pytest.raises(FloatingPointError, match=r"of model is not finite any more at step 4; nothing was saved"):
+            trainer.train(until=steps, checkpoint_every=2 if steps == 6 else 3)
+        resumed = ImageTrainer(TINY, images(), run_dir)
+        assert resumed.step == (2 if steps == 6 else 3)
+        assert resumed.ema.clips_seen == resumed.step
+        resumed.train()
+
+
+def test_a_state_that_is_not_of_images_is_named(tmp_path):
+    ImageTrainer(TINY, images(), tmp_path).train(until=1)
+    save_checkpoint(tmp_path, 2, {}, {})
+    for call in (lambda: load_model(tmp_path), lambda: ImageTrainer(TINY, images(), tmp_path)):
+        with pytest.raises(ValueError, match=r"step-0000002/state\.json: lacks kind"):
+            call()
 
 
 def test_an_infinite_loss_stops_the_run():

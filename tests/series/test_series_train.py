@@ -25,6 +25,7 @@ from sae_diffusion.series.train import (
     load_series_model,
     series_loss,
 )
+from sae_diffusion.train.checkpoint import save_checkpoint
 from series_cases import TINY, tiny
 
 
@@ -197,6 +198,30 @@ def test_resume_is_bit_exact(tmp_path):
         assert torch.equal(expected[name], got[name]), name
     lines = (tmp_path / "cut" / "run" / "metrics.jsonl").read_text().splitlines()
     assert len(lines) == 3
+
+
+@pytest.mark.parametrize("changes", [{"checkpoint_every": 4}, {"steps": 4}, {"steps": 4, "log_every": 3}], ids=str)
+def test_a_gradient_that_is_not_finite_is_never_saved(tmp_path, changes):
+    config = tiny(tmp_path, **{"checkpoint_every": 3, **changes})
+    trainer = SeriesTrainer(config)
+    trainer.model.head.bias.register_hook(lambda g: g * math.nan if trainer.step == 3 else g)
+    with pytest.raises(FloatingPointError, match=r"of model is not finite any more at step 4; nothing was saved"):
+        trainer.train()
+    assert not (config.run_dir / "step-0000004").exists()
+    resumed = SeriesTrainer(config)
+    assert resumed.resume() == (config.checkpoint_every == 3) and resumed.train() == "done"
+
+
+def test_a_state_that_is_not_of_series_is_named(tmp_path):
+    config = tiny(tmp_path, steps=1)
+    SeriesTrainer(config).train()
+    save_checkpoint(config.run_dir, 2, {}, {"config": {}, "length": 5, "channels": 1, "scaling": "vp", "stats": {}})
+    with pytest.raises(ValueError, match=r"step-0000002/state\.json: does not describe a run on series .*run_dir"):
+        load_series_model(config.run_dir)
+    save_checkpoint(config.run_dir, 3, {}, {})
+    for call in (lambda: load_series_model(config.run_dir), SeriesTrainer(config).resume):
+        with pytest.raises(ValueError, match=r"step-0000003/state\.json: lacks config"):
+            call()
 
 
 def test_resume_refuses_other_settings(tmp_path):

@@ -1,7 +1,10 @@
 from __future__ import annotations
 
+import errno
 import json
+import math
 import os
+import resource
 import signal
 
 import pytest
@@ -9,6 +12,7 @@ import torch
 from sae_diffusion.train import checkpoint
 from sae_diffusion.train.checkpoint import (
     check_header,
+    find_checkpoint,
     flatten_optimizer,
     latest_checkpoint,
     list_checkpoints,
@@ -88,7 +92,54 @@ def damage_state_missing(path):
     (path / "state.json").unlink()
 
 
-DAMAGES = [damage_flip, damage_truncate, damage_missing, damage_state_number, damage_state_cut, damage_state_missing]
+def rewrite_state(path, change):
+    """A state.json that is consistent in itself, after change(state)."""
+    state = json.loads((path / "state.json").read_text())
+    state.pop("digest")
+    change(state)
+    (path / "state.json").write_text(json.dumps({**state, "digest": checkpoint._digest(state)}))
+
+
+def damage_state_list(path):
+    (path / "state.json").write_text("[1, 2]")
+
+
+def damage_state_deep(path):
+    (path / "state.json").write_text("[" * 200_000)
+
+
+def damage_state_lacks_hashes(path):
+    rewrite_state(path, lambda state: state.pop("sha256"))
+
+
+def damage_state_hashes_are_a_list(path):
+    rewrite_state(path, lambda state: state.update(sha256=list(state["sha256"])))
+
+
+def damage_state_lacks_step(path):
+    rewrite_state(path, lambda state: state.pop("step"))
+
+
+def damage_name_leads_out(path):
+    """A hash that holds, of a file that is none of the checkpoint's."""
+    outside = path.parent / "outside.safetensors"
+    save_file({"a": torch.zeros(1)}, outside)
+    name = "../outside.safetensors"
+    rewrite_state(path, lambda state: state["sha256"].update({name: checkpoint._sha256(outside)}))
+
+
+def damage_not_finite(path):
+    """As an older version could write it: every hash holds."""
+    file = path / "model.safetensors"
+    save_file({**load_file(file), "b": torch.tensor(math.nan)}, file)
+    rewrite_state(path, lambda state: state["sha256"].update({file.name: checkpoint._sha256(file)}))
+
+
+DAMAGES = [
+    damage_flip, damage_truncate, damage_missing, damage_state_number, damage_state_cut, damage_state_missing,
+    damage_state_list, damage_state_deep, damage_state_lacks_hashes, damage_state_hashes_are_a_list,
+    damage_state_lacks_step, damage_name_leads_out, damage_not_finite,
+]  # fmt: skip
 
 
 @pytest.mark.parametrize("damage", DAMAGES, ids=lambda d: d.__name__)
@@ -103,6 +154,91 @@ def test_a_damaged_checkpoint_is_named_and_skipped(tmp_path, damage):
     save(tmp_path, 2, keep=1)
     assert verify_checkpoint(tmp_path / "step-0000002") is None
     assert (tmp_path / "corrupt-step-0000002").is_dir()
+
+
+def test_a_checkpoint_that_is_not_finite_is_refused_by_its_tensor(tmp_path):
+    path = save(tmp_path, 2)
+    assert find_checkpoint(path) == find_checkpoint(tmp_path) == path
+    damage_not_finite(path)
+    with pytest.raises(ValueError, match=r"step-0000002/model\.safetensors: tensor b is not finite"):
+        find_checkpoint(path)
+    with pytest.warns(RuntimeWarning, match="tensor b is not finite"), pytest.raises(FileNotFoundError):
+        find_checkpoint(tmp_path)
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+def test_nothing_that_is_not_finite_is_saved(tmp_path, value, dtype):
+    save(tmp_path, 1)
+    spoilt = torch.zeros(3, 2, dtype=dtype)
+    spoilt[2, 1] = value
+    content = {**files(2.0), "ema-0.1": {"fine": torch.zeros(0), "deep.weight": spoilt}}
+    with pytest.raises(
+        FloatingPointError, match=r"^deep\.weight of ema-0\.1 is not finite any more at step 2; nothing"
+    ):
+        save_checkpoint(tmp_path, 2, content, {})
+    assert [p.name for p in tmp_path.iterdir()] == ["step-0000001"]
+
+
+def test_the_largest_finite_numbers_are_saved(tmp_path):
+    """No sum of squares may overflow in the check."""
+    content = {"model": {"a": torch.full((64,), torch.finfo(torch.float32).max), "n": torch.arange(3)}}
+    assert verify_checkpoint(save_checkpoint(tmp_path, 1, content, {})) is None
+
+
+def full_disk(*_):
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+@pytest.mark.parametrize("stage", ["save_file", "fsync_path", "json.dump", "mkdir"])
+def test_a_full_disk_is_one_line_and_leaves_the_last_checkpoint(monkeypatch, tmp_path, stage):
+    save(tmp_path, 1)
+    owner = {"json.dump": json, "mkdir": type(tmp_path)}.get(stage, checkpoint)
+    monkeypatch.setattr(owner, stage.rpartition(".")[2], lambda *a, **k: full_disk())
+    with pytest.raises(OSError) as caught:
+        save(tmp_path, 2, keep=1)
+    monkeypatch.undo()
+    assert str(caught.value) == (
+        f"{tmp_path}: the checkpoint of step 2 could not be written (No space left on device); the last checkpoint, "
+        "step-0000001, is intact"
+    )
+    assert [p.name for p in tmp_path.iterdir()] == ["step-0000001"]
+    assert latest_checkpoint(tmp_path).name == "step-0000001"
+    assert save(tmp_path, 2, keep=1).name == "step-0000002"
+
+
+def test_a_write_that_the_system_refuses(tmp_path):
+    """A limit on the size of files fails in the middle of one, as a disk that fills up does."""
+    child = os.fork()
+    if child == 0:
+        code = 1
+        try:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (3000, 3000))
+            try:
+                save_checkpoint(tmp_path, 1, {"model": {"a": torch.zeros(1000)}}, {})
+            except OSError as error:
+                wanted = f"{tmp_path}: the checkpoint of step 1 could not be written ("
+                code = 0 if str(error).startswith(wanted) and str(error).endswith("no checkpoint yet") else 2
+        finally:
+            os._exit(code)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda state: state.pop("clips_seen"), "lacks clips_seen"),
+        (lambda state: state.update(clips_seen=[1]), "clips_seen must not be a list"),
+        (lambda state: state.update(clips_seen=True), "clips_seen must not be a bool"),
+    ],
+)
+def test_what_a_run_needs_of_the_state_is_asked_for_by_name(tmp_path, change, message):
+    path = save(tmp_path, 1)
+    assert read_state(path, clips_seen=int)["clips_seen"] == 8
+    rewrite_state(path, change)
+    with pytest.raises(ValueError, match=rf"step-0000001/state\.json: {message}"):
+        read_state(path, clips_seen=int)
 
 
 def test_later_damaged_checkpoints_do_not_push_out_new_ones(tmp_path):

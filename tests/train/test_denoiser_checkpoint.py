@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 import shutil
 
 import pytest
@@ -11,7 +12,7 @@ import torch
 from sae_diffusion.model import Denoiser, ModelConfig
 from sae_diffusion.train import Trainer, load_denoiser
 from sae_diffusion.train.checkpoint import _digest, _sha256
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from train_stubs import STATS, StubClips, config
 
 MODEL = ModelConfig(
@@ -65,7 +66,7 @@ def test_load_denoiser_gives_the_trained_network(trained):
     assert not torch.equal(between, outputs(load_denoiser(result.checkpoint, ema=0.05)[0]))
     with pytest.raises(ValueError, match=r"^std: "):
         load_denoiser(result.checkpoint, ema=0.5)
-    with pytest.raises(FileNotFoundError, match="neither a checkpoint nor a run directory"):
+    with pytest.raises(FileNotFoundError, match="neither a checkpoint nor a run folder"):
         load_denoiser(result.checkpoint.parent / "ema")
 
 
@@ -100,6 +101,41 @@ def test_load_denoiser_names_what_does_not_fit(trained, tmp_path):
     (path / "model.safetensors").write_bytes(b"")
     with pytest.raises(ValueError, match=r"model\.safetensors: sha256 differs"):
         load_denoiser(path)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda state: state.pop("model_config"), "lacks model_config"),
+        (lambda state: state.update(frame_stats={}), "frame_stats must not be a dict"),
+        (lambda state: state["model_config"].update(colour=1), "does not describe a denoiser .*colour"),
+    ],
+)
+def test_a_state_that_describes_no_denoiser_is_named(trained, tmp_path, change, message):
+    path = tmp_path / "x"
+    shutil.copytree(trained[1].checkpoint, path)
+    state = json.loads((path / "state.json").read_text())
+    state.pop("digest")
+    change(state)
+    (path / "state.json").write_text(json.dumps({**state, "digest": _digest(state)}))
+    with pytest.raises(ValueError, match=rf"x/state\.json: {message}"):
+        load_denoiser(path)
+
+
+def test_weights_that_are_not_finite_are_refused_or_passed_over(trained, tmp_path):
+    run = tmp_path / "run"
+    path = run / "step-0000009"
+    shutil.copytree(trained[1].checkpoint, path)
+    shutil.copytree(trained[1].checkpoint, run / trained[1].checkpoint.name)
+    weights = load_file(path / "model.safetensors")
+    name = next(iter(weights))
+    weights[name].view(-1)[0] = float("nan")
+    save_file(weights, path / "model.safetensors")
+    rewrite(path)
+    with pytest.raises(ValueError, match=rf"step-0000009/model\.safetensors: tensor {re.escape(name)} is not finite"):
+        load_denoiser(path)
+    with pytest.warns(RuntimeWarning, match="step-0000009 .*is not finite"):
+        assert load_denoiser(run)[2]["step"] == 4
 
 
 def test_a_large_configuration_is_refused_before_anything_is_allocated(trained, tmp_path):

@@ -1,10 +1,14 @@
 from __future__ import annotations
 
+import errno
 import math
+import re
+import shutil
 
 import numpy as np
 import pytest
 import torch
+from sae_diffusion.train import ema as ema_module
 from sae_diffusion.train.ema import (
     PowerEMA,
     Snapshot,
@@ -16,7 +20,7 @@ from sae_diffusion.train.ema import (
     std_from_gamma,
 )
 from sae_diffusion.train.lr import power_law_lr
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 
@@ -191,3 +195,51 @@ def test_snapshot_files_and_errors(tracked, tmp_path):
     other.save_snapshot(tmp_path)
     with pytest.raises(ValueError, match="tensor theta is missing"):
         reconstruct([newest, *list_snapshots(tmp_path)], 0.07)
+
+
+DAMAGES = {
+    "cut short": lambda path: path.write_bytes(path.read_bytes()[:-8]),
+    "empty": lambda path: path.write_bytes(b""),
+    "no average": lambda path: save_file({"theta": torch.zeros(2)}, path),
+    "header": lambda path: save_file({"theta": torch.zeros(2)}, path, {"average": "[1]"}),
+    "width": lambda path: save_file({"theta": torch.zeros(2)}, path, {"average": '{"std": NaN, "clips_seen": 8}'}),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_damaged_snapshot_is_named_and_leaves_the_others(tracked, tmp_path, damage):
+    shutil.copytree(tracked[0], tmp_path / "ema")
+    whole = list_snapshots(tmp_path / "ema")
+    lost = whole[3]
+    DAMAGES[damage](lost.path)
+    with pytest.warns(
+        RuntimeWarning, match=f"^snapshot {lost.path.name} is damaged and is skipped: .*{lost.path.name}"
+    ):
+        left = list_snapshots(tmp_path / "ema")
+    assert left == [s for s in whole if s != lost]
+    assert reconstruct(left, 0.07)["theta"].isfinite().all()
+    with pytest.raises(ValueError, match=re.escape(str(lost.path))):
+        Snapshot.read(lost.path)
+
+
+def test_an_average_that_is_not_finite_is_named(tmp_path):
+    ema = PowerEMA(nn.Linear(2, 1), (0.05, 0.1))
+    for clips in (8, 16):
+        ema.update(nn.Linear(2, 1), clips)
+        ema.averages[0.1]["bias"].fill_(math.inf if clips == 8 else 0)
+        ema.save_snapshot(tmp_path)
+    with pytest.raises(ValueError, match=r"000000000008-0\.1\.safetensors: tensor bias is not finite"):
+        reconstruct(list_snapshots(tmp_path), 0.07)
+
+
+def test_a_full_disk_leaves_no_half_snapshot(tmp_path, monkeypatch):
+    ema = PowerEMA(nn.Linear(2, 1), (0.05, 0.1))
+    ema.update(nn.Linear(2, 1), 8)
+
+    def full(path):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(ema_module, "fsync_path", full)
+    with pytest.raises(OSError, match="No space left"):
+        ema.save_snapshot(tmp_path)
+    assert not list(tmp_path.iterdir())

@@ -1,9 +1,12 @@
 from __future__ import annotations
 
+import errno
 import itertools
 import json
 import math
 import os
+import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -15,6 +18,7 @@ import torch
 from sae_diffusion.model import Denoiser
 from sae_diffusion.train import TrainConfig, Trainer, latest_checkpoint
 from sae_diffusion.train.checkpoint import load_average, read_state
+from sae_diffusion.train.ema import Snapshot
 from sae_diffusion.train.loader import MicroBatchSampler, clip_index
 from safetensors.torch import load_file
 from train_stubs import (
@@ -457,6 +461,158 @@ def test_a_loss_that_is_not_finite_stops_training_and_spoils_no_checkpoint(tmp_p
     with pytest.raises(FloatingPointError, match="not finite any more at step 4"):
         t.train()
     assert latest_checkpoint(tmp_path).name == "step-0000003"
+
+
+def spoil_gradient_at(t, step, value=math.nan):
+    """The gradient of out.weight is `value` in that step; its loss is finite."""
+
+    def hook(gradient):
+        return torch.full_like(gradient, value) if t.step == step - 1 else gradient
+
+    t.model.out.weight.register_hook(hook)
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"checkpoint_every": 1},
+        {"checkpoint_every": 1, "log_every": 4},
+        {"checkpoint_every": 1, "log_every": 0},
+        {"checkpoint_every": 3, "steps": 4},
+        {"checkpoint_every": 3, "steps": 4, "log_every": 0},
+        {"checkpoint_every": 3, "snapshot_every": 1, "log_every": 0},
+    ],
+    ids=str,
+)
+def test_a_gradient_that_is_not_finite_stops_the_run_before_anything_is_saved(tmp_path, options, value):
+    t = trainer(tmp_path, **{"grad_clip": 0.0, **options})
+    spoil_gradient_at(t, 4, value)
+    with pytest.raises(FloatingPointError, match=r"^out\.weight of model is not finite any more at step 4"):
+        t.train()
+    assert max(p.name for p in tmp_path.glob("*step-*")) == latest_checkpoint(tmp_path).name == "step-0000003"
+    assert all(math.isfinite(r["loss"]) and math.isfinite(r["grad_norm"]) for r in metrics(tmp_path))
+    for path in (tmp_path / "ema").glob("*"):
+        assert int(path.name[:12]) <= 12 and load_file(path)["out.weight"].isfinite().all()
+    assert trainer(tmp_path, **options).train().reason == "done"
+
+
+@pytest.mark.parametrize("column", [1, 2, 3])
+def test_a_spoilt_loss_or_norm_since_the_last_record_is_not_saved(tmp_path, column):
+    t = trainer(tmp_path)
+    t._running["video"][column] = math.inf
+    with pytest.raises(FloatingPointError, match="not finite any more at step 0; nothing was saved"):
+        t.save()
+    assert not list(tmp_path.glob("*step-*"))
+    t = trainer(tmp_path, precision="fp16")
+    t._running["video"][column] = math.inf
+    if column == 3:  # a step that the loss scaler skipped
+        assert trainer(tmp_path, precision="fp16").step == 0 and t.save() == latest_checkpoint(tmp_path)
+    else:
+        with pytest.raises(FloatingPointError):
+            t.save()
+
+
+def test_a_spoilt_average_is_not_saved(tmp_path):
+    t = trainer(tmp_path)
+    t.ema.averages[0.1]["out.bias"][1] = math.nan
+    with pytest.raises(FloatingPointError, match=r"^out\.bias of ema-0\.1 is not finite"):
+        t.save()
+
+
+def test_steps_that_fp16_skips_may_be_saved_and_resumed(tmp_path):
+    """Between records, while the sum of norms is infinite."""
+    options = {"precision": "fp16", "steps": 5, "log_every": 5, "checkpoint_every": 3}
+    t = trainer(tmp_path, **options)
+    t.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**120)
+    t.train()
+    whole = metrics(tmp_path)
+    assert whole[0]["grad_norm"] is None
+    assert not load_file(tmp_path / "step-0000003" / "loss.safetensors")["running.video"][3].isfinite()
+    shutil.rmtree(tmp_path / "step-0000005")
+    t = trainer(tmp_path, **options)
+    assert t.step == 3
+    t.train()
+    assert metrics(tmp_path) == whole
+
+
+def test_resume_passes_over_a_checkpoint_that_is_not_finite(uninterrupted, tmp_path, monkeypatch):
+    """As an older version wrote it; every hash holds."""
+    from sae_diffusion.train import checkpoint
+    from sae_diffusion.train import trainer as module
+
+    trainer(tmp_path, steps=2).train()
+    with monkeypatch.context() as patch:
+        for owner in (checkpoint, module):
+            patch.setattr(owner, "check_finite", lambda *_: None)
+        t = trainer(tmp_path, steps=4)
+        t.ema.averages[0.05]["out.weight"].fill_(math.nan)
+        t._after_step, t.check_finite = lambda *_: None, lambda: None
+        t.train()
+    assert (tmp_path / "step-0000004").is_dir()
+    with pytest.warns(
+        RuntimeWarning, match=r"step-0000004 is damaged .*ema-0\.05\.safetensors: tensor out\.weight is not"
+    ):
+        t = trainer(tmp_path)
+    assert t.step == 2
+    t.train()
+    assert_same_tensors(tmp_path / "step-0000006", uninterrupted)
+
+
+def test_a_full_disk_stops_the_run_in_one_line(tmp_path, monkeypatch):
+    from sae_diffusion.train import checkpoint, ema
+
+    trainer(tmp_path, steps=2).train()
+
+    def full(*_, **__):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    for owner, what in ((checkpoint, "the checkpoint of step 3"), (ema, "the snapshot of step 3")):
+        with monkeypatch.context() as patch:
+            patch.setattr(owner, "save_file", full)
+            with pytest.raises(OSError) as caught:
+                trainer(tmp_path, steps=3, snapshot_every=3).train()
+        assert str(caught.value) == (
+            f"{tmp_path}: {what} could not be written (No space left on device); the last checkpoint, step-0000002, is "
+            "intact"
+        )
+        assert latest_checkpoint(tmp_path).name == "step-0000002" and not list(tmp_path.rglob("*tmp*"))
+    t = trainer(tmp_path, steps=3)
+    real = t._train_step
+
+    def step(batches):
+        real(batches)
+        monkeypatch.setattr(t.reporter, "_file", open("/dev/full", "a"))  # noqa: SIM115 - the reporter closes it
+
+    t._train_step = step
+    with pytest.raises(OSError, match=f"^{re.escape(str(tmp_path))}: metrics could not be written .No space left"):
+        t.train()
+
+
+def test_resume_counts_on_from_the_checkpoint(tmp_path):
+    trainer(tmp_path, steps=3).train()
+    t = trainer(tmp_path, steps=5)
+    assert (t.step, t.clips_seen, t.ema.clips_seen, t.micro_batches_seen) == (3, 12, 12, 6)
+    t.train()
+    header = Snapshot.read(tmp_path / "step-0000005" / "ema-0.1.safetensors")
+    assert (header.clips_seen, header.std) == (20, 0.1)
+
+
+def test_resume_drops_the_metrics_after_the_checkpoint(tmp_path):
+    trainer(tmp_path, steps=4, checkpoint_every=2).train()
+    whole = (tmp_path / "metrics.jsonl").read_text().splitlines()
+    assert [json.loads(line)["step"] for line in whole] == [1, 2, 3, 4]
+    shutil.rmtree(tmp_path / "step-0000004")
+    seen = []
+
+    def look(t, step):
+        seen.append((tmp_path / "metrics.jsonl").read_text().splitlines())
+
+    trainer(tmp_path, steps=4, sample_every=3, on_sample=look).train()
+    # when step 3 is done: what was before the checkpoint as it was, then the new line
+    assert seen[0][:2] == whole[:2] and len(seen[0]) == 3
+    records = (tmp_path / "metrics.jsonl").read_text().splitlines()
+    assert [json.loads(line)["step"] for line in records] == [1, 2, 3, 4]
 
 
 def test_callback_sees_eval_mode_and_leaves_training_as_it_was(uninterrupted, tmp_path):

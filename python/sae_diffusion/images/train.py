@@ -20,13 +20,14 @@ from ..diffusion.noise import derive_seed
 from ..diffusion.schedules import Schedule
 from ..diffusion.snr import SNRSampler
 from ..train.checkpoint import (
+    STATE,
+    find_checkpoint,
     flatten_optimizer,
     latest_checkpoint,
     load_into,
     read_state,
     restore_optimizer,
     save_checkpoint,
-    verify_checkpoint,
 )
 from ..train.ema import PowerEMA
 from .components import Whitened, check_basis
@@ -37,6 +38,9 @@ from .schedule import make_schedule
 
 # purposes of derived seeds
 _WEIGHTS, _BATCH, _PIXELS, _NOISE = range(4)
+STATE_FIELDS = {
+    "kind": str, "config": dict, "basis": dict, "levels": int, "images": str, "ema_seen": int, "seconds": float,
+}  # of state.json  # fmt: skip
 
 
 @dataclass
@@ -153,7 +157,8 @@ class ImageTrainer:
         callback(step, loss) is called after each step.
 
         Raises:
-            FloatingPointError: the loss is no longer finite; the last checkpoint stays.
+            FloatingPointError: the loss or the state is no longer finite; the last checkpoint stays.
+            OSError: the run folder cannot be written; the last checkpoint stays.
         """
         until = self.config.steps if until is None else min(until, self.config.steps)
         self.model.net.train()
@@ -229,7 +234,7 @@ class ImageTrainer:
         return save_checkpoint(self.run_dir, self.step, files, state)
 
     def _load(self, path: Path) -> None:
-        state = read_state(path)
+        state = read_state(path, **STATE_FIELDS)
         check_kind(path, state)
         mine, theirs = self.config.to_json(), state["config"]
         for name in sorted(mine.keys() | theirs.keys()):
@@ -261,19 +266,15 @@ def load_model(path: Path, *, average: bool = True, device: torch.device | str =
 
     Raises:
         FileNotFoundError: there is none.
-        ValueError: it is damaged, or of something else.
+        ValueError: it is damaged, not finite, or of something else.
     """
-    path = Path(path)
-    if not (path / "state.json").is_file():
-        found = latest_checkpoint(path)
-        if found is None:
-            raise FileNotFoundError(f"{path}: neither a checkpoint nor a run folder with one")
-        path = found
-    elif (reason := verify_checkpoint(path)) is not None:
-        raise ValueError(reason)
-    state = read_state(path)
+    path = find_checkpoint(path)
+    state = read_state(path, **STATE_FIELDS)
     check_kind(path, state)
-    config = ImageTrainConfig.from_json(state["config"])
+    try:
+        config = ImageTrainConfig.from_json(state["config"])
+    except (TypeError, KeyError, AttributeError) as error:
+        raise ValueError(f"{path / STATE}: does not describe a run on images ({error!r})") from error
     basis = Whitened.load(state["basis"], load_file(path / "components.safetensors"))
     net = ComponentUNet(config.net, basis, state["levels"])
     load_into(path / "model.safetensors", net.state_dict())

@@ -24,13 +24,13 @@ from ..diffusion.schedules import Schedule, scales_of
 from ..train.checkpoint import (
     STATE,
     check_header,
+    find_checkpoint,
     flatten_optimizer,
     latest_checkpoint,
     load_into,
     read_state,
     restore_optimizer,
     save_checkpoint,
-    verify_checkpoint,
 )
 from ..train.metrics import Reporter
 from .config import ScheduleConfig, SeriesModelConfig, SeriesTrainConfig, Source
@@ -39,6 +39,7 @@ from .model import SeriesDenoiser
 
 # One stream of random numbers per purpose.
 _BATCH, _TIME, _NOISE, _STATS, _HELDOUT = 10, 11, 12, 13, 14
+STATE_FIELDS = {"config": dict, "length": int, "channels": int, "scaling": str, "stats": dict}  # of state.json
 STATS_SERIES = 16384  # generated series that means and deviations are estimated from
 
 
@@ -187,7 +188,8 @@ class SeriesTrainer:
         """Go on from the latest checkpoint until `steps`, SIGTERM or Ctrl-C; "done" or the signal's name.
 
         Raises:
-            FloatingPointError: the loss is no longer finite; the last checkpoint stands.
+            FloatingPointError: the loss or the state is no longer finite; the last checkpoint stands.
+            OSError: the run folder cannot be written; the last checkpoint stands.
         """
         config = self.config
         self.resume()
@@ -267,7 +269,7 @@ class SeriesTrainer:
         path = latest_checkpoint(self.config.run_dir)
         if path is None:
             return False
-        state = read_state(path)
+        state = read_state(path, **STATE_FIELDS)
         changed = _differences(state["config"], self.config.to_json())
         if changed:
             raise ValueError(f"run_dir: {path} was trained with other settings: {'; '.join(changed)}")
@@ -331,18 +333,15 @@ def load_series_model(
 
     Raises:
         FileNotFoundError: no checkpoint there.
-        ValueError: a damaged checkpoint, or tensors that differ from the network its settings describe.
+        ValueError: a checkpoint that is damaged or not finite, or tensors that differ from the network that its
+            settings describe.
     """
-    path = Path(path)
-    if not (path / STATE).is_file():
-        latest = latest_checkpoint(path)
-        if latest is None:
-            raise FileNotFoundError(f"{path}: neither a checkpoint nor a run folder with one")
-        path = latest
-    elif (reason := verify_checkpoint(path)) is not None:
-        raise ValueError(reason)
-    state = read_state(path)
-    config = config_from_json(state["config"])
+    path = find_checkpoint(path)
+    state = read_state(path, **STATE_FIELDS)
+    try:
+        config = config_from_json(state["config"])
+    except (TypeError, KeyError) as error:
+        raise ValueError(f"{path / STATE}: does not describe a run on series ({error!r})") from error
     model = SeriesDenoiser(config.model, state["length"], state["channels"], state["scaling"])
     file = path / ("ema.safetensors" if average else "model.safetensors")
     targets = {name: p for name, p in model.named_parameters() if p.requires_grad}

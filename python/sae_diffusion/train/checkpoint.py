@@ -12,12 +12,14 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import platform
 import re
 import shutil
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +28,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 
 STATE = "state.json"
+RUNNING = "running."  # prefix of sums for the next record, in which a step that a loss scaler skipped is infinite
 _NAME = re.compile(r"step-(\d{7,})")
+_FILE = re.compile(r"[\w.-]+\.safetensors")
 _DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
     "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
@@ -69,6 +73,48 @@ def versions() -> dict[str, str]:
     }
 
 
+def check_finite(files: Mapping[str, Mapping[str, torch.Tensor]], step: int) -> None:
+    """One pass over all floating tensors, with one wait for the device; the sums named `RUNNING` are left out.
+
+    Raises:
+        FloatingPointError: naming the step and the first tensor that holds NaN or infinity.
+    """
+    tensors = {
+        f"{name} of {stem}": t.detach()
+        for stem, content in files.items()
+        for name, t in content.items()
+        if t.is_floating_point() and t.numel() and not name.startswith(RUNNING)
+    }
+    if math.isfinite(torch.nn.utils.get_total_norm(list(tensors.values()), math.inf).item()):
+        return
+    first = next(name for name, t in tensors.items() if not torch.isfinite(t).all())
+    raise FloatingPointError(
+        f"{first} is not finite any more at step {step}; nothing was saved, lower lr or clip gradients"
+    )
+
+
+@contextmanager
+def naming_write_errors(run_dir: str | os.PathLike[str], what: str) -> Iterator[None]:
+    """Turns what a full or failing disk raises into one line: what could not be written, where, and what stands.
+
+    Raises:
+        OSError: `what` could not be written.
+    """
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        if isinstance(error, _WriteError):
+            raise
+        saved = list_checkpoints(run_dir)
+        stands = f"the last checkpoint, {saved[-1].name}, is intact" if saved else "there is no checkpoint yet"
+        reason = getattr(error, "strerror", None) or str(error)
+        raise _WriteError(f"{run_dir}: {what} could not be written ({reason}); {stands}") from error
+
+
+class _WriteError(OSError):
+    """An OSError that says everything already."""
+
+
 def save_checkpoint(
     run_dir: str | os.PathLike[str],
     step: int,
@@ -85,32 +131,30 @@ def save_checkpoint(
         state: JSON values, written to state.json with `step`, versions and hashes.
         keep: how many of the latest checkpoints to keep; 0 = all.
         metadata: stem -> strings for that file's header.
+
+    Raises:
+        FloatingPointError: a tensor is not finite, see `check_finite`; nothing was written.
+        OSError: it could not be written, as on a full disk; nothing of it is left, the checkpoints before it stand.
     """
+    check_finite(files, step)
     run_dir = Path(run_dir)
-    run_dir.mkdir(parents=True, exist_ok=True)
     final = run_dir / f"step-{step:07d}"
-    if final.exists():
-        reason = verify_checkpoint(final)
-        if reason is None:
-            return final
-        final.rename(_free_name(run_dir / f"corrupt-{final.name}"))
     temporary = run_dir / f"tmp-{final.name}"
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir()
-    hashes = {}
-    for stem, tensors in files.items():
-        path = temporary / f"{stem}.safetensors"
-        on_cpu = {name: t.detach().cpu().contiguous() for name, t in tensors.items()}
-        save_file(on_cpu, path, (metadata or {}).get(stem))
-        fsync_path(path)
-        hashes[path.name] = _sha256(path)
-    content = json.loads(json.dumps({**state, "step": step, "versions": versions(), "sha256": hashes}))
-    with open(temporary / STATE, "w", encoding="utf-8") as file:
-        json.dump({**content, "digest": _digest(content)}, file, indent=1)
-    fsync_path(temporary / STATE)
-    fsync_path(temporary)
-    os.rename(temporary, final)
-    fsync_path(run_dir)
+    with naming_write_errors(run_dir, f"the checkpoint of step {step}"):
+        run_dir.mkdir(parents=True, exist_ok=True)
+        if final.exists():
+            reason = verify_checkpoint(final)
+            if reason is None:
+                return final
+            final.rename(_free_name(run_dir / f"corrupt-{final.name}"))
+        shutil.rmtree(temporary, ignore_errors=True)
+        try:
+            _write_files(temporary, step, files, state, metadata or {})
+        except BaseException:
+            shutil.rmtree(temporary, ignore_errors=True)
+            raise
+        os.rename(temporary, final)
+        fsync_path(run_dir)
     if keep > 0:
         # later steps can only be damaged ones that a resume has skipped: they must not push out what was just written
         paths = list_checkpoints(run_dir)
@@ -119,6 +163,28 @@ def save_checkpoint(
     for stale in run_dir.glob("tmp-step-*"):
         shutil.rmtree(stale)
     return final
+
+
+def _write_files(
+    folder: Path,
+    step: int,
+    files: Mapping[str, Mapping[str, torch.Tensor]],
+    state: Mapping[str, Any],
+    metadata: Mapping[str, dict[str, str]],
+) -> None:
+    folder.mkdir()
+    hashes = {}
+    for stem, tensors in files.items():
+        path = folder / f"{stem}.safetensors"
+        on_cpu = {name: t.detach().cpu().contiguous() for name, t in tensors.items()}
+        save_file(on_cpu, path, metadata.get(stem))
+        fsync_path(path)
+        hashes[path.name] = _sha256(path)
+    content = json.loads(json.dumps({**state, "step": step, "versions": versions(), "sha256": hashes}))
+    with open(folder / STATE, "w", encoding="utf-8") as file:
+        json.dump({**content, "digest": _digest(content)}, file, indent=1)
+    fsync_path(folder / STATE)
+    fsync_path(folder)
 
 
 def _free_name(path: Path) -> Path:
@@ -135,36 +201,63 @@ def list_checkpoints(run_dir: str | os.PathLike[str]) -> list[Path]:
     return [path for _, path in sorted(found)]
 
 
-def read_state(path: str | os.PathLike[str]) -> dict[str, Any]:
-    """state.json of a checkpoint.
+def read_state(path: str | os.PathLike[str], **fields: type | tuple[type, ...]) -> dict[str, Any]:
+    """state.json of a checkpoint, which must hold `fields`, each of its type.
 
     Raises:
-        ValueError: it is missing, unreadable or does not match its own digest.
+        ValueError: it is missing, unreadable, does not match its own digest or lacks a field.
     """
     path = Path(path) / STATE
     try:
         state = json.loads(path.read_text(encoding="utf-8"))
-        digest = state.pop("digest")
-    except (OSError, ValueError, KeyError, AttributeError) as error:
+        if not isinstance(state, dict):
+            raise ValueError(f"must be a JSON object, is a {type(state).__name__}")
+        digest = state.pop("digest", None)
+        expected = _digest(state)
+    except (OSError, ValueError, RecursionError) as error:
         raise ValueError(f"{path}: cannot be read ({error!r})") from error
-    if digest != _digest(state):
+    if digest != expected:
         raise ValueError(f"{path}: content does not match its digest")
+    for name, kind in {"step": int, "sha256": dict, **fields}.items():
+        if name not in state:
+            raise ValueError(f"{path}: lacks {name}, so it is not of this kind of run")
+        if not isinstance(state[name], kind) or isinstance(state[name], bool):
+            raise ValueError(f"{path}: {name} must not be a {type(state[name]).__name__}")
     return state
 
 
 def verify_checkpoint(path: str | os.PathLike[str]) -> str | None:
-    """None if every file is there with the right hash, else what is wrong."""
+    """None if every file is there with the right hash and every number in it is finite, else what is wrong."""
     path = Path(path)
     try:
-        state = read_state(path)
+        hashes = read_state(path)["sha256"]
     except ValueError as error:
         return str(error)
-    for name, expected in state["sha256"].items():
+    for name in hashes:
+        # a name may not lead out of the folder
+        if not _FILE.fullmatch(name):
+            return f"{path / STATE}: names in sha256 must be plain names of safetensors files, got {name!r}"
+    for name, expected in hashes.items():
         file = path / name
         if not file.is_file():
             return f"{file}: missing"
         if _sha256(file) != expected:
             return f"{file}: sha256 differs from the one in {STATE}"
+    for name in hashes:
+        if (reason := _not_finite(path / name)) is not None:
+            return reason
+    return None
+
+
+def _not_finite(path: Path) -> str | None:
+    """What in a safetensors file is not finite; read tensor by tensor."""
+    try:
+        with safe_open(path, "pt") as file:
+            for name in file.keys():  # noqa: SIM118 - it is no dict
+                if not name.startswith(RUNNING) and not torch.isfinite(file.get_tensor(name)).all():
+                    return f"{path}: tensor {name} is not finite"
+    except (SafetensorError, OSError) as error:
+        return f"{path}: cannot be read ({error})"
     return None
 
 
@@ -176,6 +269,24 @@ def latest_checkpoint(run_dir: str | os.PathLike[str]) -> Path | None:
             return path
         warnings.warn(f"checkpoint {path.name} is damaged and is skipped: {reason}", RuntimeWarning, stacklevel=2)
     return None
+
+
+def find_checkpoint(path: str | os.PathLike[str]) -> Path:
+    """`path` itself if it is a checkpoint, or the latest that verifies of a run directory.
+
+    Raises:
+        FileNotFoundError: no checkpoint there.
+        ValueError: it is the checkpoint, and is damaged or not finite.
+    """
+    path = Path(path)
+    if (path / STATE).is_file():
+        if (reason := verify_checkpoint(path)) is not None:
+            raise ValueError(reason)
+        return path
+    latest = latest_checkpoint(path)
+    if latest is None:
+        raise FileNotFoundError(f"{path}: neither a checkpoint nor a run folder with one")
+    return latest
 
 
 def check_header(
@@ -264,21 +375,19 @@ def load_denoiser(
 
     Raises:
         FileNotFoundError: no checkpoint there.
-        ValueError: a damaged checkpoint, or a tensor that differs from the model its configuration describes.
+        ValueError: a checkpoint that is damaged or not finite, or a tensor that differs from the model its
+            configuration describes.
     """
     from ..data import FrameStats
     from ..model import Denoiser, ModelConfig
 
-    path = Path(path)
-    if not (path / STATE).is_file():
-        latest = latest_checkpoint(path)
-        if latest is None:
-            raise FileNotFoundError(f"{path}: neither a checkpoint nor a run directory with one")
-        path = latest
-    elif (reason := verify_checkpoint(path)) is not None:
-        raise ValueError(reason)
-    state = read_state(path)
-    config = ModelConfig(**state["model_config"])
+    path = find_checkpoint(path)
+    state = read_state(path, model_config=dict, frame_stats=str)
+    try:
+        config = ModelConfig(**state["model_config"])
+        stats = FrameStats.from_json(state["frame_stats"])
+    except (TypeError, KeyError) as error:
+        raise ValueError(f"{path / STATE}: does not describe a denoiser ({error!r})") from error
     with torch.device("meta"):
         check_header(path / "model.safetensors", Denoiser(config).state_dict())
     model = Denoiser(config)
@@ -288,7 +397,6 @@ def load_denoiser(
             average = load_average(path, ema)
             for name, p in model.named_parameters():
                 p.copy_(average[name])
-    stats = FrameStats.from_json(state["frame_stats"])
     return model.to(device).eval(), stats, state
 
 

@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import json
 import os
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
 
@@ -86,8 +87,11 @@ class PowerEMA:
         for std, average in self.averages.items():
             path = directory / f"{self.clips_seen:012d}-{std:.6g}.safetensors"
             temporary = directory / f".{path.name}.tmp"
-            save_average(temporary, average, std, self.clips_seen)
-            os.replace(temporary, path)
+            try:
+                save_average(temporary, average, std, self.clips_seen)
+                os.replace(temporary, path)
+            finally:
+                temporary.unlink(missing_ok=True)
             paths.append(path)
         fsync_path(directory)
         return paths
@@ -117,17 +121,35 @@ class Snapshot:
 
     @classmethod
     def read(cls, path: str | os.PathLike[str]) -> Snapshot:
-        with safe_open(path, "pt") as file:
-            metadata = file.metadata() or {}
-        if "average" not in metadata:
-            raise ValueError(f"{path}: is not an average of weights: its header does not say how wide and when")
-        content = json.loads(metadata["average"])
-        return cls(Path(path), int(content["clips_seen"]), float(content["std"]))
+        """From the header.
+
+        Raises:
+            ValueError: naming the file, if it is cut short or not an average.
+        """
+        try:
+            with safe_open(path, "pt") as file:
+                metadata = file.metadata() or {}
+            if "average" not in metadata:
+                raise ValueError("is not an average of weights: its header does not say how wide and when")
+            content = json.loads(metadata["average"])
+            snapshot = cls(Path(path), int(content["clips_seen"]), float(content["std"]))
+            gamma_from_std(snapshot.std)
+        except (SafetensorError, OSError, ValueError, TypeError, KeyError, RecursionError) as error:
+            raise ValueError(f"{path}: {error}") from error
+        return snapshot
 
 
 def list_snapshots(directory: str | os.PathLike[str]) -> list[Snapshot]:
-    """Every snapshot of a directory, oldest first; an absent directory has none."""
-    found = [Snapshot.read(path) for path in Path(directory).glob("[!.]*.safetensors")]
+    """Every snapshot of a directory, oldest first; an absent directory has none.
+
+    One that cannot be read is named in a RuntimeWarning, the others stand.
+    """
+    found = []
+    for path in sorted(Path(directory).glob("[!.]*.safetensors")):
+        try:
+            found.append(Snapshot.read(path))
+        except ValueError as error:
+            warnings.warn(f"snapshot {path.name} is damaged and is skipped: {error}", RuntimeWarning, stacklevel=2)
     return sorted(found, key=lambda s: (s.clips_seen, s.std))
 
 
@@ -167,7 +189,8 @@ def reconstruct(snapshots: Sequence[Snapshot], std: float, clips_seen: int | Non
     memory holds one model. Returns parameter name -> tensor of the snapshots' dtype, on the CPU.
 
     Raises:
-        ValueError: no snapshot at or before `clips_seen`, or one whose tensors differ from the others'.
+        ValueError: no snapshot at or before `clips_seen`, or one whose tensors differ from the others' or are not
+            finite.
     """
     if not snapshots:
         raise ValueError("snapshots: none to reconstruct from")
@@ -192,8 +215,10 @@ def reconstruct(snapshots: Sequence[Snapshot], std: float, clips_seen: int | Non
     files = [safe_open(s.path, "pt") for s in chosen]
     for name, shape in like.items():
         total = torch.zeros(shape.shape, dtype=torch.float64)
-        for file, weight in zip(files, weights, strict=True):
+        for s, file, weight in zip(chosen, files, weights, strict=True):
             tensor = file.get_tensor(name)
+            if not torch.isfinite(tensor).all():
+                raise ValueError(f"{s.path}: tensor {name} is not finite")
             total.add_(tensor.double(), alpha=weight)
         result[name] = total.to(tensor.dtype)
     return result

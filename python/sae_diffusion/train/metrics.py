@@ -5,10 +5,11 @@ from __future__ import annotations
 import json
 import os
 import sys
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
-from .checkpoint import fsync_path
+from .checkpoint import fsync_path, naming_write_errors
 
 FILE = "metrics.jsonl"
 
@@ -26,25 +27,29 @@ def truncate_metrics(path: Path, step: int) -> None:
         if record["step"] <= step:
             kept.append(line + "\n")
     temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text("".join(kept), encoding="utf-8")
-    fsync_path(temporary)
-    os.replace(temporary, path)
+    try:
+        temporary.write_text("".join(kept), encoding="utf-8")
+        fsync_path(temporary)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 class Reporter:
     """Rank 0's pen. `start_step` is the step training goes on from; later records of an earlier process are dropped."""
 
     def __init__(self, run_dir: Path, *, start_step: int, total_steps: int, tensorboard: bool) -> None:
-        run_dir.mkdir(parents=True, exist_ok=True)
-        self.total_steps = total_steps
+        self.run_dir, self.total_steps = run_dir, total_steps
         path = run_dir / FILE
-        truncate_metrics(path, start_step)
-        self._file = open(path, "a", encoding="utf-8")  # noqa: SIM115 - closed by close()
         self._writer = None
-        if tensorboard:
-            from torch.utils.tensorboard import SummaryWriter
+        with self._naming_errors():
+            run_dir.mkdir(parents=True, exist_ok=True)
+            truncate_metrics(path, start_step)
+            self._file = open(path, "a", encoding="utf-8")  # noqa: SIM115 - closed by close()
+            if tensorboard:
+                from torch.utils.tensorboard import SummaryWriter
 
-            self._writer = SummaryWriter(str(run_dir / "tensorboard"), purge_step=start_step + 1)
+                self._writer = SummaryWriter(str(run_dir / "tensorboard"), purge_step=start_step + 1)
         self._progress: Any = None
         if sys.stderr.isatty():
             from rich.console import Console
@@ -57,18 +62,22 @@ class Reporter:
             self._task = self._progress.add_task("train", total=total_steps, completed=start_step, note="")
             self._progress.start()
 
+    def _naming_errors(self) -> AbstractContextManager[None]:
+        return naming_write_errors(self.run_dir, "metrics")
+
     def advance(self, step: int) -> None:
         if self._progress is not None:
             self._progress.update(self._task, completed=step)
 
     def log(self, record: dict[str, Any], seconds_left: float) -> None:
         """One line of metrics.jsonl; every number in it but step and clips is also a curve."""
-        self._file.write(json.dumps(record) + "\n")
-        self._file.flush()
-        if self._writer is not None:
-            for name, value in record.items():
-                if name not in ("step", "clips", "seconds") and value is not None:
-                    self._writer.add_scalar(name, value, record["step"])
+        with self._naming_errors():
+            self._file.write(json.dumps(record) + "\n")
+            self._file.flush()
+            if self._writer is not None:
+                for name, value in record.items():
+                    if name not in ("step", "clips", "seconds") and value is not None:
+                        self._writer.add_scalar(name, value, record["step"])
         minutes, seconds = divmod(int(seconds_left), 60)
         rate = f"{record['clips_per_second']:.1f} clips/s"
         note = f"loss {record['loss']:.4f}  {rate}  {minutes}:{seconds:02d} left"
@@ -84,13 +93,16 @@ class Reporter:
 
     def flush(self) -> None:
         """To the disk, so that metrics never lag behind a checkpoint."""
-        self._file.flush()
-        os.fsync(self._file.fileno())
+        with self._naming_errors():
+            self._file.flush()
+            os.fsync(self._file.fileno())
 
     def close(self) -> None:
-        self.flush()
-        self._file.close()
-        if self._writer is not None:
-            self._writer.close()
-        if self._progress is not None:
-            self._progress.stop()
+        try:
+            with self._naming_errors():
+                self._file.close()
+                if self._writer is not None:
+                    self._writer.close()
+        finally:
+            if self._progress is not None:
+                self._progress.stop()

@@ -24,9 +24,12 @@ from ..diffusion.forcing import forcing_loss, forcing_sigmas
 from ..diffusion.loss import LossNormalizer, denoising_loss
 from ..diffusion.noise import derive_seed, sample_sigmas
 from .checkpoint import (
+    RUNNING,
+    check_finite,
     flatten_optimizer,
     latest_checkpoint,
     load_into,
+    naming_write_errors,
     read_state,
     restore_optimizer,
     save_checkpoint,
@@ -249,7 +252,8 @@ class Trainer:
         """Train until `steps`, `max_seconds`, SIGTERM or Ctrl-C, save, and say which it was.
 
         Raises:
-            FloatingPointError: the loss is no longer finite; nothing is saved, the last checkpoint stands.
+            FloatingPointError: the loss or the state is no longer finite; nothing is saved, the last checkpoint stands.
+            OSError: the run directory cannot be written; the last checkpoint stands.
         """
         config = self.config
         sampler = MicroBatchSampler(
@@ -296,8 +300,11 @@ class Trainer:
             self.reporter.advance(self.step)
         if due(config.log_every) or self.step == config.steps:
             self._log(elapsed, seconds_per_step)
-        if due(config.snapshot_every) and self.rank == 0:
-            self.ema.save_snapshot(self.run_dir / "ema")
+        if due(config.snapshot_every):
+            self.check_finite()
+            if self.rank == 0:
+                with naming_write_errors(self.run_dir, f"the snapshot of step {self.step}"):
+                    self.ema.save_snapshot(self.run_dir / "ema")
         if due(config.sample_every) and self.on_sample is not None and self.rank == 0:
             self.model.eval()
             with torch.no_grad():
@@ -326,6 +333,9 @@ class Trainer:
                 f"the loss is not finite any more at step {self.step}: {record}; lower lr or use grad_clip"
             )
         norm = sum(s[3] for s in sums.values()) / count
+        if not (math.isfinite(norm) or self.scaler.is_enabled()):
+            check_finite(self._files(), self.step)
+            raise FloatingPointError(f"the gradient is not finite any more at step {self.step}: its norm is {norm}")
         record |= {
             "grad_norm": norm if math.isfinite(norm) else None,  # a step that the fp16 loss scaler skipped
             "lr": self.lr(self.step),
@@ -386,33 +396,47 @@ class Trainer:
 
     # ---- saving and resuming
 
+    def check_finite(self) -> None:
+        """All ranks hold the same state, so all raise or none.
+
+        Raises:
+            FloatingPointError: a loss or gradient norm since the last record, or a tensor of the state, is not finite.
+        """
+        # the state first: it can say where
+        check_finite(self._files(), self.step)
+        # the fp16 loss scaler skips a step with an infinite gradient
+        checked = 3 if self.scaler.is_enabled() else 4
+        if not all(torch.isfinite(running[:checked]).all() for running in self._running.values()):
+            raise FloatingPointError(f"the loss is not finite any more at step {self.step}; nothing was saved")
+
+    def _files(self) -> dict[str, dict[str, torch.Tensor]]:
+        """What a checkpoint holds beside state.json."""
+        loss = {f"{RUNNING}{kind}": running for kind, running in self._running.items()}
+        for kind, normalizer in self.normalizers.items():
+            loss |= {f"{kind}.{name}": value for name, value in normalizer.state_dict().items()}
+        return {
+            "model": self.model.state_dict(),
+            "optimizer": flatten_optimizer(self.model, self.optimizer),
+            "loss": loss,
+            **{f"ema-{std:.6g}": average for std, average in self.ema.averages.items()},
+        }
+
     def save(self) -> Path:
         """Checkpoint of the current step; all ranks call it, rank 0 writes.
 
         Raises:
-            FloatingPointError: a loss or gradient norm since the last record is not finite.
+            FloatingPointError: see `check_finite`.
+            OSError: it cannot be written; the last checkpoint stands.
         """
-        # the fp16 loss scaler skips a step with an infinite gradient; without it such a step has spoilt the weights
-        checked = 3 if self.scaler.is_enabled() else 4
-        if not all(torch.isfinite(running[:checked]).all() for running in self._running.values()):
-            raise FloatingPointError(f"the loss is not finite any more at step {self.step}; nothing was saved")
+        self.check_finite()
         path = self.run_dir / f"step-{self.step:07d}"
         if self.rank == 0 and self._saved_step != self.step:
             if self.reporter is not None:
                 self.reporter.flush()
-            loss = {f"running.{kind}": running for kind, running in self._running.items()}
-            for kind, normalizer in self.normalizers.items():
-                loss |= {f"{kind}.{name}": value for name, value in normalizer.state_dict().items()}
-            averages = {f"ema-{std:.6g}": average for std, average in self.ema.averages.items()}
             path = save_checkpoint(
                 self.run_dir,
                 self.step,
-                {
-                    "model": self.model.state_dict(),
-                    "optimizer": flatten_optimizer(self.model, self.optimizer),
-                    "loss": loss,
-                    **averages,
-                },
+                self._files(),
                 {
                     "clips_seen": self.clips_seen,
                     "micro_batches_seen": self.micro_batches_seen,
@@ -440,13 +464,16 @@ class Trainer:
             path = None if int(chosen) < 0 else self.run_dir / f"step-{int(chosen):07d}"
         if path is None:
             return
-        state = read_state(path)
+        state = read_state(
+            path, clips_seen=int, micro_batches_seen=int, seconds=(int, float), model_config=dict, train_config=dict,
+            data=dict, scaler=dict,
+        )  # fmt: skip
         self._check_same_run(path, state)
         load_into(path / "model.safetensors", self.model.state_dict())
         restore_optimizer(path / "optimizer.safetensors", self.model, self.optimizer)
         for std, average in self.ema.averages.items():
             load_into(path / f"ema-{std:.6g}.safetensors", average)
-        targets = {f"running.{kind}": running for kind, running in self._running.items()}
+        targets = {f"{RUNNING}{kind}": running for kind, running in self._running.items()}
         loaded = {kind: normalizer.state_dict() for kind, normalizer in self.normalizers.items()}
         targets |= {f"{kind}.{name}": value for kind, s in loaded.items() for name, value in s.items()}
         load_into(path / "loss.safetensors", targets)
@@ -467,12 +494,12 @@ class Trainer:
         # a field that the checkpoint does not know is one that was added since: its default is what was trained
         defaults = {f.name: _json_fields(f.default) for f in dataclasses.fields(self.model.config)}
         fields = [(f"model_config.{k}", old.get(k, defaults.get(k)), new.get(k)) for k in {**new, **old}]
-        fields += [("data.fingerprint", state["data"]["fingerprint"], self.dataset.fingerprint())]
+        fields += [("data.fingerprint", state["data"].get("fingerprint"), self.dataset.fingerprint())]
         # as for the model: what was added since had its default
         saved = {**{f.name: _json_fields(f.default) for f in dataclasses.fields(self.config)}, **saved}
         fields += [(k, saved.get(k), current[k]) for k in FIXED_ON_RESUME]
         # without spatial steps there is one normaliser, with them there are two
-        fields += [("spatial_every > 0", bool(saved["spatial_every"]), bool(current["spatial_every"]))]
+        fields += [("spatial_every > 0", bool(saved.get("spatial_every")), bool(current["spatial_every"]))]
         for name, was, now in fields:
             if was != now:
                 raise ValueError(
