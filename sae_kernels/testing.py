@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 
 
@@ -22,7 +24,7 @@ def assert_within_budget(
         eager: the same computation by the reference at the dtype of `actual`.
         roundings: how many units in the last place of the largest gold value are granted on top, because
             another summation order is another rounding, not an error.
-        terms: size of the terms that cancel where the gold result is zero everywhere; unused otherwise.
+        terms: size of the terms that cancel where the gold result is zero everywhere, to fp64 rounding; else unused.
 
     Raises:
         AssertionError: not finite where gold is, mean or max error over budget, or a gradient that is zero
@@ -33,8 +35,9 @@ def assert_within_budget(
     if gold.numel() == 0:
         return
     unit = torch.finfo(actual.dtype).eps
-    actual64, eager64 = actual.detach().double(), eager.detach().double()
-    gold = gold.detach()
+    actual64, eager64, gold = actual.detach().double(), eager.detach().double(), gold.detach()
+    if gold.abs().max().item() <= terms * 2.0**-40:
+        gold = torch.zeros_like(gold)
     assert torch.isfinite(actual64).all(), f"{name}: not finite"
     error, allowed = (actual64 - gold).abs(), (eager64 - gold).abs()
     largest = gold.abs().max().item() or terms
@@ -61,3 +64,65 @@ def noncontiguous(x: torch.Tensor, dim: int) -> torch.Tensor:
     view = buffer.narrow(dim, 2, x.shape[dim])
     view.copy_(x)
     return view.detach().requires_grad_(x.requires_grad)
+
+
+STRIDES = (
+    "contiguous",
+    "permuted",
+    "last dimension outermost",
+    "every second",
+    "offset by one element",
+    "expanded",
+    "expanded everywhere",
+    "overlapping",
+    "odd strides of ones",
+)
+
+
+def strided(shape: Sequence[int], kind: str, dtype: torch.dtype, seed: int = 0, device: str = "cpu") -> torch.Tensor:
+    """Normals of a shape, in memory of one of the kinds in `STRIDES`; what lies between and around them is NaN.
+
+    Expanded and overlapping tensors have fewer elements in memory than in their shape.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    shape, dims = tuple(shape), len(shape)
+
+    def inside(memory: Sequence[int], strides: Sequence[int], offset: int = 0) -> torch.Tensor:
+        """A view of `shape` into a buffer that is NaN but for the elements of the view."""
+        length = 1 + sum((n - 1) * s for n, s in zip(memory, strides, strict=True)) if 0 not in memory else 0
+        buffer = torch.full((length + offset + 8,), float("nan"), dtype=torch.float32)
+        view = buffer.as_strided(tuple(memory), tuple(strides), offset)
+        values = torch.randn(buffer.shape, generator=generator).as_strided(tuple(memory), tuple(strides), offset)
+        view.copy_(values)
+        buffer = buffer.to(device, dtype)
+        return buffer.as_strided(shape, tuple(0 if m < n else s for m, n, s in zip(memory, shape, strides)), offset)
+
+    def dense(order: Sequence[int], sizes: Sequence[int] = shape) -> list[int]:
+        """Strides of a dense tensor whose dimensions lie in memory in this order, slowest first."""
+        strides, step = [1] * dims, 1
+        for dim in reversed(order):
+            strides[dim] = step
+            step *= max(sizes[dim], 1)
+        return strides
+
+    order = list(range(dims))
+    if kind == "permuted":
+        order = torch.randperm(dims, generator=generator).tolist()
+    elif kind == "last dimension outermost":
+        order = order[-1:] + order[:-1]
+    strides, memory = dense(order), shape
+    if kind == "every second":
+        dim = int(torch.randint(dims, (1,), generator=generator)) if dims else 0
+        strides = dense(order, [2 * n + 1 if d == dim else n for d, n in enumerate(shape)])
+        strides = [2 * s if d == dim else s for d, s in enumerate(strides)]
+    elif kind == "expanded" and dims:
+        dim = int(torch.randint(dims, (1,), generator=generator))
+        memory = tuple(min(n, 1) if d == dim else n for d, n in enumerate(shape))
+        strides = dense(order, memory)
+    elif kind == "expanded everywhere":
+        memory = tuple(min(n, 1) for n in shape)
+    elif kind == "overlapping":
+        strides = torch.randint(1, 4, (dims,), generator=generator).tolist()
+    elif kind == "odd strides of ones":
+        strides = [7 * d if n == 1 else s for d, (n, s) in enumerate(zip(shape, strides, strict=True))]
+    return inside(memory, strides, 1 if kind == "offset by one element" else 0)

@@ -26,8 +26,8 @@ def frame_attention(
     without ever building a mask, a block list or an S x S tensor (`impl="reference"` excepted). Deterministic.
 
     Args:
-        q: (B, Hq, S, D), or (B, Hq, K*T*P, D) with `noisy_queries_only`. Any strides with a contiguous last dimension:
-            a transposed (B, S, H, D) tensor costs no copy.
+        q: (B, Hq, S, D), or (B, Hq, K*T*P, D) with `noisy_queries_only`. Any strides: those with a contiguous last
+            dimension, such as of a transposed (B, S, H, D) tensor, cost no copy.
         k, v: (B, Hkv, S, D) of the dtype and device of q; Hkv divides Hq (grouped-query attention).
         layout: the geometry; S must equal `layout.sequence_length`.
         scale: factor on q k^T, 1/sqrt(D) by default.
@@ -38,7 +38,8 @@ def frame_attention(
             or refused, never replaced.
 
     Returns:
-        out, of the shape, dtype and memory order of q; with `return_lse` the pair (out, lse).
+        out, of the shape and dtype of q, and of its memory order if its last dimension is contiguous; with
+        `return_lse` the pair (out, lse).
 
     Raises:
         ValueError: a shape, device or value breaks its rule, or `impl` cannot run here.

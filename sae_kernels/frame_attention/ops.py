@@ -64,6 +64,7 @@ def _forward(
     layout = FrameLayout(frames, tokens_per_frame, frames_per_block, noisy_copies, noisy_first, window, sink)
     out, lse = _empty_forward(q)
     if out.numel() > 0:
+        q, k, v = map(_in_rows, (q, k, v))
         _backend(impl).forward(q, k, v, out, lse, layout, scale, noisy_queries_only)
     return out, lse
 
@@ -74,18 +75,34 @@ def _backward(
     scale, noisy_queries_only, impl,
 ):  # fmt: skip
     layout = FrameLayout(frames, tokens_per_frame, frames_per_block, noisy_copies, noisy_first, window, sink)
-    grads = tuple(torch.empty_like(t) for t in (q, k, v))
+    grads = _empty_backward(q, k, v)
     if q.numel() == 0:
         for grad in grads:
             grad.zero_()
     else:
+        grad_out, q, k, v = map(_in_rows, (grad_out, q, k, v))
         _backend(impl).backward(grad_out, q, k, v, out, lse, *grads, layout, scale, noisy_queries_only)
     return grads
 
 
+def _in_rows(x: torch.Tensor) -> torch.Tensor:
+    """x if each token has its channels in one piece of memory, apart from the next one's, else a copy."""
+    return x if (x.stride(3) == 1 or x.shape[3] == 1) and x.stride(2) >= x.shape[3] else x.contiguous()
+
+
+def _empty_rows(like: torch.Tensor) -> torch.Tensor:
+    """Of the memory order of `like`, but with contiguous channels."""
+    made = torch.empty_like(like)
+    return made if made.stride(3) == 1 else like.new_empty(like.shape)
+
+
 def _empty_forward(q: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     lse_dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
-    return torch.empty_like(q), q.new_empty(q.shape[:3], dtype=lse_dtype)
+    return _empty_rows(q), q.new_empty(q.shape[:3], dtype=lse_dtype)
+
+
+def _empty_backward(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    return tuple(_empty_rows(t) for t in (q, k, v))
 
 
 frame_attention_fwd = _library.define(
@@ -97,7 +114,7 @@ frame_attention_bwd = _library.define(
     f"frame_attention_bwd(Tensor grad_out, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, {_OPTIONS})"
     " -> (Tensor, Tensor, Tensor)",
     _backward,
-    lambda grad_out, q, k, v, *rest: tuple(torch.empty_like(t) for t in (q, k, v)),
+    lambda grad_out, q, k, v, *rest: _empty_backward(q, k, v),
 )
 
 

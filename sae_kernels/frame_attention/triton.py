@@ -639,9 +639,6 @@ def backward(
     configs=(None, None, None),
 ) -> None:
     """Fill dq, dk, dv; allocates one fp32 number for each row. `configs`: of delta, dk/dv and dq."""
-    if grad_out.stride(-1) != 1:
-        # Autograd hands expanded gradients, such as that of a sum.
-        grad_out = grad_out.contiguous()
     delta = torch.empty_like(lse)
     launches = plan_backward(
         grad_out,
@@ -719,11 +716,9 @@ def plan_backward(
 def _shared(layout, noisy_queries_only, scale, tensors, **strided) -> tuple[dict, Geometry]:
     """Arguments common to every kernel: geometry, strides, head dim, precision."""
     q = strided["q"]
-    for name in ("q", "k", "v"):
-        if strided[name].stride(-1) != 1 and strided[name].shape[-1] > 1:
-            raise ValueError(
-                f"{name}: the last dimension must be contiguous for impl='triton', got strides {strided[name].stride()}"
-            )
+    for name, tensor in strided.items():
+        if tensor.stride(-1) != 1 and tensor.shape[-1] > 1:
+            raise ValueError(f"{name}: the kernels need a contiguous last dimension, got strides {tensor.stride()}")
     if layout.sequence_length >= 2**31 - 1024:
         raise ValueError(
             f"layout: sequence_length must be below 2**31 - 1024 for impl='triton', got {layout.sequence_length}"

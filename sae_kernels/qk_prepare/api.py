@@ -36,7 +36,7 @@ def qk_prepare(
     Everything is computed in fp32 (fp64 for fp64), also under autocast, and rounded once. Deterministic.
 
     Args:
-        q: (B, Hq, S, D), any strides with a contiguous last dimension: a transposed (B, S, H, D) costs no copy.
+        q: (B, Hq, S, D), any strides; those with a contiguous last dimension cost no copy.
         k, v: (B, Hkv, S, D) of the dtype and device of q. v may be None; it is never turned.
         positions: where tokens are. A `FrameLayout` of S tokens: a token's position is `start` + its frame, the same
             for a frame's clean and noisy copies. An integer tensor (S,) or (B, S), or with several axes (S, A) or
@@ -92,7 +92,7 @@ def qkv_prepare(
     """`qk_prepare` of one linear layer's output, whose gradient is written in one piece.
 
     Args:
-        qkv: (B, S, Hq + 2 Hkv, D): heads of q, then of k, then of v; any strides with a contiguous last dimension.
+        qkv: (B, S, Hq + 2 Hkv, D): heads of q, then of k, then of v; any strides.
         kv_heads: Hkv; a third of the heads by default.
         positions and the others: as for `qk_prepare`.
 

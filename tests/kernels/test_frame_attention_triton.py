@@ -320,8 +320,8 @@ def test_what_cannot_run_says_why(monkeypatch):
     with pytest.raises(ValueError, match="head dims up to 256"):
         frame_attention(q, k, v, layout, impl="triton")
     q, k, v, _ = make(layout)
-    with pytest.raises(ValueError, match="k: the last dimension must be contiguous"):
-        frame_attention(q, torch.empty(1, 1, 30, 32)[..., ::2], v, layout, impl="triton")
+    with pytest.raises(ValueError, match="k: the kernels need a contiguous last dimension"):
+        launch(kernels, [q, torch.empty(1, 1, 30, 32)[..., ::2], v, q], layout, 0.25, False)
     monkeypatch.setenv("TRITON_INTERPRET", "0")
     with pytest.raises(ValueError, match="needs a CUDA device, or TRITON_INTERPRET=1"):
         frame_attention(q, k, v, layout, impl="triton")
