@@ -10,7 +10,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import Annotated, Any, Literal
 
 import tyro
 
@@ -22,10 +22,6 @@ from .presets import PRESETS, ClipConfig, Preset, read_run_settings
 from .progress import progress_bar
 from .series.cli import SeriesCommand
 from .train.config import TrainConfig
-
-if TYPE_CHECKING:
-    from .data import ClipDataset
-    from .model import Denoiser
 
 USER_ERRORS = (ValueError, TypeError, OSError, ImportError, RuntimeError, FloatingPointError)
 OPTIONAL = (
@@ -103,14 +99,23 @@ class Train:
     def run(self) -> None:
         if not self.train.data:
             raise ValueError("data: name the training data with --data FOLDER")
-        from .runs import make_trainer
+        from .runs import make_trainer, skipped_sources
 
         trainer = make_trainer(Preset(self.model, self.train, self.sampler, self.clips))
         if trainer.rank == 0:
-            skipped = len(trainer.dataset.skipped)
+            data = trainer.dataset
+            for line in skipped_sources(data):
+                print(line, file=sys.stderr)
+            if not data.others:
+                print(
+                    f"warning: none of {len(data.episodes)} episodes is held out (--clips.heldout-fraction "
+                    f"{self.clips.heldout_fraction:g}): nothing tells learning from memorising, and `sae sample` will "
+                    "continue clips the network has seen",
+                    file=sys.stderr,
+                )
             print(
-                f"{len(trainer.dataset)} clips of {self.train.clip_length} frames"
-                + (f", {skipped} sources skipped" if skipped else "")
+                f"{len(data)} clips of {self.train.clip_length} frames"
+                + (f", {len(data.skipped)} sources skipped" if data.skipped else "")
                 + f"; {trainer.model.num_parameters() / 1e6:.2f} M parameters on {trainer.device}"
             )
         try:
@@ -129,12 +134,17 @@ class Sample:
 
     Args:
         run_dir: run folder or checkpoint.
-        data: data to take context (and actions) from, held-out episodes only; none generates from nothing.
+        data: folder or file to take context (and actions) from; none generates from nothing.
+        split: episodes that are continued: "heldout", "train" or "all"; "None" takes held-out ones, or all where none
+            is held out or --data is one file.
         out: folder to write into; <run_dir>/samples if not given.
-        frames: new frames.
+        npz: file to write as well: arrays `recorded` and `generated` (N, T, Y, X, C) as on disk, uint8 for images, and
+            `context`, the number of their first frames that were given.
+        frames: new frames, fewer where clips of the data are shorter; "None" takes 28, or one per row of --actions.
         context: given frames.
-        samples: films side by side.
-        actions: told to the model for new frames: those recorded, or random ones.
+        samples: films.
+        actions: told to the model for new frames: "recorded" ones, "random" ones, or those in a file (.npy, .csv or
+            .json, a row for each new frame), the same for all films.
         hold: frames that a random action is kept for.
         window_frames: frames in flight at a time, each at its own noise level, for networks trained with --objective
             forcing; "None" finishes a frame before the next one begins.
@@ -152,11 +162,13 @@ class Sample:
 
     run_dir: Path
     data: Path | None = None
+    split: Literal["heldout", "train", "all"] | None = None
     out: Path | None = None
-    frames: int = 28
+    npz: Path | None = None
+    frames: int | None = None
     context: int = 4
     samples: int = 4
-    actions: Literal["recorded", "random"] = "recorded"
+    actions: str = "recorded"
     hold: int = 2
     window_frames: int | None = None
     ema: float | None = 0.05
@@ -171,13 +183,24 @@ class Sample:
     debug: bool = False
 
     def run(self) -> None:
-        for name in ("frames", "samples", "hold", "scale"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}: must be at least 1, got {getattr(self, name)}")
+        for name in ("frames", "samples", "hold", "scale", "context"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"{name}: must be at least 1, got {value}")
+        file = None if self.actions in ("recorded", "random") else Path(self.actions)
+        if file is not None and not file.is_file():
+            raise ValueError(f"actions: must be recorded, random or a file, got {self.actions!r}")
+        kind = self.sampler.guidance_kind
+        if kind != "auto" if self.guide is not None else kind == "auto" and self.sampler.guidance != 1:
+            raise ValueError(
+                "guide: --guide CHECKPOINT and --guidance-kind auto go together, "
+                f"got --guide {self.guide} and --guidance-kind {kind}"
+            )
         from .devices import pick_device
         from .diffusion.window_sampler import check_trained_for_window
+        from .media import fit_grid
         from .rollout import continue_clips, films_from_nothing, random_actions
-        from .runs import run_folder, spread
+        from .runs import choose_clips, given_actions, run_folder
         from .train.checkpoint import load_denoiser
 
         device = pick_device(self.device)
@@ -189,35 +212,42 @@ class Sample:
         if self.window_frames is not None:
             for state in states:
                 check_trained_for_window(state)
-        random = self.actions == "random" or self.data is None
-        actions = random_actions(model, self.samples, self.frames, self.hold, self.seed) if random else None
-        with progress_bar("sample", self.frames, "frames") as bar:
-            if self.data is None:
-                rollout = films_from_nothing(
-                    model, stats, self.samples, self.frames, self.sampler,
-                    actions=actions, seed=self.seed, guide=guide, window_frames=self.window_frames, callback=bar.update,
-                )  # fmt: skip
-            else:
-                if self.context < 1:
-                    raise ValueError(f"context: must be at least 1 with --data, got {self.context}")
-                dataset = self.heldout(self.data, model, self.context if random else self.context + self.frames)
-                clips = [dataset[i] for i in spread(dataset, self.samples)]
+        actions = None if file is None else given_actions(file, model.config)
+        frames = self.frames or (28 if actions is None else len(actions))
+        if actions is not None and len(actions) < frames:
+            raise ValueError(f"actions: {file} must have a row for each of {frames} frames, has {len(actions)}")
+        clips, films, context = [], self.samples, 0
+        if self.data is not None:
+            settings = read_run_settings(self.run_dir)
+            chosen = choose_clips(
+                self.data, settings[0] if settings else ClipConfig(), model.config, samples=self.samples,
+                context=self.context, frames=frames, split=self.split, recorded=self.actions == "recorded",
+            )  # fmt: skip
+            for note in chosen.notes:
+                print(f"note: {note}", file=sys.stderr)
+            clips, films, context, frames = chosen.clips, len(chosen.clips), chosen.context, chosen.frames
+        if actions is not None:
+            actions = actions[None, :frames].expand(films, *([-1] * actions.ndim))
+        elif self.data is None or self.actions == "random":
+            actions = random_actions(model, films, frames, self.hold, self.seed)
+        recorded = self.data is not None and chosen.recorded
+        fit_grid(films, (model.config.height, model.config.width), ["generated"] * (1 + recorded), self.scale)
+        with progress_bar("sample", frames, "frames") as bar:
+            options: dict[str, Any] = {
+                "actions": actions, "seed": self.seed, "guide": guide, "window_frames": self.window_frames,
+                "callback": bar.update,
+            }  # fmt: skip
+            if clips:
                 rollout = continue_clips(
-                    model, stats, clips, self.frames, self.sampler, context=self.context,
-                    actions=actions[: len(clips)] if actions is not None else None,
-                    recorded=not random, seed=self.seed, guide=guide, window_frames=self.window_frames,
-                    callback=bar.update,
-                )  # fmt: skip
+                    model, stats, clips, frames, self.sampler, context=context, recorded=recorded, **options
+                )
+            else:
+                rollout = films_from_nothing(model, stats, films, frames, self.sampler, **options)
+        if self.npz is not None:
+            rollout.save(self.npz)
+            print(self.npz)
         for path in rollout.write(self.out or run_folder(self.run_dir) / "samples", fps=self.fps, scale=self.scale):
             print(path)
-
-    def heldout(self, data: Path, model: Denoiser, length: int) -> ClipDataset:
-        """Clips cut as in training."""
-        from .runs import open_clips
-
-        settings = read_run_settings(self.run_dir)
-        clips = settings[0] if settings else ClipConfig()
-        return open_clips(data, dataclasses.replace(clips, on_error="skip"), model.config, length, "heldout")
 
 
 @dataclass(frozen=True)

@@ -16,6 +16,8 @@ import numpy as np
 from .data.format import atomic_path
 
 BACKGROUND = 24
+LARGEST = 8190  # height and width that every encoder below takes
+SCREEN = (2160, 3840)  # height and width of the largest film
 CONTEXT_BORDER = (110, 110, 110)
 GENERATED_BORDER = (255, 150, 0)
 
@@ -103,6 +105,8 @@ def write_mp4(path: str | os.PathLike[str], frames: Any, fps: float = 25, scale:
     video = enlarge(to_rgb(frames), scale)
     video = np.pad(video, ((0, 0), (0, video.shape[1] % 2), (0, video.shape[2] % 2), (0, 0)), mode="edge")
     codec = _encoder()
+    if max(video.shape[1:3]) > LARGEST:
+        raise ValueError(f"frames: at most {LARGEST} pixels high and wide make a film, got {video.shape[1:3]}")
     with atomic_path(path) as temporary, av.open(str(temporary), "w", format="mp4") as container:
         stream = container.add_stream(codec, rate=Fraction(fps).limit_denominator(1000))
         stream.height, stream.width, stream.pix_fmt = video.shape[1], video.shape[2], "yuv420p"
@@ -175,6 +179,27 @@ def strip(
         x = left + border * (widest + gap)
         image[:, x : x + line] = GENERATED_BORDER
     return image
+
+
+def fit_grid(films: int, size: tuple[int, int], rows: Sequence[str], scale: int) -> tuple[int, int]:
+    """(columns, scale) in which so many films of `size` (Y, X), with a labelled line for each of `rows`, fit a screen.
+
+    `scale` is lowered as far as that needs.
+
+    Raises:
+        ValueError: more films than fit as they are.
+    """
+    for smaller in range(scale, 0, -1):
+        width = height = 0
+        for label in rows:
+            text = _text_size(label)
+            width, height = max(width, size[1] * smaller + 8, text[0] + 4), height + size[0] * smaller + 12 + text[1]
+        columns = min(films, SCREEN[1] // width)
+        if columns and -(-films // columns) * height <= SCREEN[0]:
+            return columns, smaller
+    raise ValueError(
+        f"films: {films} films of {size[0]}x{size[1]} pixels do not fit into a picture of {SCREEN[0]}x{SCREEN[1]}"
+    )
 
 
 def side_by_side(videos: Sequence[tuple[str, Any]], scale: int = 1, gap: int = 4, context: int = 0) -> np.ndarray:

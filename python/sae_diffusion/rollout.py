@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,9 +12,10 @@ import numpy as np
 import torch
 
 from .data import Clip, FrameStats
+from .data.format import atomic_path
 from .diffusion.sampler import SamplerConfig, generate
 from .diffusion.window_sampler import generate_window
-from .media import side_by_side, strip, write_gif, write_mp4, write_png
+from .media import fit_grid, side_by_side, strip, write_gif, write_mp4, write_png
 
 
 @dataclass(frozen=True)
@@ -40,15 +42,35 @@ class Rollout:
         return strip(rows, scale, max_frames=max_frames, context=self.context)
 
     def film(self, scale: int = 1) -> np.ndarray:
-        """Frames (T, Y, X, 3) that show all films at once: recorded above generated."""
+        """Frames (T, Y, X, 3) that show all films at once: recorded above generated, in as many lines as that takes.
+
+        Where they would not fit otherwise they are enlarged less.
+
+        Raises:
+            ValueError: there are more films than fit a screen.
+        """
         rows = [("generated", self.frames)]
         if self.truth is not None:
             rows.insert(0, ("recorded", self.truth))
-        lines = [side_by_side([(label, film) for film in films], scale, context=self.context) for label, films in rows]
-        # A label may be wider than a small film.
+        columns, scale = fit_grid(len(self.frames), self.frames.shape[2:4], [label for label, _ in rows], scale)
+        lines = [
+            side_by_side([(label, film) for film in films[first : first + columns]], scale, context=self.context)
+            for first in range(0, len(self.frames), columns)
+            for label, films in rows
+        ]
+        # A label may be wider than a small film, and the last line shorter.
         width = max(line.shape[2] for line in lines)
         lines = [np.pad(x, ((0, 0), (0, 0), (0, width - x.shape[2]), (0, 0)), mode="edge") for x in lines]
         return np.concatenate(lines, axis=1)
+
+    def save(self, path: Path | str) -> None:
+        """An npz of `generated`, of `recorded` where there is a truth, both (N, T, Y, X, C) as on disk, and `context`.
+
+        The first `context` frames of both are those that were given.
+        """
+        recorded = {} if self.truth is None else {"recorded": self.truth}
+        with atomic_path(path) as temporary, open(temporary, "wb") as file:
+            np.savez(file, generated=self.frames, context=self.context, **recorded)  # type: ignore[arg-type]
 
     def write(self, folder: Path | str, *, fps: float = 10.0, scale: int = 4) -> list[Path]:
         """Write rollout.gif, rollout.mp4 and strip.png into `folder`; returns their paths."""
@@ -112,8 +134,14 @@ def continue_clips(
         if len(clip.frames) < wanted:
             raise ValueError(f"clips: {clip.source} must have {wanted} frames, got {len(clip.frames)}")
     told = stack_actions(clips) if denoiser.config.num_actions or denoiser.config.action_dim else None
-    if told is not None:
-        told = told[:, :wanted] if recorded or actions is None else torch.cat([told[:, :context], actions], dim=1)
+    if not recorded and actions is not None:
+        unknown = math.nan if actions.is_floating_point() else -1
+        known = (
+            actions.new_full((len(clips), context, *actions.shape[2:]), unknown) if told is None else told[:, :context]
+        )
+        told = torch.cat([known, actions], dim=1)
+    elif told is not None:
+        told = told[:, :wanted]
     given = np.stack([clip.frames[:context] for clip in clips])
     new = _draw(
         denoiser, stats.normalize(given), told, frames, config, window_frames, seed=seed, guide=guide, callback=callback

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
-from .data import ClipDataset, FrameStats, open_dataset
+from .data import Clip, ClipDataset, FrameStats, open_dataset
+from .data.readers import Episode, is_heldout, read_actions
 from .devices import pick_device
 from .media import write_png
 from .model import Denoiser, ModelConfig
@@ -66,6 +68,116 @@ def make_trainer(preset: Preset) -> Trainer:
     return trainer
 
 
+def skipped_sources(dataset: ClipDataset, most: int = 20) -> list[str]:
+    """A line for each source that was skipped, and why; of more than `most` the number of the others."""
+    lines = [f"skipped {source}: {reason}" for source, reason in dict.fromkeys(dataset.skipped)]
+    return lines[:most] + ([f"and {len(lines) - most} more were skipped"] if len(lines) > most else [])
+
+
+@dataclass(frozen=True)
+class Continuation:
+    """What `sae sample` continues.
+
+    Attributes:
+        clips: of `context` given frames and, where `recorded`, of the `frames` that followed them.
+        notes: what had to be chosen otherwise than asked, for people.
+    """
+
+    clips: list[Clip]
+    context: int
+    frames: int
+    recorded: bool
+    notes: list[str]
+
+
+def choose_clips(
+    path: Path, clips: ClipConfig, model: ModelConfig, *, samples: int, context: int, frames: int, split: str | None,
+    recorded: bool,
+) -> Continuation:  # fmt: skip
+    """Clips of `path` to be continued: all that was asked for or, where the data are short, what they have.
+
+    Args:
+        samples: clips; fewer where there are fewer.
+        context, frames: given and new frames; where clips are shorter first fewer new ones, then fewer given ones.
+        split: None takes held-out episodes, or all of them where none is held out or `path` is one file.
+        recorded: the frames that followed are wanted, for their actions and to compare with.
+
+    Raises:
+        ValueError: nothing to continue.
+    """
+    everything = open_clips(path, dataclasses.replace(clips, on_error="skip"), model, 1, "all")
+    notes = skipped_sources(everything)
+    episodes: dict[str, list[Episode]] = {"all": everything.episodes, "train": [], "heldout": []}
+    for episode in everything.episodes:
+        episodes["heldout" if is_heldout(episode.identity, clips.heldout_fraction) else "train"].append(episode)
+    if split is None:
+        split = "all" if path.is_file() or not episodes["heldout"] else "heldout"
+        if split == "all" and path.is_dir():
+            notes.append(
+                f"{path}: none of {len(everything.episodes)} episodes is held out, so the films continue some that the "
+                "network may have been trained on"
+            )
+    if not episodes[split]:
+        raise ValueError(f"split: none of the {len(everything.episodes)} episodes of {path} is in {split!r}")
+    _check_kind(everything.num_actions, everything.action_dim, model, path)
+    block = model.frames_per_block
+    lengths = sorted((everything.frames_of(episode) for episode in episodes[split]), reverse=True)
+    enough = any(length >= context + frames for length in lengths) and (
+        len(everything.cut(context + frames, episodes[split])) >= samples
+    )
+    # clips of as many episodes as there are films, rather than the longest clip of the longest episode
+    longest = context + frames if enough else min(context + frames, lengths[min(samples, len(lengths)) - 1])
+    if longest < context + frames and recorded and not (model.num_actions or model.action_dim):
+        recorded = False
+        notes.append(f"{path}: clips of {longest} frames are too short to compare {context} + {frames} with")
+    wanted = (context, frames)
+    if recorded and longest < context + frames:
+        frames = max((longest - context) // block, 1) * block
+    context = min(context, (longest - (frames if recorded else 0)) // block * block)
+    if context < 1:
+        least = block + recorded * frames
+        raise ValueError(f"data: clips of {path} must have at least {least} frames, the longest has {longest}")
+    if (context, frames) != wanted:
+        notes.append(
+            f"{path}: clips have {longest} frames, so {context} are given and {frames} generated instead of "
+            f"{wanted[0]} and {wanted[1]}; --actions random generates any number"
+        )
+    dataset = everything.cut(context + recorded * frames, episodes[split])
+    if len(dataset) < samples:
+        notes.append(f"{path}: {len(dataset)} films instead of {samples}, so many clips are there")
+    chosen = [dataset[i] for i in spread(dataset, samples)]
+    return Continuation(chosen, context, frames, recorded, notes)
+
+
+def given_actions(path: Path, model: ModelConfig) -> torch.Tensor:
+    """The actions in a file, (N,) int64 or (N, A) float32, row i causing the i-th new frame.
+
+    Raises:
+        ValueError: they are not what the network was trained with.
+    """
+    rows = read_actions(path)
+    if not (model.num_actions or model.action_dim):
+        raise ValueError(f"actions: the network takes none, got {path}")
+    discrete, dim = (int(rows.max()) + 1, 0) if rows.ndim == 1 else (0, rows.shape[1])
+    _check_kind(discrete, dim, model, path)
+    return torch.from_numpy(rows)
+
+
+def _check_kind(num_actions: int, action_dim: int, model: ModelConfig, path: Path) -> None:
+    """Actions of `path` are such as the network takes; files without any, and networks that take none, are welcome."""
+
+    def say(discrete: int, dim: int) -> str:
+        return f"{discrete} discrete actions" if discrete else f"actions of {dim} numbers"
+
+    if not ((num_actions or action_dim) and (model.num_actions or model.action_dim)):
+        return
+    if num_actions > model.num_actions or action_dim != model.action_dim:
+        raise ValueError(
+            f"actions: the network takes {say(model.num_actions, model.action_dim)}, "
+            f"{path} holds {say(num_actions, action_dim)}"
+        )
+
+
 def run_folder(path: Path) -> Path:
     """The run that a run folder or one of its checkpoints belongs to."""
     return path.parent if (path / "state.json").exists() else path
@@ -74,21 +186,19 @@ def run_folder(path: Path) -> Path:
 def strip_writer(preset: Preset, films: int = 2) -> Callable[[Trainer, int], None]:
     """Writes samples/step-*.png (recorded above generated) with the average of weights, and the same to TensorBoard."""
     length = preset.train.clip_length
-    clips = dataclasses.replace(preset.clips, on_error="skip")
 
     def write(trainer: Trainer, step: int) -> None:
-        model = trainer.model
-        dataset = open_clips(trainer.config.data, clips, model.config, length, "heldout")
-        given = max(1, length // 4)
+        model, block = trainer.model, preset.model.frames_per_block
+        given = max(1, length // 4 // block) * block
+        chosen = choose_clips(
+            Path(trainer.config.data), preset.clips, model.config, samples=films, context=given,
+            frames=(length - given) // block * block, split=None, recorded=True,
+        )  # fmt: skip
         with trainer.ema_weights(trainer.config.ema_stds[0]):
             rollout = continue_clips(
-                model,
-                trainer.stats,
-                [dataset[i] for i in spread(dataset, films)],
-                length - given,
-                preset.sampler,
-                context=given,
-            )
+                model, trainer.stats, chosen.clips, chosen.frames, preset.sampler,
+                context=chosen.context, recorded=chosen.recorded,
+            )  # fmt: skip
         folder = trainer.run_dir / "samples"
         folder.mkdir(parents=True, exist_ok=True)
         picture = rollout.strip(scale=2)

@@ -125,18 +125,29 @@ def read_side_file(video: Path, frames: int) -> np.ndarray | None:
         return None
     if len(found) > 1:
         raise DataError(video, f"has several files of actions: {', '.join(p.name for p in found)}")
-    path = found[0]
+    return check_actions(_read_rows(found[0]), frames, str(found[0]))
+
+
+def read_actions(path: Path) -> np.ndarray:
+    """All rows of a file of actions as beside a video, each causing one frame: int64 (N,) or float32 (N, A)."""
+    rows = _read_rows(path)
+    if rows.ndim < 1 or not len(rows):
+        raise DataError(path, f"must hold a row of actions for each frame, is {rows.dtype} {rows.shape}")
+    return check_actions(rows, len(rows) + 1, str(path))
+
+
+def _read_rows(path: Path) -> np.ndarray:
     try:
         if path.suffix == ".npy":
-            raw = np.load(path, allow_pickle=False)
-        elif path.suffix == ".csv":
-            raw = _read_csv(path)
-        else:
+            return np.load(path, allow_pickle=False)
+        if path.suffix == ".csv":
+            return _read_csv(path)
+        if path.suffix == ".json":
             content = json.loads(path.read_text(encoding="utf-8"))
-            raw = np.array(content["actions"] if isinstance(content, dict) else content)
+            return np.array(content["actions"] if isinstance(content, dict) else content)
+        raise ValueError(f"must end with {', '.join(ACTION_SUFFIXES)}")
     except Exception as error:
         raise DataError(path, f"unreadable actions: {error!r}") from error
-    return check_actions(raw, frames, str(path))
 
 
 # ---- the three formats ----
@@ -375,7 +386,8 @@ class ClipDataset(torch.utils.data.Dataset):
     """Clips of fixed length; `ds[i]` -> Clip depends on i and the files only. Made by `open_dataset`.
 
     frame_shape (Y, X, C); is_latent; num_actions (discrete, 0 = none); action_dim (continuous, 0 = none); fps or None;
-    episodes; skipped: list of (source, reason). Can be pickled, and used after a fork.
+    episodes; others, the number of usable ones that are not in the split; skipped: list of (source, reason). Can be
+    pickled, and used after a fork.
     """
 
     def __init__(
@@ -387,24 +399,44 @@ class ClipDataset(torch.utils.data.Dataset):
         *,
         size: tuple[int, int] | None,
         frame_stride: int,
-        clip_stride: int,
+        clip_stride: int | None,
         num_actions: int,
         fps: float | None = None,
+        others: int = 0,
     ) -> None:
         self._reader, self.episodes, self.skipped = reader, list(episodes), list(skipped)
-        self.clip_length, self.size, self.frame_stride, self.clip_stride = clip_length, size, frame_stride, clip_stride
+        self.clip_length, self.size, self.frame_stride = clip_length, size, frame_stride
+        self._span = (clip_length - 1) * frame_stride + 1
+        self._chosen_stride, self.clip_stride = clip_stride, clip_stride or self._span
         first = self.episodes[0]
         self.frame_shape = (*(size or first.frame_shape[:2]), first.frame_shape[2])
         self.is_latent = first.dtype == "float32"
         self.num_actions = num_actions
         self.action_dim = first.actions.shape[1] if first.actions is not None and first.actions.ndim == 2 else 0
-        self.fps = fps
-        self._span = (clip_length - 1) * frame_stride + 1
-        counts = [(episode.length - self._span) // clip_stride + 1 for episode in self.episodes]
+        self.fps, self.others = fps, others
+        counts = [(episode.length - self._span) // self.clip_stride + 1 for episode in self.episodes]
         self._ends = np.cumsum(counts).tolist()
 
     def __len__(self) -> int:
         return self._ends[-1]
+
+    def frames_of(self, episode: Episode) -> int:
+        """Length of the longest clip of an episode."""
+        return (episode.length - 1) // self.frame_stride + 1
+
+    def cut(self, clip_length: int, episodes: Sequence[Episode]) -> ClipDataset:
+        """Clips of another length from some of the episodes; those too short for one are left out, not all may be."""
+        return ClipDataset(
+            self._reader,
+            [episode for episode in episodes if self.frames_of(episode) >= clip_length],
+            self.skipped,
+            clip_length,
+            size=self.size,
+            frame_stride=self.frame_stride,
+            clip_stride=self._chosen_stride,
+            num_actions=self.num_actions,
+            fps=self.fps,
+        )
 
     def locate(self, index: int) -> tuple[Episode, range]:
         """The episode of clip `index` and the frames of it that the clip takes."""
@@ -552,9 +584,10 @@ def open_dataset(
         clip_length,
         size=(size[0], size[1]) if size else None,
         frame_stride=frame_stride,
-        clip_stride=clip_stride or span,
+        clip_stride=clip_stride,
         num_actions=num_actions,
         fps=description.get("fps"),
+        others=len(found) - len(used),
     )
 
 
