@@ -861,7 +861,8 @@ def _convolution(
     rows = _rows_of(B, frames, Y, X, streams)
     box = None
     used = [videos["p"]] * has_past + [like] * (source is not None)
-    if config.boxes and unit_k > 1 and unit_w > 1 and all(map(_has_strides, used)):
+    aligned = unit_k > 1 and unit_w > 1 and weight.data_ptr() % 16 == 0
+    if config.boxes and aligned and all(map(_has_strides, used)):
         box = _box(config.block_m, frames, Y, X)
     if config.boxes and box is None and dot_with is not None:
         # Addresses take the registers that a tile of z wants.
@@ -905,7 +906,7 @@ def _convolution(
         "STORE_OUT": out is not None, "DOT": dot_with is not None, "HAS_HISTORY": has_past and history is not None,
         "PARTS": config.parts > 0, "SPREAD": spread,
         "WHOLE": K % config.block_k == 0 and N % config.block_n == 0,
-        "WIDE": _wide(*videos.values(), weight, out), "PRECISION": _precision(like.dtype),
+        "WIDE": _wide(*videos.values(), weight, out, past), "PRECISION": _precision(like.dtype),
     }  # fmt: skip
     launches = [_launch(causal_conv3d_kernel, (tiles_m * tiles_n, units), args, config)]
     if spread:
@@ -974,7 +975,7 @@ def _streams_pass(
         "rows": rows, "frames": frames, "Y": Y, "X": X, "N": N // unit_n, "streams": streams,
         "BM": config.block_m, "BN": config.block_n, "UNIT_K": unit_k, "UNIT_N": unit_n,
         "HAS_PAST_SCALE": past_scale is not None, "SUM": total is not None, "SCALED": scaled is not None,
-        "DOT": dot is not None, "WIDE": _wide(grad),
+        "DOT": dot is not None, "WIDE": _wide(grad, past, total, scaled),
     }  # fmt: skip
     launch = _launch(causal_conv3d_streams_kernel, (_ceil(rows, config.block_m) * tiles_n,), args, config)
     return launch, None if dot is None else dot.unflatten(1, (B, F, Y * X))

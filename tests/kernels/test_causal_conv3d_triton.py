@@ -235,6 +235,12 @@ def test_boxes_only_where_a_descriptor_can_address_the_video_and_tiles_are_not_m
     assert not boxed(meta((1, 64, 16, 16, 16)).expand(2, 64, 16, 16, 16), weight)
     assert not boxed(meta((2, 60, 16, 16, 16)), meta((128, 60, 3, 3, 3)))
     assert not boxed(meta((2, 64, 16, 16, 16)), meta((4, 64, 3, 3, 3)))
+    # A weight in the middle of a flat buffer, off the 16 bytes that descriptors begin at.
+    x, aligned = (
+        torch.zeros(t.shape, dtype=t.dtype).as_strided(t.shape, t.stride()) for t in (meta((1, 64, 2, 16, 16)), weight)
+    )
+    shifted = torch.zeros(weight.numel() + 1, dtype=weight.dtype).as_strided(weight.shape, weight.stride(), 1)
+    assert boxed(x, aligned, T=2) and not boxed(x, shifted, T=2)
     # One frame of 4 x 4 pixels in a box of four frames; the batch has no say.
     for B in (1, 3):
         assert boxed(meta((B, 64, 4, 4, 4)), weight, T=4) and not boxed(meta((B, 64, 1, 4, 4)), weight, T=1)
@@ -547,6 +553,24 @@ def test_offsets_beyond_32_bits():
     assert all(launch.args["WIDE"] for part in large for launch in part)
     with pytest.raises(ValueError, match=r"x: B \* F \* Y \* X must be below 2\*\*31 - 1024 .* = 2147483648"):
         plans(B=2**13, T=32, size=(64, 64))
+
+
+def test_offsets_of_what_is_written_are_wide_too():
+    """Outputs of 2^30 elements, parts of whose offsets may reach twice beyond them, from inputs that are small."""
+    video, scale = meta((1, 1, 4, 128, 128)), meta((1, 4))
+    for Cout, wide in ((2**16, True), (2**13, False)):
+        weight = meta((Cout, 1, 3, 3, 3))
+        assert kernels.plan_past_term(video[:, :, :2], weight, 90)[0][0].args["WIDE"] == wide
+        layout, mask = FrameLayout(2, 1), [False, False, True, False, False]
+        grad = meta((1, Cout, 4, 128, 128))
+        (past, _), *_ = kernels.plan_backward(grad, video, weight, scale, None, None, None, 0.0, layout, mask, 90)
+        assert past.args["STORE_PAST"] and past.args["WIDE"] == wide
+    # One channel, a gradient expanded over the batch: the sum over streams and last_scale * grad have all entries.
+    for B, wide in ((512, True), (64, False)):
+        video, scale = meta((1, 1, 2, 1024, 1024)).expand(B, 1, 2, 1024, 1024), meta((B, 2))
+        weight, layout, mask = meta((1, 1, 2, 3, 3)), FrameLayout(1, 1), [False, True, False, False, False]
+        launches = kernels.plan_backward(video, video, weight, None, scale, None, None, 0.0, layout, mask, 90)[0]
+        assert launches[0].args["SCALED"] and launches[0].args["WIDE"] == wide
 
 
 def test_alignment_is_promised_only_where_it_holds():
