@@ -157,6 +157,21 @@ def test_a_gradient_that_is_not_finite_is_never_saved(tmp_path):
         resumed.train()
 
 
+def test_a_run_folder_has_one_trainer_at_a_time(tmp_path):
+    trainer = ImageTrainer(TINY, images(), tmp_path)
+
+    def refused(step, loss):
+        with pytest.raises(RuntimeError, match=r"another process.* is training in this folder"):
+            ImageTrainer(TINY, images(), tmp_path)
+
+    refused(0, 0.0)
+    trainer.train(until=2, callback=refused)
+    other = ImageTrainer(TINY, images(), tmp_path)
+    assert other.step == 2
+    with pytest.raises(RuntimeError, match="another process"):
+        trainer.train()
+
+
 def test_a_state_that_is_not_of_images_is_named(tmp_path):
     ImageTrainer(TINY, images(), tmp_path).train(until=1)
     save_checkpoint(tmp_path, 2, {}, {})

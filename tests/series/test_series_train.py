@@ -212,6 +212,21 @@ def test_a_gradient_that_is_not_finite_is_never_saved(tmp_path, changes):
     assert resumed.resume() == (config.checkpoint_every == 3) and resumed.train() == "done"
 
 
+def test_a_run_folder_has_one_trainer_at_a_time(tmp_path):
+    config = tiny(tmp_path, steps=2)
+    trainer, seen = SeriesTrainer(config), []
+
+    def step():
+        with pytest.raises(RuntimeError, match=r"another process.* is training in this folder"):
+            SeriesTrainer(config).train()
+        seen.append(trainer.step)
+        return original()
+
+    original, trainer.train_step = trainer.train_step, step
+    assert trainer.train() == "done" and seen == [0, 1]
+    assert SeriesTrainer(config).train() == "done"
+
+
 def test_a_state_that_is_not_of_series_is_named(tmp_path):
     config = tiny(tmp_path, steps=1)
     SeriesTrainer(config).train()

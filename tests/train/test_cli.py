@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 from sae_diffusion import cli
+from sae_diffusion.lock import RunLock
 from sae_diffusion.presets import PRESETS
 
 
@@ -129,6 +130,18 @@ def test_training_goes_on_where_it_stopped(recorded, trained, capsys):
     assert cli.main(arguments) == 0
     assert "resuming" in capsys.readouterr().out
     assert (trained / "step-0000003").is_dir()
+
+
+def test_a_run_folder_in_use_is_one_line(recorded, tmp_path, capsys):
+    arguments = ["train", f"--data={recorded}", "--steps=2", *MICRO]
+    for command in (
+        [*arguments, f"--run-dir={tmp_path}"],
+        ["series", "train", f"--run-dir={tmp_path}", "--steps=1", "--device=cpu"],
+        ["images", "train", f"--run-dir={tmp_path}", "--steps=1", "--device=cpu"],
+    ):
+        with RunLock(tmp_path, "training in"):
+            assert "is training in this folder" in fails(command, capsys)
+        assert not list(tmp_path.iterdir())
 
 
 def test_sample_continues_heldout_clips(recorded, trained, tmp_path):

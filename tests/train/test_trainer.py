@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import contextlib
 import errno
 import itertools
 import json
@@ -195,6 +196,64 @@ def test_resume_refuses_another_run_and_names_the_field(tmp_path, capsys):
     capsys.readouterr()
     assert trainer(tmp_path, steps=9, log_every=3, lr=0.5).step == 1
     assert "changed since the checkpoint: lr 0.01 -> 0.5\n" in capsys.readouterr().out
+
+
+# ---- one holder of a run directory
+
+
+def test_a_run_directory_has_one_trainer_at_a_time(tmp_path):
+    t = trainer(tmp_path, steps=2)
+    with pytest.raises(
+        RuntimeError, match=f"^{re.escape(str(tmp_path))}: another process.* is training in this folder"
+    ):
+        trainer(tmp_path, steps=2)
+    t.train()
+    second = trainer(tmp_path, steps=3)
+    with pytest.raises(RuntimeError, match="another process"):
+        t.train()
+    second.close()
+    assert trainer(tmp_path, steps=3).train().step == 3
+    # nor does one that was refused keep it, though its traceback lives
+    with pytest.raises(ValueError, match=r"^seed: ") as refused:
+        trainer(tmp_path, seed=8)
+    assert refused.tb is not None and trainer(tmp_path, steps=4).step == 3
+
+
+class Waits(StubClips):
+    """Says that training is under way, then waits to be killed."""
+
+    def __getitem__(self, index):
+        print("reading", flush=True)
+        signal.pause()
+
+
+def test_kill_9_lets_go_of_the_run_directory_though_a_worker_lives_on(tmp_path):
+    code = (
+        "import sys; sys.path.insert(0, sys.argv[1]); from test_trainer import Waits; from train_stubs import trainer; "
+        "trainer(sys.argv[2], dataset=Waits(), num_workers=1, steps=3).train()"
+    )
+    process = subprocess.Popen(
+        [sys.executable, "-c", code, str(SCRIPT.parent), str(tmp_path)], env=environment(), stdout=subprocess.PIPE,
+        text=True, start_new_session=True,
+    )  # fmt: skip
+    try:
+        assert process.stdout.readline() == "reading\n"
+        named = rf" \({process.pid}\)" if str(process.pid) in locks() else ".*"
+        with pytest.raises(RuntimeError, match=f"another process{named} is training in this folder"):
+            trainer(tmp_path)
+        process.kill()
+        process.wait()
+        assert trainer(tmp_path, steps=1).train().step == 1
+    finally:
+        with contextlib.suppress(ProcessLookupError):  # its workers
+            os.killpg(process.pid, SIGKILL)
+        process.wait()
+        process.stdout.close()
+
+
+def locks() -> str:
+    path = Path("/proc/locks")
+    return path.read_text() if path.exists() else ""
 
 
 # ---- several micro-batches, several processes
@@ -504,10 +563,11 @@ def test_a_spoilt_loss_or_norm_since_the_last_record_is_not_saved(tmp_path, colu
     with pytest.raises(FloatingPointError, match="not finite any more at step 0; nothing was saved"):
         t.save()
     assert not list(tmp_path.glob("*step-*"))
+    t.close()
     t = trainer(tmp_path, precision="fp16")
     t._running["video"][column] = math.inf
     if column == 3:  # a step that the loss scaler skipped
-        assert trainer(tmp_path, precision="fp16").step == 0 and t.save() == latest_checkpoint(tmp_path)
+        assert t.save() == latest_checkpoint(tmp_path)
     else:
         with pytest.raises(FloatingPointError):
             t.save()

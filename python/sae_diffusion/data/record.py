@@ -6,7 +6,7 @@ import json
 import os
 from collections.abc import Callable, Generator, Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from dataclasses import dataclass
 from multiprocessing import get_context
 from pathlib import Path
@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+from ..lock import RunLock
 from .format import (
     FORMAT,
     FRAMES_PER_CHUNK,
@@ -155,25 +156,6 @@ def _record(root: Path, description: dict[str, Any], policy: Policy, episode: in
         env.close()
 
 
-@contextmanager
-def _locked(root: Path) -> Iterator[None]:
-    """One `collect` per folder; the lock goes with the process, however that ends."""
-    try:
-        import fcntl
-    except ImportError:  # not on Windows; there two at once only waste work, as both write the same bytes
-        yield
-        return
-    handle = os.open(root, os.O_RDONLY)
-    try:
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            raise RuntimeError(f"{root}: another process is collecting into this folder") from error
-        yield
-    finally:
-        os.close(handle)
-
-
 def _check_resume(root: Path, description: dict[str, Any]) -> None:
     old = read_description(root)
     for field in {**description, **old}:
@@ -275,8 +257,7 @@ def collect(
     description = json.loads(json.dumps(description))
 
     root = Path(out)
-    root.mkdir(parents=True, exist_ok=True)
-    with _locked(root):
+    with RunLock(root, "collecting into"):
         if (root / "dataset.json").exists():
             _check_resume(root, description)
         elif any(not entry.name.startswith(".") for entry in root.iterdir()):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import time
 from collections.abc import Callable
@@ -19,6 +20,7 @@ from ..diffusion.likelihood import dequantise
 from ..diffusion.noise import derive_seed
 from ..diffusion.schedules import Schedule
 from ..diffusion.snr import SNRSampler
+from ..lock import RunLock
 from ..train.checkpoint import (
     STATE,
     find_checkpoint,
@@ -119,9 +121,10 @@ def stratified_times(count: int, generator: torch.Generator) -> Tensor:
 
 
 class ImageTrainer:
-    """One run in a folder; the same call resumes it.
+    """One run in a folder, which it has to itself until `train` ends; the same call resumes it.
 
     Raises:
+        RuntimeError: another process trains in the folder.
         ValueError: the folder holds a run with another configuration or other images.
     """
 
@@ -142,8 +145,15 @@ class ImageTrainer:
         self.seconds = 0.0
         self._sampler = SNRSampler(self.model.schedule) if config.times == "snr" else None
         self._pixels = torch.from_numpy(images.train)
-        if run_dir is not None and (path := latest_checkpoint(run_dir)) is not None:
-            self._load(path)
+        self._lock = None if run_dir is None else RunLock(run_dir, "training in")
+        if self._lock is not None:
+            self._lock.acquire()
+            try:
+                if (path := latest_checkpoint(self._lock.folder)) is not None:
+                    self._load(path)
+            except BaseException:  # whose traceback may keep this object alive
+                self._lock.release()
+                raise
 
     def train(
         self,
@@ -159,8 +169,14 @@ class ImageTrainer:
         Raises:
             FloatingPointError: the loss or the state is no longer finite; the last checkpoint stays.
             OSError: the run folder cannot be written; the last checkpoint stays.
+            RuntimeError: another process trains in the run folder.
         """
-        until = self.config.steps if until is None else min(until, self.config.steps)
+        with contextlib.nullcontext() if self._lock is None else self._lock:
+            self._train(
+                self.config.steps if until is None else min(until, self.config.steps), checkpoint_every, callback
+            )
+
+    def _train(self, until: int, checkpoint_every: int, callback: Callable[[int, float], None] | None) -> None:
         self.model.net.train()
         while self.step < until:
             start = time.perf_counter()

@@ -21,6 +21,7 @@ from sae_kernels import FrameLayout, token_noise
 from ..devices import pick_device
 from ..diffusion.noise import derive_seed
 from ..diffusion.schedules import Schedule, scales_of
+from ..lock import RunLock
 from ..train.checkpoint import (
     STATE,
     check_header,
@@ -190,7 +191,12 @@ class SeriesTrainer:
         Raises:
             FloatingPointError: the loss or the state is no longer finite; the last checkpoint stands.
             OSError: the run folder cannot be written; the last checkpoint stands.
+            RuntimeError: another process trains in the run folder.
         """
+        with RunLock(self.config.run_dir, "training in"):
+            return self._train()
+
+    def _train(self) -> str:
         config = self.config
         self.resume()
         reporter = Reporter(

@@ -23,6 +23,7 @@ from torch.nn.parallel import DistributedDataParallel
 from ..diffusion.forcing import forcing_loss, forcing_sigmas
 from ..diffusion.loss import LossNormalizer, denoising_loss
 from ..diffusion.noise import derive_seed, sample_sigmas
+from ..lock import RunLock
 from .checkpoint import (
     RUNNING,
     check_finite,
@@ -73,6 +74,7 @@ class Trainer:
     them. Data order is a function of (seed, clips seen), randomness of (seed, global micro-batch index): a resumed run
     repeats an uninterrupted one exactly, and W processes compute what one computes, up to the order of gradient sums.
     Under torchrun (WORLD_SIZE > 1) it uses DistributedDataParallel; all ranks must see the same run directory.
+    It has the run directory to itself (`RunLock`) until `train` ends, or `close`.
 
     Args:
         config: the run.
@@ -84,6 +86,7 @@ class Trainer:
     Raises:
         ValueError: the batch cannot be split over the processes, or the run directory holds a run with another model,
             data set or seed; the message names the field.
+        RuntimeError: another process trains in the run directory.
     """
 
     def __init__(
@@ -110,6 +113,9 @@ class Trainer:
         self._control = dist.new_group(backend="gloo") if self.world_size > 1 else None
         self.device = _device(config.device)
         self.run_dir = Path(config.run_dir)
+        self._lock = RunLock(self.run_dir, "training in")
+        if self.rank == 0:
+            self._lock.acquire()
         self.model: Any = model.to(self.device)
         self.model_config = _json_fields(model.config)
         self.sigma_data = float(self.model_config.get("sigma_data", 1.0))
@@ -146,7 +152,11 @@ class Trainer:
         module: Any = self.model if self._ddp is None else self._ddp
         self.module: Callable[..., torch.Tensor] = torch.compile(module) if config.compile else module
         self.ema = PowerEMA(self.model, config.ema_stds)
-        self._resume()
+        try:
+            self._resume()
+        except BaseException:  # whose traceback may keep this object alive
+            self._lock.release()
+            raise
 
     # ---- one step
 
@@ -254,7 +264,16 @@ class Trainer:
         Raises:
             FloatingPointError: the loss or the state is no longer finite; nothing is saved, the last checkpoint stands.
             OSError: the run directory cannot be written; the last checkpoint stands.
+            RuntimeError: another process trains in the run directory.
         """
+        try:
+            if self.rank == 0:
+                self._lock.acquire()
+            return self._train()
+        finally:
+            self._lock.release()
+
+    def _train(self) -> TrainResult:
         config = self.config
         sampler = MicroBatchSampler(
             len(self.dataset), config.seed, clips_seen=self.clips_seen, batch_size=config.batch_size,
@@ -512,7 +531,8 @@ class Trainer:
             )
 
     def close(self) -> None:
-        """Leave the process group, if this trainer made it."""
+        """Let go of the run directory, and leave the process group, if this trainer made it."""
+        self._lock.release()
         if self._owns_group:
             dist.destroy_process_group()
             self._owns_group = False
