@@ -4,7 +4,7 @@ BIN := .venv/bin
 OUT ?= runs/demo
 export SDL_VIDEODRIVER ?= dummy
 
-.PHONY: setup demo test check bench gpu clean
+.PHONY: setup demo test check docs bench gpu clean
 
 setup: .venv/ready
 
@@ -25,6 +25,14 @@ check: setup
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
+# site/, from docs/ and the docstrings; a broken link is an error.
+docs: setup .venv/docs
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+
+.venv/docs: .venv/ready
+	$(BIN)/python -m pip install --quiet -c constraints.txt "sae-kernels[docs]"
+	touch $@
+
 bench: setup
 	$(BIN)/python -m benchmarks --budget 500
 	$(BIN)/python -m pytest tests/benchmarks --benchmark-only --benchmark-autosave
@@ -34,4 +42,4 @@ gpu:
 	$(PYTHON) -m benchmarks.gpu
 
 clean:
-	rm -rf .venv build *.egg-info
+	rm -rf .venv build site *.egg-info
