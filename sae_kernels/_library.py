@@ -5,11 +5,28 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 import torch
+from torch.autograd import forward_ad
+from torch.utils._pytree import tree_flatten, tree_unflatten
 
 NAMESPACE = "sae_kernels"
-_library = torch.library.Library(NAMESPACE, "DEF")
+
+
+class _Library(torch.library.Library):
+    """Its ops refuse forward-mode derivatives, which PyTorch would drop without a word."""
+
+    def impl(self, op_name, fn, dispatch_key="", **options):
+        def refusing(*args, **kwargs):
+            _refuse_tangents(differentiable[op_name], (args, kwargs))
+            return fn(*args, **kwargs)
+
+        return super().impl(op_name, refusing if dispatch_key == "Autograd" else fn, dispatch_key, **options)
+
+
+_library = _Library(NAMESPACE, "DEF")
 # What each op runs, for those who count what is inside: a dispatch mode sees the op alone.
 implementations: dict[torch._ops.OpOverload, Callable] = {}
+# The ops with a gradient, and the public functions whose errors they raise.
+differentiable: dict[str, str] = {}
 
 
 def define(
@@ -34,8 +51,61 @@ def define(
     return op
 
 
-def register_autograd(op: torch._ops.OpOverload, backward: Callable, setup_context: Callable) -> None:
-    torch.library.register_autograd(op._schema.name, backward, setup_context=setup_context, lib=_library)
+def register_autograd(
+    op: torch._ops.OpOverload,
+    backward: Callable,
+    setup_context: Callable,
+    *,
+    name: str | None = None,
+    twice: bool = False,
+) -> None:
+    """Give an op its gradient. Where that is differentiated again, an error says that it cannot be.
+
+    `name`: the public function, where it is not that of the op. `twice`: everything that `backward` runs has a right
+    gradient of its own.
+    """
+    op_name = op._schema.name.split("::")[1]
+    name = differentiable[op_name] = name or op_name.removesuffix("_fwd")
+
+    def once(ctx, *grads):
+        _refuse_tangents(name, grads)
+        if not torch.is_grad_enabled():
+            return backward(ctx, *grads)
+        with torch.no_grad():
+            found, structure = tree_flatten(backward(ctx, *grads))
+        sources = [t for t in tree_flatten((grads, ctx.saved_tensors))[0] if t is not None and t.requires_grad]
+        made = [i for i, grad in enumerate(found) if grad is not None]
+        if sources and made:
+            for i, grad in zip(made, _Once.apply(name, [found[i] for i in made], *sources), strict=True):
+                found[i] = grad
+        return tree_unflatten(found, structure)
+
+    gradient = backward if twice else once
+    torch.library.register_autograd(op._schema.name, gradient, setup_context=setup_context, lib=_library)
+
+
+class _Once(torch.autograd.Function):
+    """The gradients as they are, tied to the tensors they were made of; to differentiate them is an error.
+
+    torch.autograd.function.once_differentiable ties them to the incoming gradients alone.
+    """
+
+    @staticmethod
+    def forward(ctx, name, gradients, *sources):
+        ctx.name = name
+        return tuple(gradient.detach() for gradient in gradients)
+
+    @staticmethod
+    def backward(ctx, *_):
+        raise RuntimeError(f'{ctx.name} is differentiable once; impl="reference" is, any number of times')
+
+
+def _refuse_tangents(name: str, values: object) -> None:
+    if forward_ad._current_level < 0:
+        return
+    for value in tree_flatten(values)[0]:
+        if isinstance(value, torch.Tensor) and forward_ad.unpack_dual(value).tangent is not None:
+            raise RuntimeError(f'{name} has no forward-mode derivative; impl="reference" has')
 
 
 def register_autocast(op: torch._ops.OpOverload) -> None:

@@ -221,5 +221,5 @@ def _past_gradient(ctx, grad_out):
     return (*[grad if asked else None for grad, asked in zip(grads, mask)], None)
 
 
-_library.register_autograd(causal_conv3d_past_fwd, _past_gradient, _past_setup_context)
+_library.register_autograd(causal_conv3d_past_fwd, _past_gradient, _past_setup_context, name="past_term")
 _library.register_autocast(causal_conv3d_past_fwd)

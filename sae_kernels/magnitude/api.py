@@ -196,7 +196,8 @@ def normalize_weights(
         weights: each (Cout, ...), at least two dimensions, of one device.
         gains: numbers; None for 1.
         dtype: of the results, those of the weights by default; such as the autocast dtype, which saves a cast of each.
-        impl: "auto", "composed", "cpp" (the C++ extension on the CPU) or "cuda" (on CUDA): contiguous float32 weights.
+        impl: "auto", "reference", "composed", "cpp" (the C++ extension on the CPU) or "cuda" (on CUDA), these two
+            for contiguous float32 weights.
 
     Returns:
         Contiguous tensors of the weights' shapes.
@@ -210,9 +211,13 @@ def normalize_weights(
     if dtype is not None and dtype not in _checks.FLOAT_DTYPES:
         raise TypeError(f"dtype: must be float32, bfloat16, float16 or float64, got {dtype}")
     gains = _gains(gains, weights, "weights")
-    return (
-        ops.normalize_weights(weights, gains, dtype, _choose_for(weights, "normalize_weights", impl)) if weights else []
-    )
+    if not weights:
+        return []
+    chosen = _choose_for(weights, "normalize_weights", impl)
+    if chosen == "reference":
+        made = (reference.normalize_weight(w, gain, dtype) for w, gain in zip(weights, gains, strict=True))
+        return [w.contiguous() for w in made]
+    return ops.normalize_weights(weights, gains, dtype, chosen)
 
 
 @torch.no_grad()
@@ -229,8 +234,9 @@ def normalize_weights_(
     whole list. Where `copies` are given, each is filled with `normalize_weight(w, gain)` of the new w.
 
     Args:
-        weights: each (Cout, ...), at least two dimensions, of one device.
-        copies: contiguous tensors of the weights' shapes; None for none.
+        weights: each (Cout, ...), at least two dimensions, of one device. A tensor given again, such as a tied weight,
+            is normalised once; tensors that share memory otherwise are refused.
+        copies: contiguous tensors of the weights' shapes; None for none. One for each weight, also for one given again.
         gains: of the copies; None for 1.
         impl: "auto", "composed", "cpp" (the C++ extension on the CPU) or "cuda" (on CUDA): contiguous float32 weights.
 
@@ -270,7 +276,7 @@ def _gains(gains: Sequence[float] | None, tensors: list[torch.Tensor], name: str
 
 
 def _choose_for(weights: list[torch.Tensor], op: str, impl: str) -> str:
-    available, why_not = ops.weight_implementations(weights)
+    available, why_not = ops.weight_implementations(weights, in_place=op.endswith("_"))
     return _checks.choose_implementation(op, impl, weights[0].device, available, why_not)
 
 

@@ -224,14 +224,14 @@ def normalize_weights_(weights: list[torch.Tensor], copies: list[torch.Tensor], 
     for w in weights:
         normalize_weight(w, None, math.prod(w.shape[1:]) ** 0.5, w, _rms_of(w))
     for w, copy, gain in zip(weights, copies, gains, strict=False):
-        out = torch.empty_like(w, memory_format=torch.contiguous_format)
-        normalize_weight(w, None, gain, out, _rms_of(w))
-        copy.copy_(out)
+        made = torch.empty_like(w, dtype=compute_dtype(w.dtype))
+        normalize_weight(w, None, gain, made, _rms_of(w))
+        copy.copy_(made)
 
 
 def normalize_weights(weights: list[torch.Tensor], outs: list[torch.Tensor], gains: list[float]) -> None:
     for w, out, gain in zip(weights, outs, gains, strict=True):
-        made = torch.empty_like(w)
+        made = torch.empty_like(w, dtype=compute_dtype(w.dtype))
         normalize_weight(w, None, gain, made, _rms_of(w))
         out.copy_(made)
 

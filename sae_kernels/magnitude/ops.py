@@ -230,7 +230,7 @@ def _sum_tensor_gradient(ctx, grad_out):
     return (*[g if needed else None for g, needed in zip(grads, needs, strict=True)], None)
 
 
-_library.register_autograd(mp_sum_tensor, _sum_tensor_gradient, _sum_tensor_context)
+_library.register_autograd(mp_sum_tensor, _sum_tensor_gradient, _sum_tensor_context, name="mp_sum")
 
 
 def _empty_cat(a, b, dim, weight_a, weight_b, impl):
@@ -434,11 +434,11 @@ def _weight_gradient(ctx, grad_out, _):
 _library.register_autograd(normalize_weight, _weight_gradient, _weight_context)
 
 
-def weight_implementations(weights: Sequence[torch.Tensor]) -> tuple[list[str], dict[str, str]]:
-    """(those that normalise these weights in place, fastest first; those that do not, with the reason)."""
+def weight_implementations(weights: Sequence[torch.Tensor], in_place: bool = False) -> tuple[list[str], dict[str, str]]:
+    """(those that normalise a list of weights, fastest first; those that do not, with the reason)."""
     fits = all(w.dtype == torch.float32 and w.is_contiguous() for w in weights)
-    available = ["composed"]
-    why_not: dict[str, str] = {}
+    available = ["composed"] if in_place else ["composed", "reference"]
+    why_not = {"triton": "there is no Triton kernel for this op; use cpp, cuda or composed"}
     _extension.offer(available, why_not, weights[0].device, None if fits else "it takes contiguous float32 weights")
     return available, why_not
 
@@ -447,9 +447,69 @@ def _weight_backend(impl: str):
     return composed if impl == "composed" else cpp
 
 
+def _normalize_in_place(weights, copies, gains, impl):
+    """A tensor that is given again, as tied weights are, is written once; its further copies are made after that."""
+    first: dict[tuple, int] = {}
+    again = []
+    for i, w in enumerate(weights):
+        earlier = first.setdefault(_identity(w), i)
+        differs = copies and (_identity(copies[i]), gains[i]) != (_identity(copies[earlier]), gains[earlier])
+        if earlier != i and differs:
+            again.append(i)
+    once = list(first.values())
+    named = [(f"weights[{i}]", weights[i]) for i in once]
+    if copies:
+        named += [(f"copies[{i}]", copies[i]) for i in sorted(once + again)]
+    _check_no_shared_memory(named)
+
+    backend = _weight_backend(impl)
+    if copies:
+        backend.normalize_weights_(*([given[i] for i in once] for given in (weights, copies, gains)))
+    else:
+        backend.normalize_weights_([weights[i] for i in once], [], [])
+    for i in again:
+        made = torch.empty_like(copies[i])
+        backend.normalize_weights([weights[i]], [made], [gains[i]])
+        copies[i].copy_(made)
+
+
+def _identity(x: torch.Tensor) -> tuple:
+    """Equal for two names of one tensor."""
+    return x.untyped_storage()._cdata, x.storage_offset(), x.dtype, x.shape, x.stride()
+
+
+def _check_no_shared_memory(named: list[tuple[str, torch.Tensor]]) -> None:
+    """Threads write these tensors at once, so each byte may belong to one element only."""
+    reach = []
+    for name, x in named:
+        start = x.data_ptr()
+        if start != 0:  # neither empty nor meta
+            last = sum((n - 1) * stride for n, stride in zip(x.shape, x.stride(), strict=True))
+            reach.append((start, start + (last + 1) * x.element_size(), name, x))
+            if not x.is_contiguous() and _addresses(x).unique().numel() < x.numel() * x.element_size():
+                raise ValueError(f"{name}: must not overlap itself, got strides {x.stride()} of {tuple(x.shape)}")
+    reach.sort(key=lambda entry: entry[:2])
+    near: list[tuple[int, int, str, torch.Tensor]] = []
+    for start, end, name, x in reach:
+        near = [entry for entry in near if entry[1] > start]
+        for _, _, other, y in near:
+            if torch.isin(_addresses(x), _addresses(y)).any():
+                raise ValueError(f"{other}, {name}: must not share memory, unless as one weight given again")
+        near.append((start, end, name, x))
+
+
+def _addresses(x: torch.Tensor) -> torch.Tensor:
+    """Of every byte, on the CPU."""
+    size = x.element_size()
+    found = torch.tensor([x.data_ptr()])
+    for n, stride in (*((n, stride * size) for n, stride in zip(x.shape, x.stride(), strict=True)), (size, 1)):
+        found = (found[:, None] + stride * torch.arange(n)).flatten()
+    return found
+
+
 normalize_weights_ = _library.define(
     "normalize_weights_(Tensor(a!)[] weights, Tensor(b!)[] copies, float[] gains, str impl) -> ()",
-    lambda weights, copies, gains, impl: _weight_backend(impl).normalize_weights_(weights, copies, gains),
+    _normalize_in_place,
     lambda weights, copies, gains, impl: None,
 )
 

@@ -11,10 +11,13 @@ import torch
 import torch.nn.functional as F
 
 
+def _compute_dtype(x: torch.Tensor) -> torch.dtype:
+    return torch.float64 if x.dtype == torch.float64 else torch.float32
+
+
 def _norm(x: torch.Tensor, dim: int | list[int]) -> torch.Tensor:
     """Euclidean norm in fp32 (fp64 for fp64)."""
-    dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
-    return torch.linalg.vector_norm(x, dim=dim, keepdim=True, dtype=dtype)
+    return torch.linalg.vector_norm(x, dim=dim, keepdim=True, dtype=_compute_dtype(x))
 
 
 def mp_silu(x: torch.Tensor) -> torch.Tensor:
@@ -24,6 +27,8 @@ def mp_silu(x: torch.Tensor) -> torch.Tensor:
 
 def mp_sum(a: torch.Tensor, b: torch.Tensor, t: float | torch.Tensor, limit: float | None = None) -> torch.Tensor:
     """Eq. 88; hardtanh passes no gradient where the limit is reached."""
+    if isinstance(t, torch.Tensor):
+        t = t.to(_compute_dtype(a))
     total = (((1 - t) * a + t * b) / ((1 - t) ** 2 + t**2) ** 0.5).to(a.dtype)
     return total if limit is None else F.hardtanh(total, -limit, limit)
 
@@ -51,8 +56,10 @@ def pixel_norm_silu(x: torch.Tensor, dim: int, eps: float) -> tuple[torch.Tensor
     return normed, mp_silu(normed)
 
 
-def normalize_weight(w: torch.Tensor, gain: float | torch.Tensor) -> torch.Tensor:
-    """Eqs. 47 and 66: output channels (dim 0) of unit RMS, then gain / sqrt(fan-in)."""
+def normalize_weight(w: torch.Tensor, gain: float | torch.Tensor, dtype: torch.dtype | None = None) -> torch.Tensor:
+    """Eqs. 47 and 66: output channels (dim 0) of unit RMS, then gain / sqrt(fan-in); of the dtype of w by default."""
     fan_in = math.prod(w.shape[1:])
+    if isinstance(gain, torch.Tensor):
+        gain = gain.to(_compute_dtype(w))
     unit = w / (1e-4 + _norm(w, list(range(1, w.ndim))) / math.sqrt(fan_in))
-    return (unit * (gain / math.sqrt(fan_in))).to(w.dtype)
+    return (unit * (gain / math.sqrt(fan_in))).to(dtype or w.dtype)

@@ -116,4 +116,35 @@ def _gradient(ctx, grad_out, grad_noise):
     return (*[g if needed else None for g, needed in zip(grads, needs, strict=True)], *[None] * 6)
 
 
-_library.register_autograd(token_noise_fwd, _gradient, _setup_context)
+_library.register_autograd(token_noise_fwd, _gradient, _setup_context, twice=True)
+
+
+def _backward_context(ctx, inputs, output) -> None:
+    grad_out, x, signal_scale, noise_scale, *ctx.options = inputs
+    ctx.save_for_backward(grad_out, x, signal_scale, noise_scale)
+
+
+def _backward_gradient(ctx, for_x, for_signal, for_noise):
+    """With G = grad_out and v upstream: the gradient of the sum of G (s v_x + v_s x + v_n eps) over all streams."""
+    grad_out, x, signal_scale, noise_scale = ctx.saved_tensors
+    *needs, seed, offset, impl = ctx.options
+    options = (grad_out.shape[1] // x.shape[1], grad_out.dtype, False, seed, offset, impl)
+    needs_grad, needs_x, needs_signal = ctx.needs_input_grad[:3]
+    for_x, for_signal, for_noise = (
+        v if needed else torch.zeros_like(t)
+        for v, needed, t in zip((for_x, for_signal, for_noise), needs, (x, signal_scale, noise_scale), strict=True)
+    )
+    grad = of_x = of_signal = None
+    if needs_grad:
+        grad = token_noise_fwd(for_x, signal_scale, torch.zeros_like(noise_scale), *options)[0]
+        grad = grad + token_noise_fwd(x, for_signal, for_noise, *options)[0]
+    if needs_x:
+        of_x = token_noise_bwd(grad_out, x, for_signal, noise_scale, True, False, False, seed, offset, impl)[0]
+    if needs_signal:
+        of_signal = token_noise_bwd(grad_out, for_x, signal_scale, noise_scale, False, True, False, seed, offset, impl)[
+            1
+        ]
+    return (grad, of_x, of_signal, *[None] * 7)
+
+
+_library.register_autograd(token_noise_bwd, _backward_gradient, _backward_context, name="token_noise", twice=True)

@@ -655,6 +655,78 @@ def test_forced_normalisation_of_other_dtypes_strides_and_parameters():
     normalize_weights_([torch.empty(0, 3)])
 
 
+@pytest.mark.parametrize("impl", FORCED)
+def test_a_tied_weight_is_normalised_once(impl):
+    """Whatever its place in the list; each copy is made of the new weight."""
+    want, alone = weights_of(), weights_of()
+    normalize_weights_(want, impl=impl)
+    weights = [alone[0], alone[3], alone[3].view_as(alone[3]), *alone[1:], alone[0]]
+    normalize_weights_(weights, impl=impl)
+    assert all(torch.equal(w, x) for w, x in zip(alone, want, strict=True))
+
+    alone = weights_of()
+    weights, gains = [alone[3], alone[1], alone[3], alone[3]], [2.0, 1.0, 2.0, -3.0]
+    copies = [torch.empty_like(w, dtype=torch.bfloat16) for w in weights]
+    copies[2] = copies[0]
+    normalize_weights_(weights, copies=copies, gains=gains, impl=impl)
+    assert torch.equal(alone[3], want[3]) and torch.equal(alone[1], want[1])
+    for copy, w, gain in zip(copies, weights, gains, strict=True):
+        assert torch.equal(copy, normalize_weights([w], [gain], dtype=torch.bfloat16, impl=impl)[0])
+
+
+@pytest.mark.parametrize("impl", FORCED)
+def test_forced_normalisation_refuses_tensors_that_share_memory(impl):
+    """One thread would read what another writes."""
+    w, flat = torch.ones(4, 6), torch.ones(60)
+    overlap = [flat[:24].view(4, 6), torch.ones(2, 2), flat[20:44].view(4, 6)]
+    for weights, copies, message in (
+        (overlap, None, r"weights\[0\], weights\[2\]: must not share memory"),
+        ([w, w.view(6, 4)], None, r"weights\[0\], weights\[1\]: must not share memory"),
+        ([w], [w], r"weights\[0\], copies\[0\]: must not share memory"),
+        ([w, w.clone()], [torch.empty(4, 6)] * 2, r"copies\[0\], copies\[1\]: must not share memory"),
+    ):
+        before = [x.clone() for x in weights]
+        with pytest.raises(ValueError, match=message):
+            normalize_weights_(weights, copies=copies, impl=impl)
+        assert all(torch.equal(x, b) for x, b in zip(weights, before, strict=True))
+    twice = torch.empty(4, 6)
+    with pytest.raises(ValueError, match=r"copies\[0\], copies\[1\]: must not share memory"):
+        normalize_weights_([w, w], copies=[twice, twice], gains=[1.0, 2.0], impl=impl)
+
+
+def test_forced_normalisation_of_views_of_one_tensor():
+    """Parts of a fused weight, even interleaved ones, share no memory; a tensor that is expanded does."""
+    fused = weights_of()[4]
+    parts = [fused[:100], fused[100:, :200], fused[100:, 200::2], fused[100:, 201::2]]
+    before = [part.clone() for part in parts]
+    normalize_weights_(parts, impl="composed")
+    for part, w in zip(parts, before, strict=True):
+        gold, eager = (normalize_weight(x, math.sqrt(x[0].numel()), impl="reference") for x in (w.double(), w))
+        assert_within_budget(part, gold, eager, "part")
+    with pytest.raises(ValueError, match=r"weights\[1\]: must not overlap itself, got strides \(0, 1\) of \(4, 7\)"):
+        normalize_weights_([torch.ones(2, 2), torch.ones(7).expand(4, 7)])
+
+
+def test_nothing_is_rounded_before_the_end():
+    """Neither in the dtype of t or gain, nor in that of a weight whose result is wanted in a finer one."""
+    generator = torch.Generator().manual_seed(0)
+    a, b, w = (torch.randn(5, 7, generator=generator) for _ in range(3))
+    for impl in ("reference", "composed"):
+        for dtype in LOW[1:]:
+            t, gain = torch.rand(5, 1, generator=generator).to(dtype), torch.tensor(1.7).to(dtype)
+            for x in (t, t[0, 0]):
+                assert torch.equal(mp_sum(a, b, x, impl=impl), mp_sum(a, b, x.float(), impl=impl))
+            assert torch.equal(normalize_weight(w, gain, impl=impl), normalize_weight(w, gain.float(), impl=impl))
+    for dtype in LOW[1:]:
+        low = w.to(dtype)
+        for impl in ("reference", "composed"):
+            (got,) = normalize_weights([low], [1.7], dtype=torch.float32, impl=impl)
+            assert torch.equal(got, normalize_weight(low.float(), 1.7, impl=impl))
+        copy = torch.empty_like(w)
+        normalize_weights_([low], copies=[copy], gains=[1.7])
+        assert torch.equal(copy, normalize_weight(low.float(), 1.7))
+
+
 @pytest.mark.gpu
 def test_forced_normalisation_on_the_gpu_agrees():
     cpu, gpu = weights_of(), [w.cuda() for w in weights_of()]

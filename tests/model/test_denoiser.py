@@ -164,6 +164,26 @@ def test_gated_and_joint_weights_have_their_fan_in():
             torch.testing.assert_close(energy[:, :2].sum(1), torch.ones_like(energy[:, 2]), rtol=1e-3, atol=0)
 
 
+def test_tied_weights_are_one_weight():
+    """Two layers that share a weight: the network of two equal weights, their gradients added."""
+    plain = fresh()
+    first, second = (plain.unet.decoder[f"{plain.config.heights[-1]}_{name}"].conv1 for name in ("in0", "in1"))
+    with torch.no_grad():
+        second.weight.copy_(first.weight)
+    tied = copy.deepcopy(plain)
+    one, other = (tied.unet.decoder[f"{plain.config.heights[-1]}_{name}"].conv1 for name in ("in0", "in1"))
+    other.weight = one.weight
+    x, sigma, actions = clip(plain, 1, 2, 2)
+    for net in (plain, tied):
+        net.float().normalize_weights_()
+        net(x.float(), sigma.float(), actions).square().sum().backward()
+    assert other.weight is one.weight and torch.equal(one.weight, first.weight)
+    for name, p in tied.named_parameters():
+        if p is not one.weight:
+            assert torch.equal(p.grad, plain.get_parameter(name).grad), name
+    assert torch.equal(one.weight.grad, first.weight.grad + second.weight.grad)
+
+
 def test_forced_weight_normalisation():
     net = fresh(temporal_mixing="gated")
     x, sigma, actions = clip(net, 1, 2, 2)
