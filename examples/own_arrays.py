@@ -72,7 +72,7 @@ def main() -> None:
     model, stats, _ = load_denoiser(options.out, ema=0.1)
     heldout = open_dataset(options.out / "game.npz", 12, split="heldout")
     clips = [heldout[i] for i in range(min(4, len(heldout)))]
-    sampler = SamplerConfig(steps=8, sigma_min=0.05, sigma_max=40.0, rho=4.0)
+    sampler = SamplerConfig(sampling_steps=8, sigma_min=0.05, sigma_max=40.0, rho=4.0)
     rollout = continue_clips(model, stats, clips, 8, sampler, context=4)  # 4 frames given, 8 generated
     off = np.abs(rollout.frames[:, 4:].astype(int) - rollout.truth[:, 4:]).mean()
     still = np.abs(rollout.frames[:, 3:4].astype(int) - rollout.truth[:, 4:]).mean()
