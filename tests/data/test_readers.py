@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import functools
 import json
+import os
 import pickle
+import re
 import shutil
 import tempfile
 import warnings
@@ -369,7 +371,7 @@ def test_decoders_leave_no_threads_for_a_fork_to_trip_over(tmp_path):
     (tmp_path / "a.actions.npy").unlink()
     clips = open_dataset(tmp_path, 4)
     write_video(tmp_path / "a.mp4", 10)
-    with pytest.raises(DataError, match="are gone") as held_too:
+    with pytest.raises(DataError, match="has changed since") as held_too:
         clips[len(clips) - 1]
     assert held.traceback and held_too.traceback and len(list(tasks.iterdir())) == before
 
@@ -510,6 +512,126 @@ def test_in_loader_processes_and_after_pickling(tmp_path, kind):
     )
     frames = torch.cat([batch[0] for batch in loader])
     np.testing.assert_array_equal(frames.numpy(), np.stack([clip.frames for clip in here]))
+
+
+# ---- files that change while they are open ----
+
+
+def write_content(kind, folder, seed):
+    """The file whose clips are read; its size does not depend on the seed where the format allows that."""
+    folder.mkdir(exist_ok=True)
+    rng = np.random.default_rng(seed)
+    if kind == "video":
+        path = folder / "a.mp4"
+        write_video(path, 30, size=(48, 64 if seed == 0 else 80))
+    elif kind == "recorded":
+        shutil.rmtree(folder)
+        collect(
+            "sae_toy_env:SaeToy-v0", folder, episodes=3, size=sae_toy_env.SIZE, episodes_per_shard=4, frame_skip=1,
+            hold=1, seed=seed,
+        )  # fmt: skip
+        path = folder / "shard-00000.npz"
+    else:
+        path = folder / "a.npz"
+        save = np.savez if kind == "npz" else np.savez_compressed
+        save(path, frames=rng.integers(0, 256, (3, 12, 6, 8, 3), dtype=np.uint8), actions=rng.integers(0, 4, (3, 11)))
+    return path
+
+
+def cut_short(path, other):
+    os.truncate(path, path.stat().st_size // 3)
+
+
+def empty(path, other):
+    os.truncate(path, 0)
+
+
+def overwrite(path, other):
+    with open(path, "r+b") as file:
+        file.write(other.read_bytes())
+        file.truncate()
+
+
+def put_in_place(path, other):
+    shutil.copy(other, path.with_suffix(".new"))
+    os.replace(path.with_suffix(".new"), path)
+
+
+def remove(path, other):
+    path.unlink()
+
+
+@pytest.mark.parametrize("change", [cut_short, empty, overwrite, put_in_place, remove], ids=lambda c: c.__name__)
+@pytest.mark.parametrize("kind", ["recorded", "npz", "compressed", "video"])
+def test_a_file_that_changes_under_a_reader_is_named_at_the_next_read(tmp_path, kind, change):
+    path = write_content(kind, tmp_path / "data", 0)
+    other = write_content(kind, tmp_path / "other", 1)
+    clips = open_dataset(tmp_path / "data", 4)
+    fresh = pickle.loads(pickle.dumps(clips))  # as in a loader's process: nothing is open yet
+    for i in range(len(clips)):
+        clips[i]
+    change(path, other)
+    for data in (clips, fresh):
+        for i in (0, len(clips) - 1):
+            with pytest.raises(DataError, match=rf"{path.name}.*(has changed since it was opened|cannot be opened)"):
+                data[i]
+
+
+@pytest.mark.parametrize("kind", ["recorded", "npz", "compressed", "video"])
+def test_the_same_content_under_another_time_passes(tmp_path, kind):
+    path = write_content(kind, tmp_path / "data", 0)
+    shutil.copy(path, tmp_path / "copy")
+    clips = open_dataset(tmp_path / "data", 4)
+    before = all_clips(clips)
+    os.utime(path, ns=(1, 1))
+    assert all(np.array_equal(a.frames, b.frames) for a, b in zip(all_clips(clips), before, strict=True))
+    put_in_place(path, tmp_path / "copy")
+    assert all(np.array_equal(a.frames, b.frames) for a, b in zip(all_clips(clips), before, strict=True))
+
+
+def test_a_folder_that_grows_goes_on_being_read(tmp_path):
+    settings = {"size": sae_toy_env.SIZE, "frame_skip": 1, "hold": 1, "episodes_per_shard": 4}
+    collect("sae_toy_env:SaeToy-v0", tmp_path, episodes=2, **settings)
+    clips = open_dataset(tmp_path, 2)
+    fresh, before = pickle.loads(pickle.dumps(clips)), all_clips(clips)
+    collect("sae_toy_env:SaeToy-v0", tmp_path, episodes=6, **settings)
+    for data in (clips, fresh):
+        assert same(all_clips(data), before)
+
+
+def test_large_stored_arrays_are_read_by_the_clip(tmp_path):
+    """Every stride and both memory orders, from clips that begin anywhere; latents of each float type."""
+    for dtype in ("u1", "<f2", "<f8", ">f4"):
+        frames = RNG.integers(0, 200, (2, 9, 3, 2, 2)).astype(dtype)
+        for name, array in (("c", frames), ("f", np.asfortranarray(frames))):
+            np.savez(tmp_path / f"{name}.npz", frames=array)
+            for stride in (1, 2, 4):
+                for clip in all_clips(open_dataset(tmp_path / f"{name}.npz", 3, frame_stride=stride, clip_stride=1)):
+                    n, start = (int(x) for x in re.search(r"clip (\d), frame (\d)", clip.source).groups())
+                    np.testing.assert_array_equal(clip.frames, frames[n, start : start + 2 * stride + 1 : stride])
+
+
+def test_the_number_of_clips(tmp_path):
+    """floor((length - span) / stride) + 1 of each episode, span = (clip - 1) * frame stride + 1."""
+    for name, length in (("a", 11), ("b", 5), ("c", 4)):
+        np.savez(tmp_path / f"{name}.npz", frames=video(length, (2, 2)))
+    for clip, frame_stride, clip_stride, expected in [
+        (4, 1, None, 2 + 1 + 1), (4, 1, 1, 8 + 2 + 1), (4, 1, 3, 3 + 1 + 1), (2, 3, 1, 8 + 2 + 1), (1, 1, None, 20),
+        (2, 3, None, 2 + 1 + 1), (1, 5, 4, 3 + 2 + 1),
+    ]:  # fmt: skip
+        clips = open_dataset(tmp_path, clip, frame_stride=frame_stride, clip_stride=clip_stride)
+        assert len(clips) == expected and len(all_clips(clips)) == expected
+
+
+@pytest.mark.parametrize("fraction", [0.05, 0.1, 0.5, 0.9])
+def test_the_held_out_fraction_is_the_one_asked_for(tmp_path, fraction):
+    """Of 400 episodes, within 4 standard deviations, which for 0.1 excludes half and double of it."""
+    np.savez(tmp_path / "a.npz", frames=np.zeros((400, 2, 1, 1, 1), np.uint8))
+    for split, share in (("heldout", fraction), ("train", 1 - fraction), ("all", 1.0)):
+        found = len(open_dataset(tmp_path, 2, split=split, heldout_fraction=fraction).episodes)
+        assert abs(found / 400 - share) <= 4 * (fraction * (1 - fraction) / 400) ** 0.5
+    default = len(open_dataset(tmp_path, 2, split="heldout").episodes)
+    assert default == len(open_dataset(tmp_path, 2, split="heldout", heldout_fraction=0.1).episodes)
 
 
 def test_collate():

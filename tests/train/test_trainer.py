@@ -14,8 +14,10 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from sae_diffusion.data import DataError, open_dataset
 from sae_diffusion.model import Denoiser
 from sae_diffusion.train import TrainConfig, Trainer, latest_checkpoint
 from sae_diffusion.train.checkpoint import load_average, read_state
@@ -647,6 +649,34 @@ def test_a_full_disk_stops_the_run_in_one_line(tmp_path, monkeypatch):
     t._train_step = step
     with pytest.raises(OSError, match=f"^{re.escape(str(tmp_path))}: metrics could not be written .No space left"):
         t.train()
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("change", ["cut short", "other content", "gone"])
+def test_data_that_change_under_a_run_are_named(tmp_path, workers, change):
+    """Not a bus error, a traceback in a RuntimeError, or another loss."""
+    path, rng = tmp_path / "data" / "a.npz", np.random.default_rng(0)
+    path.parent.mkdir()
+    np.savez(path, frames=rng.integers(0, 256, (40, 3, 4, 4, 2), dtype=np.uint8))
+    dataset = open_dataset(path, 3)
+
+    def spoil(t, step):
+        if change == "cut short":
+            os.truncate(path, 500)
+        elif change == "gone":
+            path.unlink(missing_ok=True)
+        else:
+            np.savez(path, frames=np.full((40, 3, 4, 4, 2), 255, np.uint8))
+
+    t = trainer(
+        tmp_path / "run", dataset=dataset, num_workers=workers, steps=40, sample_every=2, checkpoint_every=2,
+        on_sample=spoil, keep_checkpoints=0,
+    )  # fmt: skip
+    with pytest.raises(DataError, match=r"a\.npz.*(has changed since it was opened|cannot be opened)") as caught:
+        t.train()
+    assert "\n" not in str(caught.value)
+    # what the workers had read before is trained on
+    assert 2 <= t.step < 12 and latest_checkpoint(tmp_path / "run").name >= "step-0000002"
 
 
 def test_resume_counts_on_from_the_checkpoint(tmp_path):

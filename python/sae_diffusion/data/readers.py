@@ -11,7 +11,7 @@ import zipfile
 from bisect import bisect_right
 from collections import Counter, OrderedDict
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -42,13 +42,14 @@ class Episode:
 
     source: str  # for people: the file, and the episode in it
     identity: str  # decides the split; the same wherever the folder lies and whatever else is in it
-    stamp: str  # a checksum of the content
+    stamp: str  # a checksum of the content, see `Reader.stamp`
     file: Path
     key: Any  # the reader's own: what to read in the file
     length: int
     frame_shape: tuple[int, int, int]
     dtype: str  # "uint8" or "float32"
     actions: np.ndarray | None = field(repr=False)
+    version: tuple[int, int] = (0, 0)  # of the file before it was looked through, see `file_version`
 
     @property
     def action_kind(self) -> str:
@@ -59,6 +60,15 @@ class Episode:
         )
 
 
+def file_version(file: Path) -> tuple[int, int]:
+    """(size, time of change in ns): equal as long as nobody writes to the file or puts another in its place."""
+    try:
+        status = file.stat()
+    except OSError as error:
+        raise DataError(file, f"cannot be opened any more: {error.strerror}") from error
+    return status.st_size, status.st_mtime_ns
+
+
 class Reader(Protocol):
     def files(self) -> list[Path]: ...
 
@@ -66,6 +76,9 @@ class Reader(Protocol):
         """What a file holds; a DataError, raised or yielded, for what it should hold and does not."""
 
     def frames(self, episode: Episode, indices: range) -> np.ndarray: ...
+
+    def stamp(self, episode: Episode) -> str:
+        """Of what the file holds now, nothing that was opened before being used again."""
 
 
 # ---- actions ----
@@ -200,6 +213,12 @@ class RecordedReader:
     def frames(self, episode: Episode, indices: range) -> np.ndarray:
         return self._shard(episode.file).frames(episode.key, indices)
 
+    def stamp(self, episode: Episode) -> str:
+        old = self._open.pop(episode.file, None)
+        if old is not None:
+            old.close()
+        return self._shard(episode.file).stamp(episode.key)
+
 
 class VideoReader:
     """Video files (PyAV), each with an optional side file of actions; each decoded once when opened."""
@@ -238,16 +257,13 @@ class VideoReader:
                     raise ValueError(f"cut short: {packets} of {stream.frames} frames are there")
             if shape is None:
                 raise ValueError("no frames")
-            digest = hashlib.sha256()
-            with open(file, "rb") as handle:
-                while block := handle.read(1 << 20):
-                    digest.update(block)
+            digest = _sha256(file)
         except Exception as error:  # PyAV's errors share no base class
             raise DataError(file, f"unreadable video: {error!r}") from error
         actions = read_side_file(file, len(times))
         identity = file.relative_to(self.root).as_posix()
         key = np.array(times, np.int64)
-        yield Episode(str(file), identity, digest.hexdigest(), file, key, len(times), shape, "uint8", actions)
+        yield Episode(str(file), identity, digest, file, key, len(times), shape, "uint8", actions)
 
     def frames(self, episode: Episode, indices: range) -> np.ndarray:
         wanted = [int(t) for t in episode.key[indices.start : indices.stop : indices.step]]
@@ -261,6 +277,17 @@ class VideoReader:
             if len(found) == len(wanted):
                 return np.stack(found)
         raise DataError(episode.source, reason)
+
+    def stamp(self, episode: Episode) -> str:
+        return _sha256(episode.file)
+
+
+def _sha256(file: Path) -> str:
+    digest = hashlib.sha256()
+    with open(file, "rb") as handle:
+        while block := handle.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
 
 
 def _decode(file: Path, times: list[int], seek: int | None) -> list[np.ndarray]:
@@ -291,13 +318,13 @@ def _one_thread(stream: Any) -> Any:
 class NpzReader:
     """npz files: `frames` (T, Y, X, C) or (N, T, Y, X, C), uint8 or float (latents); optional `actions` likewise.
 
-    Uncompressed files (np.savez) are mapped, so that a clip reads its own frames only; of compressed ones the two
-    used last are held whole.
+    Of uncompressed files (np.savez) a clip reads its own frames only; of compressed ones the two used last are held
+    whole.
     """
 
     def __init__(self, root: Path, files: list[Path]) -> None:
         self.root, self._files = root, files
-        self._arrays: OrderedDict[Path, np.ndarray] = OrderedDict()
+        self._arrays: OrderedDict[Path, np.ndarray | _Stored] = OrderedDict()
 
     def files(self) -> list[Path]:
         return self._files
@@ -311,11 +338,9 @@ class NpzReader:
                 names = archive.namelist()
                 if "frames.npy" not in names:
                     raise ValueError(f"no array `frames`, only {names}")
-                if (damaged := archive.testzip()) is not None:
-                    raise ValueError(f"{damaged}: wrong checksum")
+                stamp = _zip_stamp(archive)
                 shape, _, dtype = _read_header(archive.open("frames.npy"))
                 actions = read_member(archive, "actions") if "actions.npy" in names else None
-                stamp = "".join(f"{info.CRC:08x}" for info in archive.infolist())
         except Exception as error:
             raise DataError(file, f"unreadable npz: {error!r}") from error
         if dtype != np.uint8 and dtype.kind != "f":
@@ -346,8 +371,11 @@ class NpzReader:
             self._arrays[episode.file] = array
             if len(self._arrays) > 2:
                 self._arrays.popitem(last=False)
-            video = array if episode.key is None else array[episode.key]
-            frames = np.array(video[indices.start : indices.stop : indices.step])
+            if isinstance(array, _Stored):
+                frames = array.frames(episode.key, indices)
+            else:
+                video = array if episode.key is None else array[episode.key]
+                frames = np.array(video[indices.start : indices.stop : indices.step])
         except Exception as error:
             raise DataError(episode.source, f"unreadable npz: {error!r}") from error
         if episode.dtype == "float32":
@@ -355,6 +383,39 @@ class NpzReader:
                 raise DataError(episode.source, f"frames {indices} hold NaN or infinity")
             frames = frames.astype(np.float32)
         return frames
+
+    def stamp(self, episode: Episode) -> str:
+        self._arrays.pop(episode.file, None)
+        with zipfile.ZipFile(episode.file) as archive:
+            return _zip_stamp(archive)
+
+
+def _zip_stamp(archive: zipfile.ZipFile) -> str:
+    """The checksums of all members, each compared with the bytes."""
+    if (damaged := archive.testzip()) is not None:
+        raise ValueError(f"{damaged}: wrong checksum")
+    return "".join(f"{info.CRC:08x}" for info in archive.infolist())
+
+
+@dataclass(frozen=True)
+class _Stored:
+    """An uncompressed array (..., T, Y, X, C) in a file: read and not mapped, so that a file cut short is an error."""
+
+    path: Path
+    offset: int
+    shape: tuple[int, ...]
+    dtype: np.dtype
+
+    def frames(self, clip: int | None, indices: range) -> np.ndarray:
+        out = np.empty((len(indices), *self.shape[-3:]), self.dtype)
+        first = (clip or 0) * self.shape[-4]
+        parts = [out] if indices.step == 1 else list(out)
+        with open(self.path, "rb") as file:
+            for i, part in zip(indices, parts):
+                file.seek(self.offset + (first + i) * out[0].nbytes)
+                if file.readinto(part.data) != part.nbytes:
+                    raise ValueError(f"cut short at frame {i}")
+        return out
 
 
 def _read_header(file: Any) -> tuple[tuple[int, ...], bool, np.dtype]:
@@ -366,17 +427,18 @@ def _read_header(file: Any) -> tuple[tuple[int, ...], bool, np.dtype]:
     raise ValueError(f"npy version {version}")
 
 
-def _open_member(path: Path, name: str) -> np.ndarray:
+def _open_member(path: Path, name: str) -> np.ndarray | _Stored:
     with zipfile.ZipFile(path) as archive:
         info = archive.getinfo(name + ".npy")
-        if info.compress_type != zipfile.ZIP_STORED:
+        _, fortran, _ = _read_header(archive.open(info))
+        if fortran or info.compress_type != zipfile.ZIP_STORED:
             return read_member(archive, name)
     with open(path, "rb") as file:
         file.seek(info.header_offset + 26)  # the local header: 30 bytes, its last four the lengths of name and extra
         lengths = np.frombuffer(file.read(4), "<u2")
         file.seek(int(lengths.sum()), os.SEEK_CUR)
-        shape, fortran, dtype = _read_header(file)
-        return np.memmap(path, dtype, "r", file.tell(), shape, "F" if fortran else "C")
+        shape, _, dtype = _read_header(file)
+        return _Stored(path, file.tell(), shape, dtype)
 
 
 # ---- the data set ----
@@ -416,6 +478,7 @@ class ClipDataset(torch.utils.data.Dataset):
         self.fps, self.others = fps, others
         counts = [(episode.length - self._span) // self.clip_stride + 1 for episode in self.episodes]
         self._ends = np.cumsum(counts).tolist()
+        self._versions: dict[str, tuple[int, int]] = {}  # of files whose time changed and whose content did not
 
     def __len__(self) -> int:
         return self._ends[-1]
@@ -449,7 +512,10 @@ class ClipDataset(torch.utils.data.Dataset):
 
     def __getitem__(self, index: int) -> Clip:
         episode, indices = self.locate(int(index))
-        frames = self._reader.frames(episode, indices)
+        try:
+            frames = self._reader.frames(episode, indices)
+        finally:  # what could not be read may be so because it changed
+            self._check_unchanged(episode)
         wanted = (self.clip_length, *episode.frame_shape)
         if frames.shape != wanted or frames.dtype != episode.dtype:
             raise DataError(
@@ -458,6 +524,24 @@ class ClipDataset(torch.utils.data.Dataset):
         if self.size is not None:
             frames = resize_frames(frames, self.size)
         return Clip(frames, _into_frames(episode.actions, indices), f"{episode.source}, frame {indices.start}")
+
+    def _check_unchanged(self, episode: Episode) -> None:
+        """A touched or copied file, or a folder that `collect` adds to, passes: the content decides.
+
+        Raises:
+            DataError: the file is gone, or holds something else than when the data set was opened.
+        """
+        version = file_version(episode.file)
+        if version == self._versions.get(episode.source, episode.version):
+            return
+        try:
+            same = self._reader.stamp(episode) == episode.stamp
+        except Exception:  # whatever a broken file provokes
+            same = False
+        if not same:
+            sizes = f"{episode.version[0]} bytes then, {version[0]} now"
+            raise DataError(episode.source, f"has changed since it was opened ({sizes})")
+        self._versions[episode.source] = version
 
     def fingerprint(self) -> str:
         """A hash of the episodes' identity, length and content, to be kept with a checkpoint."""
@@ -519,6 +603,7 @@ def open_dataset(
     A clip is `clip_length` frames, every `frame_stride`-th; clips start every `clip_stride` frames (default: where the
     one before ends, no overlap). With a stride the action into a frame is the one taken at the clip's frame before it.
     `size` (Y, X) resizes images by area. `split`: "train" | "heldout" by a hash of each episode's identity.
+    A file that changes afterwards is a DataError when a clip of it is read.
     What cannot be used (corrupt, of another shape, other actions, too short) raises DataError (a ValueError) naming
     file and reason, or with on_error="skip" is listed in `.skipped`. Skipping verifies all of the content at once;
     raising verifies recorded shards as they are read, the others at once as well.
@@ -546,13 +631,14 @@ def open_dataset(
 
     for file in reader.files():
         try:
+            version = file_version(file)
             for episode in reader.scan(file, verify=on_error == "skip"):
                 if isinstance(episode, DataError):
                     refuse(episode)
                 elif problem := _unlike(episode, found[0] if found else None, size):
                     refuse(DataError(episode.source, problem))
                 else:
-                    found.append(episode)
+                    found.append(replace(episode, version=version))
         except DataError as error:
             refuse(error)
 

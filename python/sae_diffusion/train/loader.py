@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import signal
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import lru_cache
+from typing import Any
 
 import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from ..data import collate
+from ..data import Clip, DataError, collate
 from ..diffusion.noise import derive_seed
 
 DATA_ORDER = 0
@@ -60,13 +61,43 @@ def _ignore_interrupt(worker: int) -> None:
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
-def make_loader(dataset: Dataset, sampler: MicroBatchSampler, *, num_workers: int, pin_memory: bool) -> DataLoader:
+class _Reporting(Dataset):
+    """A DataError comes as an item: torch makes a RuntimeError with a traceback of what a worker raises."""
+
+    def __init__(self, dataset: Any) -> None:
+        self.dataset = dataset
+
+    def __getitems__(self, indices: Sequence[int]) -> list[Clip] | DataError:
+        try:
+            return [self.dataset[i] for i in indices]
+        except DataError as error:
+            return error
+
+
+def _collate(clips: list[Clip] | DataError) -> Any:
+    return clips if isinstance(clips, DataError) else collate(clips)
+
+
+def make_loader(dataset: Any, sampler: MicroBatchSampler, *, num_workers: int, pin_memory: bool) -> DataLoader:
+    """To be read with `read_batches`."""
     return DataLoader(
-        dataset,
+        _Reporting(dataset),
         batch_sampler=sampler,
         num_workers=num_workers,
-        collate_fn=collate,
+        collate_fn=_collate,
         pin_memory=pin_memory,
         worker_init_fn=_ignore_interrupt,
         generator=torch.Generator().manual_seed(0),
     )
+
+
+def read_batches(loader: DataLoader) -> Iterator[tuple[torch.Tensor, torch.Tensor | None]]:
+    """(frames, actions) of the loader's micro-batches.
+
+    Raises:
+        DataError: as the data set raised it, in whichever process.
+    """
+    for batch in loader:
+        if isinstance(batch, DataError):
+            raise batch
+        yield batch

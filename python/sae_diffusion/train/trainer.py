@@ -37,7 +37,7 @@ from .checkpoint import (
 )
 from .config import FIXED_ON_RESUME, FREE_ON_RESUME, TrainConfig
 from .ema import PowerEMA, average_metadata
-from .loader import MicroBatchSampler, make_loader
+from .loader import MicroBatchSampler, make_loader, read_batches
 from .lr import power_law_lr
 from .metrics import Reporter
 
@@ -263,6 +263,7 @@ class Trainer:
 
         Raises:
             FloatingPointError: the loss or the state is no longer finite; nothing is saved, the last checkpoint stands.
+            DataError: a file of the data cannot be read or has changed.
             OSError: the run directory cannot be written; the last checkpoint stands.
             RuntimeError: another process trains in the run directory.
         """
@@ -291,7 +292,7 @@ class Trainer:
         self.model.train()
         with self._signals():
             try:
-                batches: Any = iter(loader) if self.step < config.steps else None
+                batches: Any = read_batches(loader) if self.step < config.steps else None
                 while self.step < config.steps:
                     self._train_step(batches)
                     elapsed = time.monotonic() - start
