@@ -1,12 +1,14 @@
-"""The command `sae`: collect | train | sample | schedule | series | images | info."""
+"""World models by autoregressive diffusion. `sae --version` prints the version."""
 
 from __future__ import annotations
 
 import dataclasses
 import importlib.metadata
+import importlib.util
 import json
 import os
 import sys
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,15 +16,17 @@ from typing import Annotated, Any, Literal
 
 import tyro
 
+from .__main__ import INSTALL
 from .diffusion.cli import SchedulePlot
 from .diffusion.config import SamplerConfig
 from .images.cli import ImagesCommand
 from .model.config import ModelConfig
-from .presets import PRESETS, ClipConfig, Preset, read_run_settings
+from .presets import PRESETS, ClipConfig, Preset, PresetName, read_run_settings
 from .progress import progress_bar
 from .series.cli import SeriesCommand
 from .train.config import TrainConfig
 
+RANK_0_SECONDS = 10.0
 USER_ERRORS = (ValueError, TypeError, OSError, ImportError, RuntimeError, FloatingPointError)
 OPTIONAL = (
     "gymnasium", "av", "pillow", "pyarrow", "safetensors", "scikit-learn", "torchdiffeq", "tyro", "rich", "tensorboard",
@@ -76,7 +80,7 @@ class Collect:
 
 @dataclass(frozen=True, kw_only=True)
 class Train:
-    """Train a world model; the same command resumes, `torchrun -m sae_diffusion.cli train ...` uses several devices.
+    """Train a world model; the same command resumes, `torchrun -m sae_diffusion train ...` uses several devices.
 
     Height, width, channels and actions of the model follow the data; images are resized to the preset's size.
 
@@ -89,7 +93,7 @@ class Train:
         debug: show where an error came from.
     """
 
-    preset: str = "tiny"
+    preset: PresetName = "tiny"
     train: Annotated[TrainConfig, tyro.conf.arg(name="")] = field(default_factory=TrainConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
     clips: ClipConfig = field(default_factory=ClipConfig)
@@ -174,7 +178,7 @@ class Sample:
     ema: float | None = 0.05
     guide: Path | None = None
     guide_ema: float | None = 0.05
-    preset: str | None = None
+    preset: PresetName | None = None
     sampler: Annotated[SamplerConfig, tyro.conf.arg(name="")] = field(default_factory=SamplerConfig)
     fps: float = 10.0
     scale: int = 4
@@ -300,6 +304,13 @@ class Info:
             print(f"{package:<12} {version}")
 
 
+def version() -> str:
+    """Of both packages, read and not imported: sae_kernels imports torch."""
+    spec = importlib.util.find_spec("sae_kernels")
+    text = Path(str(spec.origin if spec else "")).read_text(encoding="utf-8")
+    return text.rpartition('__version__ = "')[2].partition('"')[0]
+
+
 def package_version(package: str) -> str:
     try:
         return importlib.metadata.version(package)
@@ -337,19 +348,27 @@ def parse(arguments: Sequence[str]) -> Any:
         | Annotated[Images, tyro.conf.subcommand("images")]
         | Annotated[Info, tyro.conf.subcommand("info")]
     )
-    return tyro.cli(commands, args=list(arguments), prog="sae", description="World models by autoregressive diffusion.")
+    return tyro.cli(commands, args=list(arguments), prog="sae", description=__doc__)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; errors that a user can mend are one line on stderr and exit code 2."""
     arguments = sys.argv[1:] if arguments is None else arguments
+    if list(arguments) == ["--version"]:
+        print(f"sae {version()}")
+        return 0
     debug = "--debug" in arguments or bool(os.environ.get("SAE_DEBUG"))
     try:
         parse(arguments).run()
     except USER_ERRORS as error:
         if debug:
             raise
-        print(f"sae: {' '.join(str(error).split()) or type(error).__name__}", file=sys.stderr)
+        missing = isinstance(error, ModuleNotFoundError) and (error.name or "").split(".")[0]
+        hint = f"; {INSTALL}" if missing else ""
+        if os.environ.get("RANK", "0") != "0":
+            # what all ranks meet rank 0 says, and torchrun ends the others; what only this one meets it says itself
+            time.sleep(RANK_0_SECONDS)
+        print(f"sae: {' '.join(str(error).split()) or type(error).__name__}{hint}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("sae: interrupted", file=sys.stderr)

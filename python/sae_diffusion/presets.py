@@ -12,6 +12,7 @@ from .diffusion.config import NoiseConfig, SamplerConfig
 from .model import ModelConfig
 from .train.config import TrainConfig
 
+PresetName = Literal["tiny", "lunar-lander", "counter-strike"]
 RUN_FILE = "run.json"  # in a run folder: how its clips were cut and its sampler, for `sae sample`
 
 

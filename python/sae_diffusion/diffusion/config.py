@@ -13,7 +13,8 @@ class NoiseConfig:
     """How noise levels are drawn, in units of the normalised data (sigma_data = 1).
 
     Args:
-        mean, std: of ln sigma of the noisy copies; the defaults are those of the reference's newest training on pixels.
+        mean: of ln sigma of the noisy copies.
+        std: of ln sigma of the noisy copies. Both defaults are those of the reference's newest training on pixels.
         context_sigma_max: the clean copy of a clip carries noise of one level drawn from U(0, context_sigma_max), and
             the network is told that level, so that it learns to live with its own imperfect frames.
         context_sigma_min: the lowest level the network is told for context (its logarithm must be finite).

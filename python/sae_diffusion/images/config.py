@@ -21,9 +21,10 @@ class ScheduleConfig:
         softness: of "components", the inverse of GUD's a. inf gives all components the same log-SNR, 1 is standard
             diffusion with equal noise in the data, towards 0 components are generated one after another.
         b: of "columns" and "rows": 0 all together, towards 1 one after another.
-        start, end: log-SNR of the last component at t = 0, and of the first one at t = 1.
-        least, most: log-SNR rests beyond these, where nothing is left to learn but noise for the loss; standard
-            diffusion (softness 1) never rests.
+        start: log-SNR of the last component at t = 0.
+        end: log-SNR of the first component at t = 1.
+        least: log-SNR rests below this, where nothing is left to learn; standard diffusion (softness 1) never rests.
+        most: log-SNR rests above this, where nothing is left but noise for the loss; as for `least`.
 
     Raises:
         ValueError: a field breaks its rule; the message names field, rule and value.

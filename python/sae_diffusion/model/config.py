@@ -12,20 +12,26 @@ class ModelConfig:
     """Shape of a `Denoiser`. Lists are taken as tuples, so `ModelConfig(**json.load(f))` works.
 
     Args:
-        height, width, channels: of one frame as data has it (pixels or latents).
+        height: of one frame as data has it (pixels or latents); `sae train` takes that of latents from the data.
+        width: as height.
+        channels: of one frame as data has it; `sae train` takes them from the data.
         patch_size: space-to-depth factor at the network's border; 64x64x3 with 2 runs as 32x32x12.
-        model_channels, channel_mult: channels of each level, from the finest; each level halves height and width.
+        model_channels: of the finest level.
+        channel_mult: channels of each level over model_channels, from the finest; each level halves height and width.
         blocks_per_level: encoder blocks of a level; its decoder has one more.
-        video_attention, frame_attention: heights of the feature maps (after patching) whose blocks attend over all
-            visible frames, or within their own frame. The bottleneck always has one video attention.
+        video_attention: heights of the feature maps (after patching) whose blocks attend over all visible frames. The
+            bottleneck always has one such attention.
+        frame_attention: heights of the feature maps whose blocks attend within their own frame.
         head_dim: channels of a head; a level of C channels has max(1, C // head_dim) heads.
         temporal_mixing: "joint", one normalised kt x 3 x 3 kernel; "gated", separate past and spatial kernels under a
             learned gate on noise level and position.
         kernel_frames: kt, taps in time of every convolution, at least 2.
-        num_actions: number of discrete actions, 0 for none. action_dim: length of a continuous action, 0 for none.
+        num_actions: number of discrete actions, 0 for none; `sae train` takes it from the data.
+        action_dim: length of a continuous action, 0 for none; `sae train` takes it from the data.
         sigma_data: standard deviation of the data.
-        window, sink, frames_per_block: as in `sae_kernels.FrameLayout`, for attention. Convolutions always reach back
-            kt - 1 frames.
+        window: blocks before its own that a block attends to, None = all. Convolutions always reach back kt - 1 frames.
+        sink: first blocks that every block attends to, however far back.
+        frames_per_block: frames denoised together.
         dropout: between the two convolutions of a block.
         impl: implementation asked of `frame_attention`, `qkv_prepare` and `causal_conv3d`.
 

@@ -95,7 +95,8 @@ class SeriesModelConfig:
 
     Args:
         width: of the residual stream.
-        layers, heads: of the transformer.
+        layers: of the transformer.
+        heads: of each layer's attention.
         expansion: hidden width of the feed-forward layers over `width`.
         prediction: what the last layer's numbers mean.
         features: what a token is told of its noise beside x: "scales" (signal, noise), as in the reference, or
@@ -134,7 +135,8 @@ class ScheduleConfig:
         window: 1 is autoregressive, infinity joint; for "independent" and "mixed" that of sampling.
         windows: of "mixed".
         curve: log-SNR of one token over its own time.
-        start, end: log-SNR at t = 0 and t = 1 of the "log-linear" curve.
+        start: log-SNR at t = 0 of the "log-linear" curve.
+        end: log-SNR at t = 1 of the same.
 
     Raises:
         ValueError: a field breaks its rule.
@@ -293,7 +295,8 @@ class StudyConfig:
         base_steps: optimizer steps on independent levels, once per loss, order and seed.
         steps: optimizer steps on one window.
         batch: series per step.
-        base_lr, lr: learning rates of the two.
+        base_lr: learning rate on independent levels.
+        lr: learning rate on one window.
         model: the network.
         samples: series per network that clause errors are taken from.
         sampling_steps: of the ancestral solver.

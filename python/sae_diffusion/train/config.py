@@ -39,15 +39,23 @@ class TrainConfig:
         max_seconds: stop, and save, after so much wall time of this invocation; None = no limit.
         seed: of the data order and of all noise.
         noise: distribution of the noise levels.
-        lr, lr_ref_steps, lr_ramp_steps: see `power_law_lr`; in optimizer steps.
-        betas, eps, weight_decay: of AdamW.
+        lr: largest learning rate, see `power_law_lr`.
+        lr_ref_steps: optimizer steps after which it falls as 1 / sqrt(step).
+        lr_ramp_steps: optimizer steps over which it rises from 0.
+        betas: of AdamW.
+        eps: of AdamW.
+        weight_decay: of AdamW.
         grad_clip: largest gradient norm; 0 = no clipping.
         precision: of the forward and backward pass (autocast); weights, loss and optimizer stay fp32.
         spatial_every: every n-th step trains the spatial-only forward; 0 = never.
         action_dropout: probability that a clip is shown without its actions.
         ema_stds: relative widths of the tracked averages.
-        normalizer_size, normalizer_every: pairs kept by the loss normaliser and steps between its fits.
-        checkpoint_every, snapshot_every, log_every, sample_every: in steps; 0 = never. The end is always saved.
+        normalizer_size: pairs of noise level and loss that the loss normaliser keeps.
+        normalizer_every: steps between the normaliser's fits.
+        checkpoint_every: steps between checkpoints; 0 = at the end only.
+        snapshot_every: steps between snapshots of the averages, of which other widths can be made; 0 = none.
+        log_every: steps between records of the metrics; 0 = none.
+        sample_every: steps between strips of generated frames; 0 = none.
         keep_checkpoints: how many of the latest to keep; 0 = all.
         num_workers: data loading processes of each rank; results do not depend on it.
         compile: run the network through torch.compile.
