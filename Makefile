@@ -4,7 +4,7 @@ BIN := .venv/bin
 OUT ?= runs/demo
 export SDL_VIDEODRIVER ?= dummy
 
-.PHONY: setup demo test check docs bench gpu clean
+.PHONY: setup demo test check sanitize mutants docs bench gpu clean
 
 setup: .venv/ready
 
@@ -24,6 +24,14 @@ check: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+# The C++ of the CPU library under AddressSanitizer, UndefinedBehaviorSanitizer and ThreadSanitizer; in `test` too.
+sanitize: setup
+	$(BIN)/python tests/campaign/sanitize.py
+
+# Every listed one-line fault must fail a test; about an hour on two cores.
+mutants: setup
+	$(BIN)/python tests/campaign/mutants.py --jobs 2
 
 # site/, from docs/ and the docstrings; a broken link is an error.
 docs: setup .venv/docs

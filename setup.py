@@ -4,6 +4,7 @@ A library that cannot be built never fails the installation: sae_kernels/_build.
 `python -m sae_kernels` shows it. Everything else lies in pyproject.toml. Environment variables:
 
     CXX               the C++ compiler (default: c++)
+    SAE_CPU_FLAGS     further flags for its compiler and linker, such as -fsanitize=address
     SAE_SKIP_CPU=1    build no CPU library
     SAE_SKIP_CUDA=1   build no CUDA library
     SAE_BUILD_CUDA=1  build the CUDA library although torch is a CPU build, which will not load it
@@ -15,6 +16,7 @@ A library that cannot be built never fails the installation: sae_kernels/_build.
 import json
 import os
 import platform
+import shlex
 import shutil
 import subprocess
 import tempfile
@@ -88,6 +90,7 @@ def build_cpu(library: Path, scratch: Path) -> str:
     if shutil.which(compiler) is None:
         raise Unavailable(f"there was no C++ compiler ({compiler}) when it was built")
     includes, links = torch_flags()
+    further = shlex.split(os.environ.get("SAE_CPU_FLAGS", ""))
     sets = INSTRUCTION_SETS if platform.machine() in ("x86_64", "AMD64") else {"baseline": []}
     units = [(f"cpu_kernels_{name}", "cpu_kernels.cpp", [*flags, f"-DSAE_ISA={name}"]) for name, flags in sets.items()]
     dispatch = ["-DSAE_X86"] if len(sets) > 1 else []
@@ -97,11 +100,12 @@ def build_cpu(library: Path, scratch: Path) -> str:
     objects = [str(scratch / f"{name}.o") for name, _, _ in units]
     log = run_all(
         [
-            [compiler, *CPU_FLAGS, *flags, "-c", str(ROOT / "csrc" / source), "-o", target]
+            [compiler, *CPU_FLAGS, *flags, *further, "-c", str(ROOT / "csrc" / source), "-o", target]
             for (_, source, flags), target in zip(units, objects, strict=True)
         ]
     )
-    return log + run_all([[compiler, "-shared", "-s", *objects, *links, "-o", str(library)]])
+    link = [compiler, "-shared", *(further or ["-s"]), *objects, *links, "-o", str(library)]
+    return log + run_all([link])
 
 
 def find_nvcc() -> str:

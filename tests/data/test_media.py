@@ -14,6 +14,13 @@ from sae_diffusion import media
 RNG = np.random.default_rng(0)
 
 
+@pytest.fixture(autouse=True)
+def same_numbers():
+    """A test draws the same numbers in any order of tests."""
+    global RNG
+    RNG = np.random.default_rng(0)
+
+
 def film(frames=6, size=(10, 14)):
     """Flat colours that neither a palette nor a codec changes much."""
     video = np.zeros((frames, *size, 3), np.uint8)

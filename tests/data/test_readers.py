@@ -25,6 +25,13 @@ from sae_diffusion.data.readers import is_heldout
 RNG = np.random.default_rng(0)
 
 
+@pytest.fixture(autouse=True)
+def same_numbers():
+    """A test draws the same numbers in any order of tests."""
+    global RNG
+    RNG = np.random.default_rng(0)
+
+
 def video(frames=20, size=(6, 8), channels=3):
     return RNG.integers(0, 256, (frames, *size, channels), dtype=np.uint8)
 

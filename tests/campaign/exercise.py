@@ -1,0 +1,142 @@
+"""Calls every C++ op of the CPU library, for a sanitizer to watch: sizes around chunks and vectors, strides, dtypes.
+
+Fails where the library has an op that is not called here.
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+
+import torch
+
+import sae_kernels
+from sae_kernels import FrameLayout, _extension
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+def native_ops() -> list[str]:
+    """The ops that the CPU library registers."""
+    names = (name.partition("::") for name in torch._C._dispatch_get_all_op_names())
+    ops = {op for namespace, _, op in names if namespace == _extension.NAMESPACE}
+    has = torch._C._dispatch_has_kernel_for_dispatch_key
+    return sorted(op for op in ops if has(f"{_extension.NAMESPACE}::{op}", "CPU"))
+
+
+def watch(ops: list[str]) -> set[str]:
+    """The set to which an op adds its name when it is called."""
+    called: set[str] = set()
+    namespace = getattr(torch.ops, _extension.NAMESPACE)
+
+    def noting(op: str, function):
+        @functools.wraps(function)
+        def call(*arguments, **options):
+            called.add(op)
+            return function(*arguments, **options)
+
+        return call
+
+    for op in ops:
+        setattr(namespace, op, noting(op, getattr(namespace, op)))
+    return called
+
+
+def variants(x: torch.Tensor) -> list[torch.Tensor]:
+    """x as it is, with its last dimension strided, turned round in memory, and at the end of a larger block."""
+    wide = x.new_zeros(*x.shape[:-1], 2 * x.shape[-1])
+    wide[..., 1::2] = x
+    turned = x.mT.contiguous().mT
+    block = torch.cat([x.new_zeros(3), x.flatten()])
+    return [x, wide[..., 1::2], turned, block[3:].view(x.shape)]
+
+
+def differentiate(call, *inputs: torch.Tensor) -> None:
+    leaves = [x.detach().requires_grad_() for x in inputs]
+    outs = call(*leaves)
+    outs = outs if isinstance(outs, (tuple, list)) else [outs]
+    sum(out.double().sum() for out in outs if out.requires_grad).backward()
+
+
+def token_noise() -> None:
+    for count in (1, 3, 15, 1023, 1025, 4 * 1024 + 1):
+        for dtype in DTYPES:
+            sae_kernels.token_noise_eps((count,), seed=3, offset=2**40, dtype=dtype, impl="cpp")
+    sae_kernels.token_noise_eps((0,), seed=3, impl="cpp")
+    for dtype, shape, noisy in itertools.product(DTYPES, ((2, 3, 1, 1), (1, 2, 3, 347), (2, 1, 33, 33)), (0, 1, 2)):
+        layout = FrameLayout(shape[1], 1, noisy_copies=noisy)
+        whole = (shape[0], layout.total_frames, *shape[2:])
+        scales = [torch.rand(whole[:2]), torch.rand(whole), torch.rand(1, 1, 1, 1).expand(whole)]
+        for x, scale in zip(variants(torch.randn(shape).to(dtype)), [*scales, scales[0]], strict=True):
+            for returns in (False, True):
+                options = {"seed": 1, "offset": 7, "return_noise": returns, "impl": "cpp"}
+                differentiate(lambda *a: sae_kernels.token_noise(*a, layout, **options), x, scale, scale * 2)  # noqa: B023
+
+
+def edm_loss() -> None:
+    for dtype, shape, noisy in itertools.product(DTYPES, ((2, 3, 1, 1), (1, 2, 3, 347), (2, 1, 33, 33)), (1, 2)):
+        layout = FrameLayout(shape[1], 1, noisy_copies=noisy)
+        sigma = torch.rand(shape[0], noisy * shape[1]) + 0.1
+        raws = variants(torch.randn(shape[0], noisy * shape[1], *shape[2:]).to(dtype))
+        for raw, x0 in zip(raws, variants(torch.randn(shape).to(dtype)), strict=True):
+            differentiate(
+                lambda r: sae_kernels.edm_loss(r, x0, sigma, layout, seed=1, impl="cpp"),  # noqa: B023
+                raw,
+            )
+
+
+def normalize_weights() -> None:
+    shapes = [(3, 1), (1, 7), (5, 63), (2, 64, 3, 3), (3, 4097), (17, 1023), (64, 12, 3, 3, 3), (2, 5000)]
+    for dtype in DTYPES:
+        weights = [torch.randn(shape) for shape in shapes]
+        copies = [torch.empty(shape, dtype=dtype) for shape in shapes]
+        gains = [0.5 + i for i in range(len(shapes))]
+        sae_kernels.normalize_weights_(weights, impl="cpp")
+        sae_kernels.normalize_weights_(weights, copies=copies, gains=gains, impl="cpp")
+        differentiate(lambda *w: sae_kernels.normalize_weights(w, gains, dtype=dtype, impl="cpp"), *weights)  # noqa: B023
+
+
+def frame_attention() -> None:
+    from sae_kernels.frame_attention import ops
+
+    if "cpp" not in ops.implementations(torch.device("cpu"))[0]:
+        return
+    layouts = [
+        FrameLayout(1, 1),
+        FrameLayout(5, 3, noisy_copies=2),
+        FrameLayout(7, 5, frames_per_block=2, window=1, sink=1),
+        FrameLayout(3, 67, noisy_first=True),
+        FrameLayout(9, 16, noisy_copies=0, window=2),
+    ]
+    for layout, dim, dtype in itertools.product(
+        layouts, (1, 8, 33, 64), (torch.float32, torch.bfloat16, torch.float16)
+    ):
+        heads, keys = (4, 2) if dim % 2 else (2, 2)
+        q = variants(torch.randn(2, heads, layout.sequence_length, dim).to(dtype))
+        k = variants(torch.randn(2, keys, layout.sequence_length, dim).to(dtype))
+        for i in range(len(q)):
+            differentiate(
+                lambda *a: sae_kernels.frame_attention(*a, layout, return_lse=True, impl="cpp")[0],  # noqa: B023
+                q[i], k[(i + 1) % 4], k[(i + 2) % 4],
+            )  # fmt: skip
+
+
+def main() -> None:
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    reason = _extension.library("cpu")
+    if reason is not None:
+        raise SystemExit(reason)
+    ops = native_ops()
+    called = watch(ops)
+    for exercise in (token_noise, edm_loss, normalize_weights, frame_attention):
+        exercise()
+        print(exercise.__name__, flush=True)
+    missing = sorted(set(ops) - called)
+    if missing:
+        raise SystemExit(f"not called, add them to exercise.py: {', '.join(missing)}")
+    print(f"called {', '.join(ops)}")
+
+
+if __name__ == "__main__":
+    main()

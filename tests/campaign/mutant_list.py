@@ -1,0 +1,433 @@
+"""One-line faults that the tests must notice: (file, tests, [(old, new), ...]).
+
+`old` stands exactly once in the file. `tests` are arguments of pytest, quick ones that should fail: a file, or a file and
+`-k`. When code changes so that an entry no longer applies, change the entry; test_mutants.py names it.
+"""
+
+from __future__ import annotations
+
+ATTENTION = "tests/kernels/test_frame_attention.py"
+CONVOLUTION = "tests/kernels/test_causal_conv3d.py"
+MAGNITUDE = "tests/kernels/test_magnitude.py"
+NOISE = "tests/kernels/test_token_noise.py"
+LOSS = "tests/kernels/test_edm_loss.py"
+QK = "tests/kernels/test_qk_prepare.py"
+TRAINER = "tests/train/test_trainer.py -k 'uninterrupted_run or resume_is_bit_exact or order'"
+MODEL = "tests/model/test_equations.py tests/model/test_denoiser.py"
+
+Entry = tuple[str, str, list[tuple[str, str]]]
+
+KERNELS: list[Entry] = [
+    (
+        "sae_kernels/layout.py",
+        "tests/kernels/test_layout.py",
+        [
+            ("other >= block - self.window or", "other > block - self.window or"),
+            ("(k_block >= q_block - window)", "(k_block > q_block - window)"),
+            ("(k_block < q_block)", "(k_block <= q_block)"),
+            ("(k_block < sink)", "(k_block <= sink)"),
+            ("own * (seen + own)", "own * (seen + 1)"),
+            ("return -(-self.frames // self.frames_per_block)", "return self.frames // self.frames_per_block"),
+            ("return self.noisy_copies * self.frames if", "return self.frames if"),
+        ],
+    ),
+    (
+        "sae_kernels/frame_attention/composed.py",
+        ATTENTION,
+        [
+            (
+                "recent = min(max(last - layout.window, sink), first)",
+                "recent = min(max(first - layout.window, sink), first)",
+            ),
+            ("past = index[None] < row", "past = index[None] <= row"),
+            ("partial = old[None] >= row - layout.window", "partial = old[None] > row - layout.window"),
+            ("| (index[None] < layout.sink)", "| (index[None] < 0)"),
+            ("weights = (stacked - lse).exp_()", "weights = (stacked - lse).exp_().mul_(1.001)"),
+            ("shared = shared.sum(dim=2)", "shared = shared[:, :, 0]"),
+        ],
+    ),
+    (
+        "sae_kernels/frame_attention/triton.py",
+        "tests/kernels/test_frame_attention_triton.py",
+        [
+            ("lse = (highest + tl.log2(total)) * LN2", "lse = (highest + tl.log2(total) * 1.01) * LN2"),
+            ("upper = tl.minimum(row_block + reach, end)", "upper = row_block + reach"),
+            ("lower = row_block - tl.where(is_own, 0, W)", "lower = row_block - tl.where(is_own, 0, W - U)"),
+            ("delta = tl.sum(out.to(tl.float32) * grad.to(tl.float32), 1)", "delta = tl.sum(out.to(tl.float32), 1)"),
+        ],
+    ),
+    (
+        "sae_kernels/qk_prepare/composed.py",
+        QK,
+        [
+            ("addcmul_(a, sin, value=sign)", "addcmul_(a, sin, value=-sign)"),
+            ("+ (start if axis == 0 else 0)", "+ start"),
+            (".add(eps).reciprocal_()", ".reciprocal_()"),
+            ("(-y.shape[-1] * scale)", "(-y.shape[-1] * (scale + eps))"),
+            ("/ max(channels, 1)", "/ max(channels - 2, 1)"),
+            ("if angles is None or part == 2:", "if angles is None:"),
+        ],
+    ),
+    (
+        "sae_kernels/qk_prepare/triton.py",
+        QK,
+        [
+            ("tl.where(rms == 0.0, 1.0, rms))[:, None]", "tl.where(rms == 0.0, 1.0, rms + eps))[:, None]"),
+            ("frame = start + (index", "frame = 0 * start + (index"),
+            ("c = 1.0 - z * 0.5 + z * z * (1 / 24", "c = 1.0 - z * 0.5 + z * z * (1 / 25"),
+        ],
+    ),
+    (
+        "sae_kernels/token_noise/composed.py",
+        NOISE,
+        [
+            ("radius.log_().mul_(-2).sqrt_()", "radius.log_().mul_(-2.0001).sqrt_()"),
+            ("torch.full_like(c0, (offset >> 32) & WORD)", "torch.full_like(c0, 0)"),
+            ("c1 = c0 >> 32", "c1 = c0 * 0"),
+            ("value.mul_(take(noise_scale, *box)", "value.mul_(take(signal_scale, *box)"),
+            ("part.add_((grad * noise).sum_to_size(part.shape))", "part.copy_((grad * noise).sum_to_size(part.shape))"),
+            ("(seed >> 32) & WORD)", "0)"),
+        ],
+    ),
+    (
+        "sae_kernels/token_noise/triton.py",
+        NOISE,
+        [
+            ("return tl.sqrt_rn(-2.0 * (total + tail))", "return tl.sqrt_rn(-2.0 * total)"),
+            ("STEP: tl.constexpr = BLOCK if ALIGNED else BLOCK - 4", "STEP: tl.constexpr = BLOCK"),
+        ],
+    ),
+    (
+        "sae_kernels/edm_loss/composed.py",
+        LOSS,
+        [
+            ("result.addcmul_(eps, (sigma_data / total)", "result.addcmul_(eps, (1 / total)"),
+            ("* (2 / n))", "* (1 / n))"),
+            ("eps.narrow(1, 0 if noisy_first else frames", "eps.narrow(1, 0 if noisy_first else 0"),
+        ],
+    ),
+    (
+        "sae_kernels/magnitude/composed.py",
+        MAGNITUDE,
+        [
+            ("SILU_GAIN = 1 / 0.596", "SILU_GAIN = 1 / 0.5961"),
+            ("/ norm**3)", "/ norm**2)"),
+            ("/ (-out.shape[dim] * rms))", "/ (-out.shape[dim] * (rms + eps)))"),
+            ("grad_gain.copy_(dot.sum() * (factor * fan_in**-0.5))", "grad_gain.copy_(dot.sum() * fan_in**-0.5)"),
+            ("_scale(gain, factor, fan_in, rms) / (rms + 1e-4)", "_scale(gain, factor, fan_in, rms) / (rms + 1e-5)"),
+            (
+                "normalize_weight(w, None, math.prod(w.shape[1:]) ** 0.5, w, _rms_of(w))",
+                "normalize_weight(w, None, 1.0001 * math.prod(w.shape[1:]) ** 0.5, w, _rms_of(w))",
+            ),
+        ],
+    ),
+    (
+        "sae_kernels/magnitude/triton.py",
+        MAGNITUDE,
+        [
+            ("rms = tl.sqrt_rn(total / N.to(tl.float32))", "rms = tl.sqrt_rn(total / (N.to(tl.float32) - 1.0))"),
+            ("y = a * ((1.0 - t) / norm) + b * (t / norm)", "y = a * ((1.0 - t) / norm) + b * t"),
+            (
+                "total += tl.sum(tl.where(ok, grad * x, 0.0), axis=0)",
+                "total = tl.sum(tl.where(ok, grad * x, 0.0), axis=0)",
+            ),
+            ("dot = tl.sum(total, axis=0) / (rms + eps)", "dot = tl.sum(total, axis=0) / rms"),
+        ],
+    ),
+    (
+        "sae_kernels/causal_conv3d/composed.py",
+        CONVOLUTION,
+        [
+            ("rows[:, :, :early] = pad_value", "rows[:, :, :early] = 0.0"),
+            ("history[:, :, tap : tap + early].permute", "history[:, :, :early].permute"),
+            ("clean[:, :, : T - early] += rows[:, :, early:]", "clean[:, :, early:] += rows[:, :, early:]"),
+            ("rows = rows.sum(1, keepdim=True)", "rows = rows[:, :1]"),
+            ("total.addcmul_(group, scale)", "total.add_(group)"),
+        ],
+    ),
+    (
+        "sae_kernels/causal_conv3d/triton.py",
+        "tests/kernels/test_causal_conv3d_triton.py",
+        [
+            ("ok = ok & (frame < lag)", "ok = ok & (frame <= lag)"),
+            ("offset = _choose(frame >= lag, offset,", "offset = _choose(frame > lag, offset,"),
+        ],
+    ),
+    (
+        "csrc/philox.h",
+        NOISE,
+        [
+            ("p = madd(p, f, 0x1.555554p-2f);", "p = madd(p, f, 0x1.555f54p-2f);"),
+        ],
+    ),
+    (
+        "csrc/cpu_kernels.cpp",
+        f"{LOSS} {MAGNITUDE}",
+        [
+            ("factor *= static_cast<C>(2.0 /", "factor *= static_cast<C>(1.0 /"),
+            ("static_cast<float>(1.0 / (rms + eps));", "static_cast<float>(1.0001 / (rms + eps));"),
+            ("-dot * scale / ((rms + eps) * rms", "-dot * scale / (rms * rms"),
+        ],
+    ),
+]
+
+MODELS: list[Entry] = [
+    (
+        "python/sae_diffusion/model/layers.py",
+        MODEL,
+        [
+            ("return angle.cos() * math.sqrt(2)", "return angle.cos()"),
+            ("2 * math.pi * torch.rand(features)", "math.pi * torch.rand(features)"),
+        ],
+    ),
+    (
+        "python/sae_diffusion/model/conv.py",
+        MODEL,
+        [
+            ("g = low + (1 - low) * high", "g = low + high"),
+            ("torch.log1p(positions", "torch.log1p(2 * positions"),
+            ("else math.sqrt(self.kernel_frames)", "else self.kernel_frames"),
+        ],
+    ),
+    (
+        "python/sae_diffusion/model/denoiser.py",
+        MODEL,
+        [
+            ("c_skip = d**2 / total", "c_skip = d / total"),
+            ("c_out = sigma * d * total.rsqrt()", "c_out = sigma * total.rsqrt()"),
+            (".log() / 4", ".log() / 2"),
+        ],
+    ),
+    (
+        "python/sae_diffusion/model/unet.py",
+        MODEL,
+        [
+            ("ACTION_BALANCE = 1 / 3", "ACTION_BALANCE = 1 / 2"),
+            ("RESIDUAL_BALANCE = 0.3", "RESIDUAL_BALANCE = 0.35"),
+            ("SKIP_BALANCE = 0.5", "SKIP_BALANCE = 0.4"),
+            ("self.action(one_hot * self.num_actions**0.5)", "self.action(one_hot)"),
+            ("known = actions >= 0", "known = actions > 0"),
+            ("self.emb(emb) * self.emb_gain + 1)", "self.emb(emb) * self.emb_gain + 2)"),
+        ],
+    ),
+    (
+        "python/sae_diffusion/model/cache.py",
+        "tests/model/test_cache.py tests/model/test_flight.py tests/model/test_parity.py",
+        [
+            ("PAD_VALUE = 1.0", "PAD_VALUE = 0.5"),
+            ("min(blocks, self.sink + self.window)", "min(blocks, max(self.sink, self.window))"),
+            ("slot = self.sink + (block - self.sink) % self.window", "slot = self.sink + block % self.window"),
+            ("oldest = max(blocks + own - self.window, 0)", "oldest = max(blocks + own - self.window + 1, 0)"),
+            ("elif block >= blocks + count - self.window:", "elif block > blocks + count - self.window:"),
+        ],
+    ),
+    (
+        "python/sae_diffusion/model/frame_pass.py",
+        "tests/model/test_parity.py tests/model/test_equations.py",
+        [
+            ("self.start = 0 if cache is None else cache.frames", "self.start = 0"),
+            ("ROTARY_BASE = 10000.0", "ROTARY_BASE = 5000.0"),
+        ],
+    ),
+]
+
+DIFFUSION: list[Entry] = [
+    (
+        "python/sae_diffusion/diffusion/loss.py",
+        "tests/train/test_noise_and_loss.py",
+        [
+            (".clamp(-math.pi, math.pi)", ".clamp(-3.0, 3.0)"),
+            ("/ (sigma * sigma_data) ** 2", "/ sigma**2"),
+            ("+ self.ridge * torch.eye", "+ 0 * torch.eye"),
+            ("self.sigmas[slots] = sigma[count - kept :]", "self.sigmas[slots] = sigma[:kept]"),
+            ("MAX_LOG10_FIT = 4.0", "MAX_LOG10_FIT = 3.0"),
+            (".clamp(min=10.0**-8)", ".clamp(min=10.0**-4)"),
+            ("if self.records % self.fit_every == 0:", "if self.records % self.fit_every == 1:"),
+        ],
+    ),
+    (
+        "python/sae_diffusion/diffusion/noise.py",
+        "tests/train/test_noise_and_loss.py",
+        [
+            ("device=device) * config.context_sigma_max", "device=device) * 0.5"),
+            ("(config.mean + config.std * normal)", "(config.mean + config.std * normal.abs())"),
+            ("context.clamp(min=config.context_sigma_min)", "context.clamp(min=0)"),
+            (".repeat_interleave(frames_per_block, dim=2)", ".repeat(1, 1, frames_per_block)"),
+        ],
+    ),
+    (
+        "python/sae_diffusion/diffusion/forcing.py",
+        "tests/train/test_forcing.py",
+        [
+            ("torch.where(clean < clean_frames,", "torch.where(clean > clean_frames,"),
+            ("(level * config.context_sigma_max)", "(level * 0.5)"),
+        ],
+    ),
+    (
+        "python/sae_diffusion/diffusion/posterior.py",
+        "tests/diffusion/test_equations_of_unified_diffusion.py",
+        [
+            ("of_x_t * x_t + of_x_0 * x_0, variance", "of_x_t * x_t - of_x_0 * x_0, variance"),
+            ("return -(-0.5 * log_snr).exp() * eps_difference", "return (-0.5 * log_snr).exp() * eps_difference"),
+            (
+                "signal_p / signal_t * (1 - fresh), signal_p * fresh",
+                "signal_p / signal_t * (1 + fresh), signal_p * fresh",
+            ),
+            ("noise_t.square() * fresh_fraction", "noise_t * fresh_fraction"),
+        ],
+    ),
+    (
+        "python/sae_diffusion/diffusion/sampler.py",
+        "tests/model/test_sampler.py",
+        [
+            ("x = x + (next_sigma - sigma) * 0.5 * (slope + next_slope)", "x = x + (next_sigma - sigma) * next_slope"),
+            ("math.sqrt(raised**2 - sigma**2)", "math.sqrt(raised**2)"),
+            ("min(config.churn / config.sampling_steps,", "min(config.churn,"),
+            ("math.sqrt(2) - 1)", "1)"),
+            (
+                "return weak + self.config.guidance * (strong - weak)",
+                "return strong + self.config.guidance * (strong - weak)",
+            ),
+            ("self.noise(x.shape[1], _CONTEXT_DRAW)", "self.noise(x.shape[1], 0)"),
+            ("(sample << _DRAW_BITS)", "0"),
+            ("self.levels(config.context_sigma, x.shape[1])", "self.levels(config.sigma_min, x.shape[1])"),
+        ],
+    ),
+    (
+        "python/sae_diffusion/diffusion/window_sampler.py",
+        "tests/model/test_window_sampler.py",
+        [
+            ("return block * steps // window", "return -(-block * steps // window)"),
+            ("self.noise(self.block_frames, 0, place * self.block_frames)", "self.noise(self.block_frames, 0, 0)"),
+            ("self.append(finished, flight.pop(0).actions)", "self.append(finished, flight.pop(0) and None)"),
+            ("ahead = place * self.block_frames", "ahead = 0"),
+            ("* 0.5 * (slopes[i] + next_slope)", "* next_slope"),
+        ],
+    ),
+    (
+        "python/sae_diffusion/diffusion/schedules.py",
+        "tests/diffusion/test_schedules.py",
+        [
+            ("return self.tokens - 1 + self.window", "return self.tokens + self.window"),
+            ("(self.steps_per_token - (macro - start))", "(self.steps_per_token - macro - start)"),
+            ("(1 - (global_time - token) / self.window)", "((global_time - token) / self.window)"),
+            ("(uniform[0].argsort(dim=0) + uniform[1]) / batch", "(uniform[0].argsort(dim=0) + 1) / batch"),
+        ],
+    ),
+    (
+        "python/sae_diffusion/diffusion/solvers.py",
+        "tests/diffusion/test_solvers.py",
+        [
+            ("return (x - noise * prediction) / signal\n", "return (x + noise * prediction) / signal\n"),
+            ("return low + weight * (strong(x, log_snr) - low)", "return weight * (strong(x, log_snr) - low)"),
+            ("noise * fresh_fraction(target, level).sqrt()", "noise * fresh_fraction(target, level)"),
+            ("((signal.square() + noise.square()) * beta).sqrt()", "(noise.square() * beta).sqrt()"),
+        ],
+    ),
+    (
+        "python/sae_diffusion/diffusion/snr.py",
+        "tests/diffusion/test_snr.py",
+        [
+            ("return -0.5 * slope * log_snr.exp()", "return -slope * log_snr.exp()"),
+            ("1 / (torch.maximum(snr,", "1 / (torch.minimum(snr,"),
+        ],
+    ),
+    (
+        "python/sae_diffusion/diffusion/bases.py",
+        "tests/diffusion/test_bases.py",
+        [
+            ("matrix[0] /= math.sqrt(2)", "matrix[0] /= 2"),
+        ],
+    ),
+]
+
+TRAINING: list[Entry] = [
+    (
+        "python/sae_diffusion/train/ema.py",
+        "tests/train/test_ema_and_lr.py",
+        [
+            ("** (gamma_from_std(std) + 1)", "** gamma_from_std(std)"),
+            ("[1.0, 7.0, 16.0 - s, 12.0 - s]", "[1.0, 7.0, 16.0 - s, 16.0 - s]"),
+            ("ratio ** (later_gamma + 0.5)", "ratio ** (later_gamma + 1)"),
+            ("0 < s.clips_seen <= target", "0 < s.clips_seen < target"),
+        ],
+    ),
+    (
+        "python/sae_diffusion/train/lr.py",
+        "tests/train/test_ema_and_lr.py",
+        [
+            ("lr /= math.sqrt(max(step / ref_steps, 1.0))", "lr /= max(step / ref_steps, 1.0)"),
+            ("lr *= min(step / ramp_steps, 1.0)", "lr *= min((step - 1) / ramp_steps, 1.0)"),
+        ],
+    ),
+    (
+        "python/sae_diffusion/train/loader.py",
+        TRAINER,
+        [
+            ("derive_seed(seed, DATA_ORDER, epoch)", "derive_seed(seed, DATA_ORDER, 0)"),
+            ("first = start + micro * self.micro_size", "first = start + micro"),
+        ],
+    ),
+    (
+        "python/sae_diffusion/train/trainer.py",
+        TRAINER,
+        [
+            ("self.clips_seen += config.batch_size", "self.clips_seen += config.micro_size"),
+            ("self.micro_batches_seen += config.micro_batches", "self.micro_batches_seen += 1"),
+            ("self.ema.clips_seen = self.clips_seen", "self.ema.clips_seen = 0"),
+        ],
+    ),
+    (
+        "python/sae_diffusion/train/metrics.py",
+        TRAINER,
+        [
+            ('if record["step"] <= step:', "if True:"),
+        ],
+    ),
+    (
+        "python/sae_diffusion/train/evaluate.py",
+        "tests/train/test_evaluate.py",
+        [
+            ("given = (x0.shape[1] // block - 1) * block", "given = block"),
+            ("window = slice(start - past, start + block)", "window = slice(start, start + block)"),
+        ],
+    ),
+]
+
+DATA: list[Entry] = [
+    (
+        "python/sae_diffusion/data/readers.py",
+        "tests/data/test_readers.py",
+        [
+            ("< fraction * 2**64", "< fraction * 2**63"),
+            ("self._span = (clip_length - 1) * frame_stride + 1", "self._span = clip_length * frame_stride"),
+            ("actions[i - indices.step] if i >= indices.step", "actions[i - 1] if i >= indices.step"),
+            ("- self._span) // self.clip_stride + 1", "- self._span) // self.clip_stride or 1"),
+        ],
+    ),
+    (
+        "python/sae_diffusion/data/stats.py",
+        "tests/data/test_frame_stats.py",
+        [
+            ("+ delta**2 * count * len(x) / total", "+ delta**2 * count / total"),
+            ("((y + 1) * 127.5).round()", "((y + 1) * 127.5).floor()"),
+        ],
+    ),
+    (
+        "python/sae_diffusion/data/record.py",
+        "tests/data/test_record.py",
+        [
+            ("if steps % hold == 0:", "if steps % hold == 1:"),
+            ("while steps < skip_first and not end:", "while steps < 0 and not end:"),
+        ],
+    ),
+    (
+        "python/sae_diffusion/data/format.py",
+        "tests/data/test_record.py tests/data/test_readers.py",
+        [
+            ("chunk = (self.count - 1) // FRAMES_PER_CHUNK", "chunk = self.count // FRAMES_PER_CHUNK"),
+        ],
+    ),
+]
+
+ENTRIES = KERNELS + MODELS + DIFFUSION + TRAINING + DATA
