@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from networks import clip, small
 from sae_diffusion.model.frame_pass import FramePass
+from sae_diffusion.model.layers import Fourier
 
 
 def unit(w):
@@ -204,3 +205,12 @@ def test_activations_are_clipped():
     with torch.no_grad():
         out = block(x, torch.zeros(1, 1, 16, dtype=torch.float64), frame_pass)
     assert out.abs().max() == 256
+
+
+def test_fourier_features_are_drawn_from_the_whole_circle():
+    """phi = 2 pi U(0, 1), f = 2 pi N(0, 1): a fourth of the phases in each quarter, unit variance of f / 2 pi."""
+    features = Fourier(4096)
+    share = torch.histc(features.phases, 4, 0, 2 * math.pi) / 4096
+    # five standard errors of a share of 1/4, and of a variance of normals
+    assert (share - 0.25).abs().max() < 5 * math.sqrt(0.25 * 0.75 / 4096)
+    assert abs((features.frequencies / (2 * math.pi)).var().item() - 1) < 5 * math.sqrt(2 / 4096)

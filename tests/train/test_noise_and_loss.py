@@ -226,6 +226,18 @@ def test_normaliser_recovers_a_function_of_its_basis():
     assert normalizer(sigma, noisy.float()).log().mean().abs() < 0.01
 
 
+def test_normaliser_follows_its_fit_as_far_as_the_basis_reaches_and_stays_there():
+    coefficients = torch.tensor([-0.8, 0.5, -0.2, 0.1, 0.3, 0.4, -0.15], dtype=torch.float64)
+    normalizer = LossNormalizer()
+    normalizer.load_state_dict(normalizer.state_dict() | {"coefficients": coefficients})
+    for u in (-9.0, -math.pi, -3.1, -0.7, 0.0, 3.1, math.pi, 9.0):
+        x = min(max(u, -math.pi), math.pi)
+        cosines, sines = ([f(n * x) for n in (1, 2, 3)] for f in (math.cos, math.sin))
+        want = 10 ** sum(c * b for c, b in zip(coefficients.tolist(), [0.5, *cosines, *sines], strict=True))
+        got = normalizer.expected_loss(torch.tensor(10.0**u, dtype=torch.float64))
+        assert got.item() == pytest.approx(want, rel=torch.finfo(torch.float32).eps)
+
+
 def test_normaliser_starts_at_one_fits_on_time_and_keeps_the_last_pairs():
     normalizer = LossNormalizer(10, 3)
     sigma = spread_sigmas(4)
