@@ -345,8 +345,8 @@ void edm_loss_of(const EdmLoss& args, int64_t begin, int64_t end) {
     const int64_t t = row % args.frames, r = row / args.frames % args.noisy_streams;
     const int64_t b = row / args.frames / args.noisy_streams;
     const double sigma = args.sigma[row], d = args.sigma_data;
-    const double total = __builtin_sqrt(sigma * sigma + d * d);
-    const C data_scale = static_cast<C>(sigma / (d * total)), noise_scale = static_cast<C>(d / total);
+    const double total = __builtin_hypot(sigma, d), data = sigma == 0 ? __builtin_nan("") : sigma / total / d;
+    const C data_scale = static_cast<C>(data), noise_scale = static_cast<C>(d / total);
     C factor = 0;
     if (args.grad_raw.data) {
       load(args.loss, row, 1, 1, &factor);

@@ -10,8 +10,9 @@ __global__ void __launch_bounds__(kThreads, 2) edm_loss_kernel(const __grid_cons
   const Space& space = args.space;
   const int64_t row = blockIdx.x, t = row % args.frames, r = row / args.frames % args.noisy_streams;
   const int64_t b = row / args.frames / args.noisy_streams, size = args.frame_size;
-  const double sigma = args.sigma[row], d = args.sigma_data, total = sqrt(sigma * sigma + d * d);
-  const C data_scale = static_cast<C>(sigma / (d * total)), noise_scale = static_cast<C>(d / total);
+  const double sigma = args.sigma[row], d = args.sigma_data, total = hypot(sigma, d);
+  const C data_scale = static_cast<C>(sigma == 0 ? nan("") : sigma / total / d);
+  const C noise_scale = static_cast<C>(d / total);
   const bool backward = args.grad_raw.data != nullptr;
   const C factor = backward ? read<C>(args.loss, row) * static_cast<C>(2.0 / static_cast<double>(size)) : C(0);
   const int64_t start = (b * space.streams + args.first_stream + r) * space.length + t * size;

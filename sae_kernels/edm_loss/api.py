@@ -33,7 +33,9 @@ def edm_loss(
     Args:
         raw: (B, K T, ...) the network's output before preconditioning, noisy frames only; any strides and float dtype.
         x0: (B, T, ...) clean data.
-        sigma: (B, K T) noise levels, > 0.
+        sigma: (B, K T) noise levels, > 0. Not checked, as that would wait for the device: every implementation gives
+            what the formula gives, NaN for a frame of level 0, infinity or NaN, a number for a negative one. Levels
+            whose square overflows or vanishes in the reference are right in the others.
         layout: its frames, noisy_copies and noisy_first are used; noisy_copies >= 1.
         seed, offset: those given to `token_noise` for the network's input.
         sigma_data: d, > 0.
@@ -41,7 +43,8 @@ def edm_loss(
             used or refused, never replaced.
 
     Returns:
-        (B, K T), float32 (float64 for float64 raw). Gradient flows to raw alone.
+        (B, K T), float32 (float64 for float64 raw); NaN, the mean of nothing, for frames without elements. Gradient
+        flows to raw alone.
 
     Raises:
         ValueError: a shape, device or value breaks its rule, or `impl` cannot run here.

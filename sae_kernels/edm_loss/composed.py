@@ -1,10 +1,13 @@
 """edm_loss from tensor operations, on any device.
 
 With preconditioning and weight multiplied out, the weighted error is raw - (sigma x0 / d - d eps) / sqrt(sigma^2 +
-d^2): no difference of nearly equal numbers is left, and no weight that overflows at small sigma.
+d^2): no difference of nearly equal numbers is left, and no weight that overflows at small sigma. At sigma = 0, where
+the weight is infinite and what it weighs 0, the result is NaN as the reference's.
 """
 
 from __future__ import annotations
+
+import math
 
 import torch
 
@@ -30,9 +33,10 @@ def error(
     eps = eps.narrow(1, 0 if noisy_first else frames, raw.shape[1]).unflatten(1, (-1, frames)).to(compute)
     s = sigma.double().unflatten(1, (-1, frames))
     s = s.view(s.shape + (1,) * (x0.ndim - 2))
-    total = torch.sqrt(s**2 + sigma_data**2)
+    s = s.masked_fill(s == 0, math.nan)
+    total = torch.hypot(s, torch.full_like(s, sigma_data))
     result = raw.unflatten(1, (-1, frames)).to(compute, copy=True)
-    result.addcmul_(x0.unsqueeze(1).to(compute), (s / (sigma_data * total)).to(compute), value=-1)
+    result.addcmul_(x0.unsqueeze(1).to(compute), (s / total / sigma_data).to(compute), value=-1)
     return result.addcmul_(eps, (sigma_data / total).to(compute))
 
 

@@ -5,6 +5,8 @@ There is no autocast rule: the op takes the network's output as it comes and com
 
 from __future__ import annotations
 
+import math
+
 import torch
 
 from .. import _extension, _library
@@ -39,6 +41,8 @@ def _forward(raw, x0, sigma, *options):
     out = _empty_forward(raw, x0, sigma)
     if raw.numel() > 0:
         _backend(options[-1]).forward(raw, x0, sigma, out, *options[:-1])
+    else:
+        out.fill_(math.nan)  # the mean of nothing
     return out
 
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sae_kernels import FrameLayout, _extension, edm_loss, token_noise
+from sae_kernels import FrameLayout, _extension, edm_loss, token_noise, token_noise_eps
 from sae_kernels.edm_loss import ops
 from sae_kernels.testing import assert_within_budget, noncontiguous
 
@@ -127,6 +129,49 @@ def test_deterministic_empty_and_per_clip(impl):
     assert bad_rows[0, 4] and bad_rows.sum() == 1
 
 
+@pytest.mark.parametrize("impl", ["reference", *IMPLS])
+def test_frames_without_elements_have_no_mean(monkeypatch, impl):
+    monkeypatch.setattr(ops, "_empty_forward", lambda raw, *_: torch.zeros(raw.shape[:2]))  # memory as it may be
+    raw = torch.zeros(2, 6, 0)
+    assert (
+        edm_loss(raw, raw[:, :3], torch.ones(2, 6), FrameLayout(3, 1, noisy_copies=2), seed=1, impl=impl).isnan().all()
+    )
+
+
+@pytest.mark.parametrize("value", [0.0, -0.0, -0.3, -1e4, math.inf, -math.inf, math.nan])
+def test_noise_levels_that_are_none_have_the_effect_they_have_in_the_reference(value):
+    """NaN in their own frame, where the formula is undefined; a negative one as the formula has it."""
+    tensors, layout = make()
+    tensors[2][1, 4] = value
+    want = run(tensors, layout, torch.float64, seed=1, impl="reference")
+    eager = run(tensors, layout, torch.float32, seed=1, impl="reference")
+    for impl in IMPLS:
+        loss, grad = got = run(tensors, layout, torch.float32, seed=1, impl=impl)
+        assert loss.isnan().sum() == (not -math.inf < value < 0)
+        assert loss[1, 4].isnan() == grad[1, 4].isnan().all() == want[0][1, 4].isnan()
+        for name, *results in zip(NAMES, got, want, eager, strict=True):
+            assert_within_budget(*(x.nan_to_num() for x in results), f"{name} by {impl}")
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("sigma", [1e-200, 1e200, -1e308])
+def test_noise_levels_without_a_square(impl, sigma):
+    """The limits: all noise, or all data of the sign of the level."""
+    (raw, x0, _, grad), layout = make(1, 1, 1, (500,), dtype=torch.float64)
+    eps = token_noise_eps((1, 2, 500), seed=1, dtype=torch.float64, impl=impl)[:, 1:]
+    raw, x0 = raw.double(), x0.double()
+    error = raw + eps if abs(sigma) < 1 else raw - math.copysign(1, sigma) * x0 / 2
+    got = run(
+        (raw, x0, torch.tensor([[sigma]], dtype=torch.float64), grad),
+        layout,
+        torch.float64,
+        seed=1,
+        sigma_data=2.0,
+        impl=impl,
+    )
+    torch.testing.assert_close(got, [error.square().mean(2), 2 / 500 * error * grad[..., None].double()])
+
+
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf"), 1e-40, -3e-45, 1e37])
 @pytest.mark.parametrize("impl", IMPLS)
 def test_bad_values_have_the_effect_they_have_in_the_reference(impl, value):
@@ -229,8 +274,8 @@ FAULTS = {
     "noise of the clean stream": ("0 if noisy_first else frames, raw.shape[1]", "0, raw.shape[1]"),
     "noise of another draw": ("shape, seed, offset, ", "shape, seed, offset + 1, "),
     "sign of the target": ("value=-1", "value=1"),
-    "sigma_data forgotten": ("sigma_data**2", "1"),
-    "scale of the data": ("s / (sigma_data * total)", "s / total"),
+    "sigma_data forgotten": ("torch.full_like(s, sigma_data)", "torch.ones_like(s)"),
+    "scale of the data": ("s / total / sigma_data", "s / total"),
     "scale of the noise": ("(sigma_data / total)", "(s / total)"),
     "sum instead of mean": ("mean(dim=3)", "sum(dim=3)"),
     "gradient without its two": ("(2 / n)", "(1 / n)"),
