@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
+from .checks import check_integers, check_numbers
 from .diffusion.config import NoiseConfig, SamplerConfig
 from .model import ModelConfig
 from .train.config import TrainConfig
@@ -31,6 +32,12 @@ class ClipConfig:
     clip_stride: int | None = None
     heldout_fraction: float = 0.1
     on_error: Literal["raise", "skip"] = "skip"
+
+    def __post_init__(self) -> None:
+        check_integers(self, 1, "frame_stride")
+        if self.clip_stride is not None:
+            check_integers(self, 1, "clip_stride")
+        check_numbers(self, "in [0, 1]", "heldout_fraction")
 
 
 @dataclass(frozen=True)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+from ..checks import check_integers, check_numbers
+
 MOST_STEPS = 2**16 - 2  # draws of noise are numbered in 16 bits, and one number is the context's
 
 
@@ -31,14 +33,12 @@ class NoiseConfig:
     context_sigma_label: float = 0.05
 
     def __post_init__(self) -> None:
-        if not math.isfinite(self.mean):
-            raise ValueError(f"mean: must be finite, got {self.mean}")
-        for name, least in (("std", 0.0), ("context_sigma_max", 0.0)):
-            if not getattr(self, name) >= least:
-                raise ValueError(f"{name}: must be at least {least}, got {getattr(self, name)}")
-        for name in ("context_sigma_min", "context_sigma_label"):
-            if not getattr(self, name) > 0:
-                raise ValueError(f"{name}: must be positive, got {getattr(self, name)}")
+        check_numbers(self, "finite", "mean")
+        check_numbers(self, "at least 0", "std", "context_sigma_max")
+        check_numbers(self, "positive", "context_sigma_min", "context_sigma_label")
+        # squares of sigma stay finite in fp32 for all draws that will ever come
+        if abs(self.mean) + 6 * self.std > 40:
+            raise ValueError(f"mean, std: must have |mean| + 6 std <= 40, got {self.mean} and {self.std}")
 
 
 @dataclass(frozen=True)
@@ -85,11 +85,16 @@ class SamplerConfig:
             if not holds:
                 raise ValueError(f"{name}: must be {rule}, got {getattr(self, name)!r}")
 
-        require("sampling_steps", 1 <= self.sampling_steps <= MOST_STEPS, f"between 1 and {MOST_STEPS}")
+        check_integers(self, 1, "sampling_steps", most=MOST_STEPS)
+        check_numbers(
+            self, "finite", "sigma_min", "sigma_max", "rho", "churn", "churn_min", "churn_noise", "context_sigma",
+            "context_noise", "guidance",
+        )  # fmt: skip
         require("sigma_min", 0 < self.sigma_min <= self.sigma_max, f"in (0, sigma_max = {self.sigma_max}]")
-        require("sigma_max", math.isfinite(self.sigma_max), "finite")
         require("rho", self.rho > 0, "> 0")
         require("churn", self.churn >= 0, ">= 0")
+        require("churn_min", self.churn_min >= 0, ">= 0")
+        require("churn_max", self.churn_max >= self.churn_min, f"at least churn_min = {self.churn_min}")
         require("churn_noise", self.churn_noise >= 0, ">= 0")
         require("solver", self.solver in ("heun", "euler"), "'heun' or 'euler'")
         require("context_sigma", self.context_sigma > 0, "> 0")

@@ -8,6 +8,7 @@ import math
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from ..checks import check_integers, check_numbers
 from ..train.config import MAX_STD
 
 
@@ -82,11 +83,9 @@ class NetConfig:
     fourier: int = 1
 
     def __post_init__(self) -> None:
-        for name, least in (("channels", 8), ("blocks", 1), ("groups", 1), ("token_channels", 1), ("heads", 1)):
-            if getattr(self, name) < least:
-                raise ValueError(f"{name}: must be at least {least}, got {getattr(self, name)}")
-        if self.fourier < 0:
-            raise ValueError(f"fourier: must be at least 0, got {self.fourier}")
+        check_integers(self, 8, "channels")
+        check_integers(self, 1, "blocks", "groups", "token_channels", "heads")
+        check_integers(self, 0, "fourier")
         if not self.channel_mult or min(self.channel_mult) < 1:
             raise ValueError(f"channel_mult: must be positive integers, at least one, got {self.channel_mult}")
         if self.channels % 8 or self.channels % self.heads:
@@ -135,12 +134,10 @@ class ImageTrainConfig:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        for name, least in (("steps", 1), ("batch_size", 1), ("warmup", 0)):
-            if getattr(self, name) < least:
-                raise ValueError(f"{name}: must be at least {least}, got {getattr(self, name)}")
-        for name in ("lr", "clip"):
-            if not 0 < getattr(self, name) < math.inf:
-                raise ValueError(f"{name}: must be positive and finite, got {getattr(self, name)}")
+        check_integers(self, 1, "steps", "batch_size")
+        check_integers(self, 0, "warmup", "seed")
+        check_numbers(self, "positive", "lr", "clip")
+        check_numbers(self, "finite", "ema")
         if not 0 < self.ema <= MAX_STD:
             raise ValueError(f"ema: must be in (0, {MAX_STD:.4f}], got {self.ema}")
         for name, choices in (
@@ -184,11 +181,9 @@ class EvaluateConfig:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        for name, least in (("images", 0), ("batch_size", 1), ("probes", 1)):
-            if getattr(self, name) < least:
-                raise ValueError(f"{name}: must be at least {least}, got {getattr(self, name)}")
-        if not 0 < self.tolerance < 1:
-            raise ValueError(f"tolerance: must lie in (0, 1), got {self.tolerance}")
+        check_integers(self, 0, "images", "seed")
+        check_integers(self, 1, "batch_size", "probes")
+        check_numbers(self, "in (0, 1)", "tolerance")
 
 
 @dataclass(frozen=True)

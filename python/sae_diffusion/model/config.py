@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from ..checks import check_numbers
+
 _TEMPORAL_MIXINGS = ("joint", "gated")
 
 
@@ -79,10 +81,8 @@ class ModelConfig:
             raise ValueError(f"temporal_mixing: must be one of {_TEMPORAL_MIXINGS}, got {self.temporal_mixing!r}")
         if self.num_actions and self.action_dim:
             raise ValueError(f"action_dim: must be 0 where num_actions = {self.num_actions}, got {self.action_dim}")
-        if not self.sigma_data > 0:
-            raise ValueError(f"sigma_data: must be > 0, got {self.sigma_data}")
-        if not 0 <= self.dropout < 1:
-            raise ValueError(f"dropout: must be in [0, 1), got {self.dropout}")
+        check_numbers(self, "positive", "sigma_data")
+        check_numbers(self, "in [0, 1)", "dropout")
         step = self.patch_size * 2 ** (len(self.channel_mult) - 1)
         for name in ("height", "width"):
             if getattr(self, name) % step:

@@ -9,6 +9,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
+from ..checks import check_integers, check_numbers
+
 if TYPE_CHECKING:
     import numpy as np
 
@@ -114,9 +116,7 @@ class SeriesModelConfig:
     features: Literal["scales", "log_snr"] = "log_snr"
 
     def __post_init__(self) -> None:
-        for name in ("width", "layers", "heads", "expansion"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}: must be at least 1, got {getattr(self, name)}")
+        check_integers(self, 1, "width", "layers", "heads", "expansion")
         if self.width % self.heads or self.width % 2:
             raise ValueError(f"width: must be even and a multiple of heads {self.heads}, got {self.width}")
         for name, known in (("prediction", ("x0", "eps", "v")), ("features", ("scales", "log_snr"))):
@@ -249,18 +249,13 @@ class SeriesTrainConfig:
     device: str = "auto"
 
     def __post_init__(self) -> None:
-        for name in ("steps", "batch", "checkpoint_every", "log_every"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}: must be at least 1, got {getattr(self, name)}")
-        for name in ("lr", "clip"):
-            if not getattr(self, name) > 0:
-                raise ValueError(f"{name}: must be positive, got {getattr(self, name)}")
-        for name in ("ema", "beta2"):
-            if not 0 <= getattr(self, name) < 1:
-                raise ValueError(f"{name}: must be in [0, 1), got {getattr(self, name)}")
-        for name in ("warmup", "weight_decay"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"{name}: must be at least 0, got {getattr(self, name)}")
+        check_integers(self, 1, "steps", "batch", "checkpoint_every", "log_every")
+        check_integers(self, 0, "warmup", "keep", "seed")
+        check_numbers(self, "positive", "lr", "clip")
+        check_numbers(self, "in [0, 1)", "ema", "beta2")
+        check_numbers(self, "in [0, 1]", "final_lr")
+        check_numbers(self, "in (0, 1)", "heldout_fraction")
+        check_numbers(self, "at least 0", "weight_decay")
         for name, known in (("loss", ("masked", "simple", "vlb")), ("loss_space", ("x0", "eps", "v"))):
             if getattr(self, name) not in known:
                 raise ValueError(f"{name}: must be one of {', '.join(known)}, got {getattr(self, name)!r}")
@@ -323,9 +318,8 @@ class StudyConfig:
                 raise ValueError(f"{name}: must name at least one, got none")
         if not set(self.own_losses) <= set(self.losses):
             raise ValueError(f"own_losses: must be among losses {self.losses}, got {self.own_losses}")
-        for name in ("base_steps", "steps", "samples", "sampling_steps"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}: must be at least 1, got {getattr(self, name)}")
+        check_integers(self, 1, "length", "base_steps", "steps", "batch", "samples", "sampling_steps")
+        check_numbers(self, "positive", "base_lr", "lr")
 
     def lines(self) -> list[Line]:
         """A whole picture for one seed before the next seed begins."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
+from ..checks import check_integers, check_number, check_numbers
 from ..diffusion.config import NoiseConfig
 
 MAX_STD = 12**-0.5  # of an average of weights: gamma = 0, a plain average over all of training
@@ -102,33 +103,39 @@ class TrainConfig:
     tensorboard: bool = True
 
     def __post_init__(self) -> None:
-        for name in ("clip_length", "batch_size", "noisy_copies", "normalizer_size", "normalizer_every"):
-            self._at_least(name, 1)
-        for name in (
-            "steps", "seed", "lr_ref_steps", "lr_ramp_steps", "grad_clip", "weight_decay", "spatial_every",
-            "checkpoint_every", "keep_checkpoints", "snapshot_every", "log_every", "sample_every", "num_workers",
-        ):  # fmt: skip
-            self._at_least(name, 0)
+        check_integers(self, 1, "clip_length", "batch_size", "noisy_copies", "normalizer_size", "normalizer_every")
+        check_integers(
+            self, 0, "steps", "seed", "lr_ref_steps", "lr_ramp_steps", "spatial_every", "checkpoint_every",
+            "keep_checkpoints", "snapshot_every", "log_every", "sample_every", "num_workers",
+        )  # fmt: skip
         if self.objective not in ("teacher", "forcing"):
             raise ValueError(f"objective: must be teacher or forcing, got {self.objective!r}")
         if self.precision not in ("fp32", "bf16", "fp16"):
             raise ValueError(f"precision: must be fp32, bf16 or fp16, got {self.precision!r}")
-        for name in ("action_dropout", "clean_frames"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise ValueError(f"{name}: must be in [0, 1], got {getattr(self, name)}")
-        if not self.lr > 0:
-            raise ValueError(f"lr: must be positive, got {self.lr}")
+        check_numbers(self, "in [0, 1]", "action_dropout", "clean_frames")
+        check_numbers(self, "positive", "lr", "eps")
+        check_numbers(self, "at least 0", "grad_clip", "weight_decay")
+        if self.max_seconds is not None:
+            check_numbers(self, "at least 0", "max_seconds")
+        if len(self.betas) != 2:
+            raise ValueError(f"betas: must be two numbers, got {self.betas}")
+        for beta in self.betas:
+            check_number("betas", beta, "in [0, 1)")
+        for std in self.ema_stds:
+            check_number("ema_stds", std, "positive")
+            if std > MAX_STD:
+                raise ValueError(f"ema_stds: must be at most {MAX_STD:.4f}, got {std}")
+        if len(set(self.ema_stds)) != len(self.ema_stds):
+            raise ValueError(f"ema_stds: must be distinct, got {self.ema_stds}")
+        if self.micro_batch is not None:
+            check_integers(self, 1, "micro_batch")
         if self.batch_size % self.micro_size:
             raise ValueError(f"micro_batch: must divide batch_size = {self.batch_size}, got {self.micro_size}")
-
-    def _at_least(self, name: str, least: int) -> None:
-        if not getattr(self, name) >= least:
-            raise ValueError(f"{name}: must be at least {least}, got {getattr(self, name)}")
 
     @property
     def micro_size(self) -> int:
         """Clips in one forward."""
-        return self.batch_size if self.micro_batch is None else max(self.micro_batch, 1)
+        return self.batch_size if self.micro_batch is None else self.micro_batch
 
     @property
     def micro_batches(self) -> int:
