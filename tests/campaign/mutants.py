@@ -1,6 +1,6 @@
 """Apply each mutant of mutant_list.py in a copy of the tree and run its tests: one that no test notices is a survivor.
 
-    python tests/campaign/mutants.py [--jobs N] [--only TEXT] [--record FILE]
+    python tests/campaign/mutants.py [--jobs N] [--only TEXT] [--trust] [--record FILE]
 
 Exit status 1 if a mutant survives, or if the tests fail without one. --record writes the counts as JSON.
 """
@@ -30,7 +30,7 @@ import pytest
 os.environ.setdefault("TRITON_INTERPRET", "1")
 # A bytecode file with the time and size of another source would hide a mutant.
 sys.dont_write_bytecode = True
-os.environ["PYTHONDONTWRITEBYTECODE"] = "1"
+os.environ.update(PYTHONDONTWRITEBYTECODE="1")
 import hypothesis  # noqa: E402, F401
 import torch  # noqa: E402, F401
 import triton  # noqa: E402, F401
@@ -168,9 +168,9 @@ def failure(what: str, code: int, output: str) -> str:
     return failed[1] if failed else output.strip().splitlines()[-1]
 
 
-def lane(chosen: Sequence[Mutant], tree: Path, results: Any) -> None:
+def lane(chosen: Sequence[Mutant], tree: Path, trusted: bool, results: Any) -> None:
     """Try mutants one after the other in a tree of their own; before the first of each set of tests, that they pass."""
-    passing: set[str] = set()
+    passing = {mutant.tests for mutant in chosen if trusted}
     for mutant in chosen:
         try:
             if mutant.tests not in passing:
@@ -187,6 +187,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="mutants", description="Run the mutants of tests/campaign/mutant_list.py.")
     parser.add_argument("--jobs", type=int, default=1, help="mutants tried at a time (default 1)")
     parser.add_argument("--only", default="", help="only mutants whose file or text contains this")
+    parser.add_argument("--trust", action="store_true", help="do not run the tests without a mutant first")
     parser.add_argument("--record", type=Path, help="write the counts to this JSON file")
     options = parser.parse_args(argv)
     chosen = [m for m in all_mutants() if options.only in str(m)]
@@ -203,7 +204,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         groups = list(dict.fromkeys(m.tests for m in chosen))
         for i in range(options.jobs):
             mine = [m for m in chosen if groups.index(m.tests) % options.jobs == i]
-            context.Process(target=lane, args=(mine, copy_tree(Path(folder, str(i))), results), daemon=True).start()
+            tree = copy_tree(Path(folder, str(i)))
+            context.Process(target=lane, args=(mine, tree, options.trust, results), daemon=True).start()
         for done in range(1, len(chosen) + 1):
             mutant, test, error = results.get()
             if error is not None:
