@@ -1,4 +1,4 @@
-"""`python -m benchmarks`: run cases; tables, JSON, plots. `python -m benchmarks report`: README tables and plots.
+"""`python -m benchmarks`: run cases; tables, JSON, plots. `python -m benchmarks report`: tables of docs and README.
 
 `python -m benchmarks traffic`: launches and bytes of a training step, counted instead of timed.
 """
@@ -45,10 +45,9 @@ def _report_parser() -> argparse.ArgumentParser:
         prog="python -m benchmarks report", description="Tables and plots of result files."
     )
     parser.add_argument("files", nargs="+", type=Path)
-    parser.add_argument(
-        "--readme", type=Path, help=f"write the tables between its markers (default {ROOT.name}/README.md)"
-    )
-    parser.add_argument("--print", action="store_true", help="print the Markdown, write no README")
+    parser.add_argument("--page", type=Path, default=ROOT / "docs" / "benchmarks.md", help="gets all tables")
+    parser.add_argument("--readme", type=Path, default=ROOT / "README.md", help="gets the short table")
+    parser.add_argument("--print", action="store_true", help="print all tables, write no page")
     parser.add_argument("--plots", type=Path, metavar="FOLDER", help="where plots go (default: beside each file)")
     return parser
 
@@ -67,9 +66,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _report(argv: Sequence[str]) -> int:
     options = _report_parser().parse_args(argv)
-    readme = None if options.print else options.readme or ROOT / "README.md"
-    text = report.main(options.files, readme, options.plots)
-    print(text if options.print else f"wrote {readme}")
+    pages = (None, None) if options.print else (options.page, options.readme)
+    text = report.main(options.files, *pages, options.plots)
+    print(text if options.print else f"wrote {options.page} and {options.readme}")
     return 0
 
 

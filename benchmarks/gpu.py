@@ -241,7 +241,7 @@ def benchmarks(session: Session) -> None:
         begun = time.perf_counter()
         try:
             (session.out / "tables.md").write_text(
-                report.main([result], None, session.out, draw=not session.dry) + "\n"
+                report.main([result], None, None, session.out, draw=not session.dry) + "\n"
             )
         except Exception as error:  # the figures are safe in the result file
             session.add("tables", "failed", f"{type(error).__name__}: {error}")

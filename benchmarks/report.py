@@ -1,8 +1,9 @@
-"""Tables and plots of result files: for the terminal, for the README (between markers), and PNG."""
+"""Tables and plots of result files: for the terminal, for docs and README (between markers), and PNG."""
 
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,8 @@ from typing import Any
 from . import measure, registry
 
 BEGIN, END = "<!-- benchmarks:begin -->", "<!-- benchmarks:end -->"
+NO_GPU = "**Not yet measured on a GPU.**"
+DIRECTIONS = {"fwd": ", forward", "fwd+bwd": ", forward and backward"}
 HEADER = (
     "case", "direction", "contender", "time per unit", "quartiles", "× ours", "TFLOP/s", "of matmul", "GB/s", "of copy",
     "peak memory", "launches",
@@ -146,19 +149,60 @@ def _print_table(lines: Sequence[Sequence[str]], header: Sequence[str], title: s
 
 
 def markdown(results: Sequence[Mapping[str, Any]], plots: Sequence[str] = ()) -> str:
-    """The README's section: one table of ratios for each machine and operation, and what is not there."""
+    """The section of docs/benchmarks.md: a table of ratios for each machine and operation, and what is not there."""
     parts = []
-    if not any(r["environment"]["device"] == "cuda" for r in results):
-        parts.append("**Not yet measured on a GPU.** The figures below are of a CPU.")
+    if not _on_gpu(results):
+        parts.append(f"{NO_GPU} The figures below are of a CPU.")
     for result in results:
         parts += _section(result)
     parts += [f"![{Path(name).stem}]({name})" for name in plots]
     return "\n\n".join(parts)
 
 
+def short(results: Sequence[Mapping[str, Any]]) -> str:
+    """The README's section: of each operation the most important case, in its last direction, with all its peers."""
+    parts = [] if _on_gpu(results) else [NO_GPU]
+    for result in sorted(results, key=lambda r: r["environment"]["device"] != "cuda"):
+        env = result["environment"]
+        lines = [
+            f"| {machine_of(env)}, torch {env['torch']}, {env['date'][:10]} | ours | peer: its time over ours |",
+            "|---|---|---|",
+        ]
+        first = {record["op"]: record for record in reversed(result["cases"])}
+        for op in registry.OPS:
+            lines += _short_line(first[op]) if op in first else []
+        parts.append("\n".join(lines))
+    return "\n\n".join(parts)
+
+
+def _short_line(record: Mapping[str, Any]) -> list[str]:
+    name = f"{record['op']}, {record['case']}"
+    if not record["gate"]["ok"]:
+        return [f"| {name} | red gate, no figures | |"]
+    directions = [r["direction"] for r in record["results"] if r["kind"] == "ours"]
+    base = ours(record, directions[-1]) if directions else None
+    if base is None:
+        return []
+    peers = [r for r in record["results"] if r["kind"] == "peer" and r["direction"] == base["direction"]]
+    times = "; ".join(f"{r['contender']} {ratio(record, r):.2f}×" for r in peers)
+    return [f"| {name}{DIRECTIONS.get(base['direction'], '')} | {_time_of(record, base)} | {times} |"]
+
+
+def _time_of(record: Mapping[str, Any], result: Mapping[str, Any]) -> str:
+    return duration(per_unit(result)) + ("" if record["unit"] == "call" else f" per {record['unit']}")
+
+
+def machine_of(env: Mapping[str, Any]) -> str:
+    return env.get("gpu") or f"{env['cpu']}, {env['threads']} threads"
+
+
+def _on_gpu(results: Sequence[Mapping[str, Any]]) -> bool:
+    return any(result["environment"]["device"] == "cuda" for result in results)
+
+
 def _section(result: Mapping[str, Any]) -> list[str]:
     env, limits = result["environment"], result["ceilings"]
-    machine = env.get("gpu") or f"{env['cpu']}, {env['threads']} threads"
+    machine = machine_of(env)
     matmul = ", ".join(f"{v / 1e12:.3g} TFLOP/s {k}" for k, v in limits["matmul_flops_per_s"].items())
     versions = f"torch {env['torch']}, triton {env['triton']}"
     if env["device"] == "cuda":
@@ -188,7 +232,7 @@ def _section(result: Mapping[str, Any]) -> list[str]:
         parts += [f"**{op}**", "\n".join(lines)]
         notes = _notes(records)
         if notes:
-            parts.append(f"<details><summary>Notes and what is missing</summary>\n\n{notes}\n\n</details>")
+            parts.append(f'<details markdown="1"><summary>Notes and what is missing</summary>\n\n{notes}\n\n</details>')
     for skipped in result.get("not_run", []):
         parts.append(f"{skipped['op']}/{skipped['case']} was not run: {skipped['reason']}.")
     return parts
@@ -228,23 +272,22 @@ def _ratio_lines(record: Mapping[str, Any]) -> list[str]:
             rate, fraction = f"{base['flops_per_s'] / 1e12:.3g} TFLOP/s", f"{compute:.0%} of matmul"
         elif copy:
             rate, fraction = f"{base['bytes_per_s'] / 1e9:.3g} GB/s", f"{copy:.0%} of copy"
-        time = duration(per_unit(base)) + ("" if record["unit"] == "call" else f" per {record['unit']}")
-        lines.append(f"| {record['case']} | {direction} | {time} | {peers} | {rate} | {fraction} |")
+        lines.append(f"| {record['case']} | {direction} | {_time_of(record, base)} | {peers} | {rate} | {fraction} |")
     return lines
 
 
-def write_readme(readme: Path, text: str) -> None:
-    """Replace what stands between the markers, and nothing else.
+def write_between(path: Path, text: str, begin: str = BEGIN, end: str = END) -> None:
+    """Replace what stands between the markers of a page, and nothing else.
 
     Raises:
         ValueError: the markers are not there, once each and in order.
     """
-    before = readme.read_text()
-    if before.count(BEGIN) != 1 or before.count(END) != 1 or before.index(BEGIN) > before.index(END):
-        raise ValueError(f"{readme}: must hold the markers {BEGIN} and {END}, once each and in this order")
-    head, rest = before.split(BEGIN)
-    _, tail = rest.split(END)
-    readme.write_text(f"{head}{BEGIN}\n{text}\n{END}{tail}")
+    before = path.read_text(encoding="utf-8")
+    if before.count(begin) != 1 or before.count(end) != 1 or before.index(begin) > before.index(end):
+        raise ValueError(f"{path}: must hold the markers {begin} and {end}, once each and in this order")
+    head, rest = before.split(begin)
+    _, tail = rest.split(end)
+    path.write_text(f"{head}{begin}\n{text}\n{end}{tail}", encoding="utf-8")
 
 
 # --- plots
@@ -270,8 +313,7 @@ def plot(result: Mapping[str, Any], folder: Path, stem: str) -> list[Path]:
 
 def _title(result: Mapping[str, Any]) -> str:
     env = result["environment"]
-    machine = env.get("gpu") or f"{env['cpu']}, {env['threads']} threads"
-    return f"{machine}, torch {env['torch']}, {env['date'][:10]}"
+    return f"{machine_of(env)}, torch {env['torch']}, {env['date'][:10]}"
 
 
 def _draw_ratios(pyplot, result):
@@ -361,22 +403,22 @@ def plots_or_reason(result: Mapping[str, Any], folder: Path, stem: str) -> tuple
     return plot(result, folder, stem), None
 
 
-def main(paths: Sequence[Path], readme: Path | None, folder: Path | None, *, draw: bool = True) -> str:
-    """What `python -m benchmarks report` does; returns the Markdown."""
+def main(
+    paths: Sequence[Path], page: Path | None, readme: Path | None, folder: Path | None, *, draw: bool = True
+) -> str:
+    """What `python -m benchmarks report` does: writes `page` and `readme`, if any; returns the Markdown of the page."""
     results = load(paths)
-    names = []
+    names: list[Path] = []
     for path, result in zip(paths, results) if draw else ():
         where = folder or Path(path).parent
         drawn, reason = plots_or_reason(result, where, Path(path).stem)
         if reason:
             print(reason)
         names += drawn
-    base = (readme or measure.ROOT / "README.md").resolve().parent
-    shown = []
-    for name in names:
-        absolute = Path(name).resolve()
-        shown.append(str(absolute.relative_to(base)) if absolute.is_relative_to(base) else str(absolute))
-    text = markdown(results, shown)
+    base = (page or measure.ROOT / "docs" / "benchmarks.md").resolve().parent
+    text = markdown(results, [Path(os.path.relpath(name.resolve(), base)).as_posix() for name in names])
+    if page is not None:
+        write_between(page, text)
     if readme is not None:
-        write_readme(readme, text)
+        write_between(readme, short(results))
     return text

@@ -31,7 +31,7 @@ from torch.utils._pytree import tree_leaves
 from sae_kernels import _checks, _extension, _launch, _library
 from sae_kernels.magnitude import reference
 
-from . import convolution, naive, train_step
+from . import convolution, naive, report, train_step
 
 BEGIN, END = "<!-- traffic:begin -->", "<!-- traffic:end -->"
 # Operations that move nothing: views, allocations, and what only touches numbers on the host.
@@ -248,19 +248,6 @@ def table(result: Mapping[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def into_readme(text: str, readme: Path) -> None:
-    """Put the table between its markers.
-
-    Raises:
-        ValueError: the markers are not there.
-    """
-    whole = readme.read_text()
-    if BEGIN not in whole or END not in whole:
-        raise ValueError(f"{readme}: has no {BEGIN} and {END}")
-    before, rest = whole.split(BEGIN, 1)
-    readme.write_text(f"{before}{BEGIN}\n{text}\n{END}{rest.split(END, 1)[1]}")
-
-
 def main(argv: Sequence[str], root: Path) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks traffic", description="Launches and bytes of a training step, counted."
@@ -269,13 +256,13 @@ def main(argv: Sequence[str], root: Path) -> int:
     for name, default in (("B", 1), ("T", 8), ("K", 1)):
         parser.add_argument(f"--{name}", type=int, default=default)
     parser.add_argument("--json", type=Path, default=root / "benchmarks" / "results" / "traffic.json")
-    parser.add_argument("--readme", type=Path, help="write the table between its markers")
+    parser.add_argument("--page", type=Path, help="write the table between its markers, as docs/benchmarks.md has them")
     options = parser.parse_args(argv)
     shape = {key: getattr(options, key) for key in ("preset", "B", "T", "K")}
     counts = {device: count(shape, device) for device in ("cpu", "cuda")}
     result = {"schema": 1, "kind": "traffic", "torch": torch.__version__, "shape": shape, "counts": counts}
     options.json.write_text(json.dumps(result, indent=1) + "\n")
-    if options.readme is not None:
-        into_readme(table(result), options.readme)
+    if options.page is not None:
+        report.write_between(options.page, table(result), BEGIN, END)
     print(table(result))
     return 0

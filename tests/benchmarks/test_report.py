@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -59,27 +60,59 @@ def test_markdown_with_a_gpu_does_not_say_it_is_missing(result):
     assert "### NVIDIA H200" in text and "driver 580.1" in text and "### Test CPU" in text
 
 
-def test_readme_is_edited_between_the_markers_only(tmp_path):
-    readme = tmp_path / "README.md"
-    readme.write_text(f"before\n{report.BEGIN}\nformer figures\n{report.END}\nafter\n")
-    assert cli.main(["report", str(SMALL), "--readme", str(readme), "--plots", str(tmp_path)]) == 0
-    first = readme.read_text()
-    assert first.startswith(f"before\n{report.BEGIN}\n**Not yet measured")
-    assert first.endswith(f"{report.END}\nafter\n")
-    assert "former" not in first
-    assert cli.main(["report", str(SMALL), "--readme", str(readme), "--plots", str(tmp_path)]) == 0
-    assert readme.read_text() == first
+def test_short_table_has_one_case_for_each_op_and_all_its_peers(result):
+    text = report.short([result])
+    assert text.startswith("**Not yet measured on a GPU.**")
+    assert "| Test CPU, 2 threads, torch 2.13.0, " in text
+    assert "| attention, 16x256, forward | 50 ms | dense-mask SDPA 3.00× |" in text  # the yardstick is left out
+    assert text.count("| attention, ") == 1 and "red gate, no figures" in text
+    gpu = copy.deepcopy(result)
+    gpu["environment"] |= {"device": "cuda", "gpu": "NVIDIA H200"}
+    text = report.short([result, gpu])
+    assert "Not yet measured" not in text
+    assert text.index("| NVIDIA H200, torch") < text.index("| Test CPU, 2 threads")
+
+
+def written(tmp_path, text: str) -> tuple[list[Path], list[str]]:
+    pages = [tmp_path / "page.md", tmp_path / "README.md"]
+    for page in pages:
+        page.write_text(text)
+    options = ["--page", str(pages[0]), "--readme", str(pages[1]), "--plots", str(tmp_path)]
+    return pages, ["report", str(SMALL), *options]
+
+
+def test_page_and_readme_are_edited_between_the_markers_only(tmp_path, result):
+    pages, command = written(tmp_path, f"before\n{report.BEGIN}\nformer figures\n{report.END}\nafter\n")
+    assert cli.main(command) == 0
+    texts = [page.read_text() for page in pages]
+    for text, inside in zip(texts, (report.markdown([result]), report.short([result]))):
+        assert text.startswith(f"before\n{report.BEGIN}\n{inside}")
+        assert text.endswith(f"{report.END}\nafter\n") and "former" not in text
+    assert "](small-ratios.png)" in texts[0] and ".png" not in texts[1]
+    assert cli.main(command) == 0
+    assert [page.read_text() for page in pages] == texts
 
 
 @pytest.mark.parametrize(
     "text", ["nothing", f"{report.END} {report.BEGIN}", f"{report.BEGIN}{report.BEGIN}{report.END}"]
 )
-def test_readme_without_its_markers_is_left_alone(text, tmp_path, capsys):
-    readme = tmp_path / "README.md"
-    readme.write_text(text)
-    assert cli.main(["report", str(SMALL), "--readme", str(readme), "--plots", str(tmp_path)]) == 2
+def test_a_page_without_its_markers_is_left_alone(text, tmp_path, capsys):
+    pages, command = written(tmp_path, text)
+    assert cli.main(command) == 2
     assert "must hold the markers" in capsys.readouterr().err
-    assert readme.read_text() == text
+    assert [page.read_text() for page in pages] == [text, text]
+
+
+def test_committed_tables_are_of_the_committed_files():
+    root = Path(__file__).parents[2]
+    results = report.load(sorted(p for p in (root / "benchmarks" / "results").glob("20*.json")))
+    plots = sorted(p.name for p in (root / "benchmarks" / "results").glob("*.png"))
+    page = (root / "docs" / "benchmarks.md").read_text(encoding="utf-8")
+    shown = page.partition(f"{report.BEGIN}\n")[2].partition(f"\n{report.END}")[0]
+    assert shown.startswith(report.markdown(results))
+    assert sorted(Path(name).name for name in re.findall(r"\]\(([^)]+\.png)\)", shown)) == plots
+    readme = (root / "README.md").read_text(encoding="utf-8")
+    assert f"{report.BEGIN}\n{report.short(results)}\n{report.END}" in readme
 
 
 def test_other_files_are_refused(tmp_path, capsys):

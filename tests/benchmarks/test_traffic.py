@@ -105,22 +105,22 @@ def test_profiler_and_mode_agree_on_what_runs(counts):
         assert 0.9 < result["profiled"] / result["launches"] < 1.15
 
 
-def test_written_file_and_readme(counts, tmp_path, monkeypatch, capsys):
+def test_written_file_and_page(counts, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(traffic, "count", lambda shape, device: counts[device])
-    readme = tmp_path / "README.md"
-    readme.write_text(f"a\n{traffic.BEGIN}\nold\n{traffic.END}\nz\n")
+    page = tmp_path / "page.md"
+    page.write_text(f"a\n{traffic.BEGIN}\nold\n{traffic.END}\nz\n")
     path = tmp_path / "t.json"
-    assert main(["traffic", "--preset", "nano", "--T", "2", "--json", str(path), "--readme", str(readme)]) == 0
+    assert main(["traffic", "--preset", "nano", "--T", "2", "--json", str(path), "--page", str(page)]) == 0
     result = json.loads(path.read_text())
     assert result["shape"] == SHAPE and result["counts"] == json.loads(json.dumps(counts))
-    text = readme.read_text()
+    text = page.read_text()
     assert text.startswith("a\n") and text.endswith("\nz\n") and "old" not in text
     assert f"| {counts['cuda']['sae_kernels']['launches']:,} |" in text
     assert text.split("\n", 2)[2].startswith("One training step of the nano preset, 1 x 2 frames")
-    readme.write_text("no markers")
-    assert main(["traffic", "--json", str(path), "--readme", str(readme)]) == 2
+    page.write_text("no markers")
+    assert main(["traffic", "--json", str(path), "--page", str(page)]) == 2
 
 
 def test_committed_table_is_of_the_committed_file():
     path = ROOT / "benchmarks" / "results" / "traffic.json"
-    assert traffic.table(json.loads(path.read_text())) in (ROOT / "README.md").read_text()
+    assert traffic.table(json.loads(path.read_text())) in (ROOT / "docs" / "benchmarks.md").read_text(encoding="utf-8")
