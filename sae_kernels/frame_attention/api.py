@@ -23,7 +23,8 @@ def frame_attention(
     """Attention where clean frames see clean frames up to themselves, and a noisy frame sees the clean past and itself.
 
     Equal to `F.scaled_dot_product_attention(q, k, v, attn_mask=layout.dense_mask(), scale=scale, enable_gqa=True)`
-    without ever building a mask, a block list or an S x S tensor (`impl="reference"` excepted). Deterministic.
+    without ever building a mask, a block list or an S x S tensor (`impl="reference"` excepted). Deterministic. What a
+    row does not see changes no bit of its results, forward or backward, while it is finite, however large.
 
     Args:
         q: (B, Hq, S, D), or (B, Hq, K*T*P, D) with `noisy_queries_only`. Any strides: those with a contiguous last

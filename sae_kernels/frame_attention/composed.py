@@ -12,6 +12,7 @@ B batch, G query heads per key head, R streams whose rows are asked for, n token
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -141,14 +142,8 @@ def forward(q, k, v, out, lse, layout: FrameLayout, scale: float, noisy_queries_
         mask = edge_mask(group, layout, q)
         if mask is not None:
             mask = mask.repeat(streams.query_groups, 1)
-        part_out, part_lse = _apart(
-            _attend,
-            _attend_apart,
-            rows.flatten(3, 4).flatten(1, 2),
-            edge_k.flatten(1, 2),
-            edge_v.flatten(1, 2),
-            mask,
-            scale,
+        part_out, part_lse = _attend_apart(
+            rows.flatten(3, 4).flatten(1, 2), edge_k.flatten(1, 2), edge_v.flatten(1, 2), mask, scale
         )
         parts = [(part_out.reshape(rows.shape), part_lse.reshape(rows.shape[:-1]))]
         for a, b in group.full:
@@ -178,8 +173,8 @@ def backward(
         if mask is not None:
             mask = mask.repeat(streams.query_groups, 1)
         edge = [x.flatten(3, 4).flatten(1, 2) for x in (grads, rows, outs, row_lse)]
-        dq_part, dk_part, dv_part = _apart(
-            _attend_backward, _attend_backward_apart, edge, edge_k.flatten(1, 2), edge_v.flatten(1, 2), mask, scale
+        dq_part, dk_part, dv_part = _attend_backward_apart(
+            edge, edge_k.flatten(1, 2), edge_v.flatten(1, 2), mask, scale
         )
         streams.add_edge_grad(dk_sum, dk_part.reshape(edge_k.shape), group)
         streams.add_edge_grad(dv_sum, dv_part.reshape(edge_v.shape), group)
@@ -223,7 +218,7 @@ def _attend(q, k, v, mask, scale):
         return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, attn_mask=mask, scale=scale)
     scores = torch.matmul(q, k.transpose(-2, -1)).to(_wide(q)).mul_(scale)
     if mask is not None:
-        scores += mask
+        scores.masked_fill_(mask != 0, -torch.inf)
     lse = scores.logsumexp(dim=-1)
     return torch.matmul(scores.sub_(lse.unsqueeze(-1)).exp_().to(v.dtype), v), lse
 
@@ -237,45 +232,57 @@ def _attend_backward(rows, k, v, mask, scale):
         )
     scores = torch.matmul(q, k.transpose(-2, -1)).to(_wide(q)).mul_(scale)
     if mask is not None:
-        scores += mask
+        scores.masked_fill_(mask != 0, -torch.inf)
     p = scores.sub_(lse.unsqueeze(-1)).exp_()
     dv = torch.matmul(p.to(v.dtype).transpose(-2, -1), grad_out)
     delta = (grad_out.to(p.dtype) * out).sum(dim=-1, keepdim=True)
-    ds = (p * (torch.matmul(grad_out, v.transpose(-2, -1)) - delta)).mul_(scale).to(q.dtype)
+    ds = (p * (torch.matmul(grad_out, v.transpose(-2, -1)) - delta)).mul_(scale)
+    if mask is not None:
+        ds.masked_fill_(mask != 0, 0)  # 0 * inf where a product of what is hidden overflows
+    ds = ds.to(q.dtype)
     return torch.matmul(ds, k), torch.matmul(ds.transpose(-2, -1), q), dv
 
 
-def _apart(call, careful, rows, k, v, mask, scale):
-    """call(rows, k, v, mask, scale), in which what the mask hides counts nothing, not even 0 * nan.
-
-    On the CPU, where looking at a result costs little, `careful` does it only where the result is not finite.
-    """
-    if mask is None:
-        return call(rows, k, v, mask, scale)
-    if k.device.type == "cpu":
-        results = call(rows, k, v, mask, scale)
-        if all(bool(x.sum().isfinite()) for x in results):
-            return results
-    return careful(rows, k, v, mask, scale)
-
-
-def _not_finite(*tensors: torch.Tensor) -> torch.Tensor:
-    """(B, H, n): whether any of the tensors (B, H, n, D) holds an infinity or a NaN there."""
-    return ~torch.stack([x.isfinite().all(dim=-1) for x in tensors]).all(dim=0)
+# In a call with a mask, what the mask hides must count nothing: not as 0 * nan, nor as inf - inf where a product of
+# finite numbers overflows. The library adds the mask to the scores. On the CPU, where looking at a result costs little,
+# what is not finite is made again with zeros for what is hidden from it, which leaves the bits of all else. Elsewhere
+# `_attend` overwrites scores, and what is not finite is kept out beforehand.
 
 
 def _attend_apart(q, k, v, mask, scale):
-    """`_attend` with keys that are not finite left out; the rows that see one become NaN."""
-    bad = _not_finite(k, v)
-    k, v = (x.masked_fill(bad.unsqueeze(-1), 0) for x in (k, v))
-    out, lse = _attend(q, k, v, mask, scale)
+    """`_attend` in which what the mask hides counts nothing."""
+    if mask is None:
+        return _attend(q, k, v, mask, scale)
+    if _flash_cpu(q):
+        out, lse = _attend(q, k, v, mask, scale)
+        if not bool(out.sum().isfinite()) or not bool(lse.sum().isfinite()):
+            for rows, hidden in _not_finite_lines(mask, out, lse.unsqueeze(-1)):
+                seen_k, seen_v = (x.masked_fill(hidden.unsqueeze(-1), 0) for x in (k, v))
+                again, again_lse = _attend(q, seen_k, seen_v, mask, scale)
+                out[:, :, rows], lse[:, :, rows] = again[:, :, rows], again_lse[:, :, rows]
+        return out, lse
+    bad = _not_finite(v)
+    out, lse = _attend(q, k, v.masked_fill(bad.unsqueeze(-1), 0), mask, scale)
     spoiled = (bad.unsqueeze(-2) & (mask == 0)).any(dim=-1)
-    return out.masked_fill(spoiled.unsqueeze(-1), torch.nan), lse.masked_fill(spoiled, torch.nan)
+    return out.masked_fill(spoiled.unsqueeze(-1), torch.nan), lse
 
 
 def _attend_backward_apart(rows, k, v, mask, scale):
-    """`_attend_backward` with rows and keys that are not finite left out; what sees or is seen by one becomes NaN."""
+    """`_attend_backward` in which what the mask hides counts nothing."""
+    if mask is None:
+        return _attend_backward(rows, k, v, mask, scale)
     grad_out, q, out, lse = rows
+    if _flash_cpu(q):
+        results = dq, dk, dv = _attend_backward(rows, k, v, mask, scale)
+        if not all(bool(x.sum().isfinite()) for x in results):
+            for lines, hidden in _not_finite_lines(mask, dq):
+                seen_k, seen_v = (x.masked_fill(hidden.unsqueeze(-1), 0) for x in (k, v))
+                dq[:, :, lines] = _attend_backward(rows, seen_k, seen_v, mask, scale)[0][:, :, lines]
+            for lines, hidden in _not_finite_lines(mask.mT, dk, dv):
+                seen = [x.masked_fill(hidden.unsqueeze(-1), 0) for x in (grad_out, q, out)]
+                _, again_k, again_v = _attend_backward([*seen, lse.masked_fill(hidden, 0)], k, v, mask, scale)
+                dk[:, :, lines], dv[:, :, lines] = again_k[:, :, lines], again_v[:, :, lines]
+        return results
     bad_rows, bad_keys = _not_finite(grad_out, q, out, lse.unsqueeze(-1)), _not_finite(k, v)
     rows = [x.masked_fill(bad_rows.unsqueeze(-1), 0) for x in (grad_out, q, out)] + [lse.masked_fill(bad_rows, 0)]
     k, v = (x.masked_fill(bad_keys.unsqueeze(-1), 0) for x in (k, v))
@@ -285,3 +292,16 @@ def _attend_backward_apart(rows, k, v, mask, scale):
     spoiled_keys = bad_keys | (bad_rows.unsqueeze(-1) & visible).any(dim=-2)
     fills = (spoiled_rows, spoiled_keys, spoiled_keys)
     return [x.masked_fill(fill.unsqueeze(-1), torch.nan) for x, fill in zip((dq, dk, dv), fills, strict=True)]
+
+
+def _not_finite(*tensors: torch.Tensor) -> torch.Tensor:
+    """(B, H, n): whether any of the tensors (B, H, n, D) holds an infinity or a NaN there."""
+    return ~torch.stack([x.isfinite().all(dim=-1) for x in tensors]).all(dim=0)
+
+
+def _not_finite_lines(mask: torch.Tensor, *results: torch.Tensor) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """Lines (n) of mask (n, m) that hide the same, where some result (B, H, n, D) is not finite; what they hide (m)."""
+    kinds, kind = (mask != 0).unique(dim=0, return_inverse=True)
+    bad = _not_finite(*results).flatten(0, 1).any(dim=0)
+    for index in kind[bad].unique():
+        yield kind == index, kinds[index]

@@ -100,14 +100,13 @@ def _load(
 
 @triton.jit
 def _apart(weights, visible, x, CAREFUL: tl.constexpr):
-    """(weights, x) for a product weights [A, B] x [B, D] in which what is not visible counts nothing, not even 0 * nan.
-
-    A row of weights that does see an infinity or a NaN of x becomes NaN.
+    """(weights, x) for a product weights [A, B] x [B, D] in which what is not visible, of weight 0, counts nothing, not
+    even 0 * nan. A row of weights that does see an infinity or a NaN of x becomes NaN.
     """
     if CAREFUL:
         finite = tl.abs(x.to(tl.float32)) < float("inf")
         bad = tl.min(finite.to(tl.int32), 1) == 0
-        weights = tl.where(visible, tl.where(bad[None, :], float("nan"), weights), 0.0)
+        weights = tl.where(visible & bad[None, :], float("nan"), weights)
         x = tl.where(finite, x, tl.zeros_like(x))
     return weights, x
 
@@ -410,9 +409,10 @@ def frame_attention_bwd_dq_kernel(
                 v = _load(v_ptr, v_at, k_head, key, key_ok, dims, D, BD, BN, True, TMA)
                 scores = tl.dot(q, tl.trans(k), input_precision=PRECISION)
                 visible = _sees(row_block, keys, end, is_own, is_noisy, U, W, sink, HAS_WINDOW)
-                p = tl.where(visible, tl.exp2(scores * qk_scale - lse2[:, None]), 0.0)
+                p = tl.exp2(scores * qk_scale - lse2[:, None])
                 dp = tl.dot(grad, tl.trans(v), input_precision=PRECISION)
-                ds, k = _apart(p * (dp - delta[:, None]), visible, k, CAREFUL)
+                # Not p but the whole product is masked: dp of what is hidden may overflow.
+                ds, k = _apart(tl.where(visible, p * (dp - delta[:, None]), 0.0), visible, k, CAREFUL)
                 dq = tl.dot(ds.to(k.dtype), k, dq, input_precision=PRECISION)
             if TMA:
                 again = _has_nan(dq)
@@ -570,7 +570,7 @@ def frame_attention_bwd_dkdv_kernel(
                 dv = tl.dot(seen_p.to(grad.dtype), seen_grad, dv, input_precision=PRECISION)
                 dp = tl.dot(v, tl.trans(grad), input_precision=PRECISION)
                 delta = tl.load(delta_ptr + statistics, mask=row_ok, other=0.0)
-                ds, q = _apart(p * (dp - delta[None, :]), visible, q, CAREFUL)
+                ds, q = _apart(tl.where(visible, p * (dp - delta[None, :]), 0.0), visible, q, CAREFUL)
                 dk = tl.dot(ds.to(q.dtype), q, dk, input_precision=PRECISION)
             if TMA:
                 again = _has_nan(dk) | _has_nan(dv)

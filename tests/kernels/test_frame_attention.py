@@ -152,11 +152,12 @@ def test_causality_is_exact():
     assert (changed_noisy[: frame + 1] == 0).all() and (changed_noisy[frame + 1 :] > 0).all()
 
 
-@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), 3e38])
 @pytest.mark.parametrize("stream", [0, 1])
 @pytest.mark.parametrize("generic", [False, True])
 def test_what_a_row_does_not_see_cannot_reach_it(generic, stream, value, monkeypatch):
-    """q, k, v and grad of one block hold NaN or infinities: what does not see it keeps its bits, in every product."""
+    """q, k, v and grad of one block hold NaN, infinities, or numbers whose products overflow: what does not see it
+    keeps its bits, in every product."""
     layout = FrameLayout(12, 6, frames_per_block=2, noisy_copies=2, window=2, sink=1, noisy_first=True)
     tensors = make(layout, heads=(4, 2))
     if generic:
@@ -173,7 +174,37 @@ def test_what_a_row_does_not_see_cannot_reach_it(generic, stream, value, monkeyp
     for name, a, b in zip(NAMES, got, want, strict=True):
         kept = ~(spoiled_rows if name in ("out", "dq") else spoiled_keys)
         assert kept.any() and torch.equal(a[:, :, kept], b[:, :, kept]), name
-    assert not got[0][:, :, spoiled_rows].isfinite().any()
+    assert value == 3e38 or not got[0][:, :, spoiled_rows].isfinite().any()
+
+
+def unseen(layout, start, end):
+    """(rows that see nothing of tokens [start, end), keys that none of the others sees)."""
+    rows = ~layout.dense_mask()[:, start:end].any(1)
+    return rows, ~layout.dense_mask()[~rows].any(0)
+
+
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")
+@pytest.mark.parametrize("impl", ["reference", "composed", "triton"])
+@pytest.mark.parametrize("which", range(4))
+def test_products_that_overflow_stay_where_they_are_seen(which, impl):
+    """One of q, k, v and grad is 3e38 or -3e38 in one block, of a group and a tile with others; the rest of it too is
+    large, so that one factor alone overflows the product."""
+    layout = FrameLayout(6, 4, noisy_copies=2, window=2, sink=1)
+    tensors = [100 * x for x in make(layout, heads=(2, 1))]
+    want, want_lse = run(tensors, layout, torch.float32, impl=impl)
+    for start in ((2, 8, 13)[i] * 4 for i in range(3)):
+        changed = [x.clone() for x in tensors]
+        changed[which][:, :, start : start + 4] = torch.tensor([3e38, -3e38]).repeat(8)
+        got, lse = run(changed, layout, torch.float32, impl=impl)
+        rows, keys = unseen(layout, start, start + 4)
+        if which in (0, 3):  # a row of its own sees what it sees: other rows, and keys that it does not see
+            rows = torch.ones_like(rows)
+            rows[start : start + 4] = False
+            keys = ~layout.dense_mask()[start : start + 4].any(0)
+        assert torch.equal(lse[:, :, rows], want_lse[:, :, rows])
+        for name, a, b in zip(NAMES, got, want, strict=True):
+            kept = rows if name in ("out", "dq") else keys
+            assert kept.any() and torch.equal(a[:, :, kept], b[:, :, kept]), f"{name}, block at token {start}"
 
 
 def test_nothing_of_size_s_squared_is_built():

@@ -105,10 +105,10 @@ POISONED = {
 
 
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")
-@pytest.mark.parametrize("value", [float("nan"), -float("inf")])
+@pytest.mark.parametrize("value", [float("nan"), -float("inf"), 3e38])
 @pytest.mark.parametrize("case", POISONED)
 def test_what_a_row_does_not_see_cannot_reach_it(case, value):
-    """q, k, v and grad of one block hold NaN or infinities; whatever does not see it keeps its bits.
+    """q, k, v and grad of one block hold NaN, infinities or large numbers; whatever does not see it keeps its bits.
 
     A product of a masked tile meets them as 0 * nan, also for rows of the same tile that do see them.
     """
@@ -131,4 +131,4 @@ def test_what_a_row_does_not_see_cannot_reach_it(case, value):
         kept = ~(spoiled_rows if name in ("out", "dq") else spoiled_keys)
         assert torch.equal(a[:, :, kept], b[:, :, kept]), name
     # What does see them shows it.
-    assert not got[0][:, :, spoiled_rows].isfinite().any()
+    assert value == 3e38 or not got[0][:, :, spoiled_rows].isfinite().any()

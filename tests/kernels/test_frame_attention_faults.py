@@ -142,7 +142,7 @@ def test_fault_of_descriptors_is_seen(load, fault):
 
 CARELESS = {
     "no second pass": ("for CAREFUL in tl.static_range(1 + TMA):", "for CAREFUL in tl.static_range(1):"),
-    "weights of what is unseen kept": ("tl.where(bad[None, :], float(\"nan\"), weights), 0.0)", "tl.where(bad[None, :], float(\"nan\"), weights), weights)"),
+    "what is unseen spoils": ("visible & bad[None, :]", "bad[None, :]"),
     "values left as they are": ("x = tl.where(finite, x, tl.zeros_like(x))", "x = x"),
     "infinities taken for numbers": ("< float(\"inf\")", "<= float(\"inf\")"),
     "forward without care": ("p, v = _apart(p, visible, v, CAREFUL)", "p, v = _apart(p, visible, v, False)"),
