@@ -378,6 +378,37 @@ TRAINING: list[Entry] = [
         ],
     ),
     (
+        "python/sae_diffusion/train/trainer.py",
+        "tests/train/test_trainer.py -k spoilt",
+        [
+            ("checked = 3 if self.scaler.is_enabled() else 4", "checked = 3"),
+        ],
+    ),
+    (
+        "python/sae_diffusion/train/checkpoint.py",
+        "tests/train/test_checkpoint.py",
+        [
+            ("    check_finite(files, step)", "    pass"),
+            ("if (reason := _not_finite(path / name)) is not None:", "if (reason := None) is not None:"),
+            ("if not _FILE.fullmatch(name):", "if not _FILE.match(Path(name).name):"),
+        ],
+    ),
+    (
+        "python/sae_diffusion/lock.py",
+        "tests/series/test_series_train.py -k at_a_time",
+        [
+            ("fcntl.LOCK_EX | fcntl.LOCK_NB", "fcntl.LOCK_SH | fcntl.LOCK_NB"),
+        ],
+    ),
+    (
+        "python/sae_diffusion/checks.py",
+        "tests/train/test_config.py",
+        [
+            ("lambda value: 0 <= value < 1", "lambda value: 0 <= value <= 1"),
+            ("-FP32_MAX <= value <= FP32_MAX", "value <= FP32_MAX"),
+        ],
+    ),
+    (
         "python/sae_diffusion/train/metrics.py",
         TRAINER,
         [
@@ -403,6 +434,13 @@ DATA: list[Entry] = [
             ("self._span = (clip_length - 1) * frame_stride + 1", "self._span = clip_length * frame_stride"),
             ("actions[i - indices.step] if i >= indices.step", "actions[i - 1] if i >= indices.step"),
             ("- self._span) // self.clip_stride + 1", "- self._span) // self.clip_stride or 1"),
+        ],
+    ),
+    (
+        "python/sae_diffusion/data/readers.py",
+        "tests/data/test_readers.py -k changes_under",
+        [
+            ("same = self._reader.stamp(episode) == episode.stamp", "same = True"),
         ],
     ),
     (
