@@ -19,12 +19,12 @@ from torch._subclasses import FakeTensorMode
 SHAPES_ONLY = "<!-- snippets: shapes only -->"
 
 
-def having(what, pages=PAGES) -> list:
-    found = [page for page in pages if any(True for _ in what(page.read_text(encoding="utf-8")))]
+def having(what) -> list:
+    found = [page for page in PAGES if any(True for _ in what(page.read_text(encoding="utf-8")))]
     return [pytest.param(page, id=name_of(page)) for page in found]
 
 
-@pytest.mark.parametrize("page", having(page_reader.snippets, PAGES[1:]))
+@pytest.mark.parametrize("page", having(page_reader.snippets))
 def test_snippets_run(page, tmp_path, monkeypatch):
     """A page's blocks in order, in one namespace and an empty folder."""
     monkeypatch.chdir(tmp_path)
@@ -46,7 +46,7 @@ def test_commands_parse(page, capsys):
             continue
         where = f"{name_of(page)}, block at line {line}: {command}"
         if words[:2] == ["torchrun", "--nproc-per-node"]:
-            assert words[3:5] == ["-m", "sae_diffusion.cli"], where
+            assert words[3:5] == ["-m", "sae_diffusion"], where
             words = ["sae", *words[5:]]
         if words[0] == "sae":
             try:

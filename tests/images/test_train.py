@@ -329,10 +329,10 @@ def test_commands_from_training_to_bits(tmp_path, capsys):
 RESULTS = Path(__file__).parents[2] / "benchmarks" / "results" / "images"
 
 
-def test_readme_has_the_committed_table():
+def test_documentation_has_the_committed_table():
     results = json.loads((RESULTS / "bits-per-dim.json").read_text(encoding="utf-8"))
     assert results["table"] == table(results)
     text = report(results)
     assert text == (RESULTS / "bits-per-dim.md").read_text(encoding="utf-8")
-    readme = (RESULTS.parents[2] / "README.md").read_text(encoding="utf-8")
-    assert text in readme.partition("<!-- images:begin -->")[2].partition("<!-- images:end -->")[0]
+    page = (RESULTS.parents[2] / "docs" / "images.md").read_text(encoding="utf-8")
+    assert text in page.partition("<!-- images:begin -->")[2].partition("<!-- images:end -->")[0]
