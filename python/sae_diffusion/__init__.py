@@ -16,8 +16,7 @@ if TYPE_CHECKING:
     from .data.record import collect
     from .data.stats import FrameStats
     from .diffusion.noise import NoiseConfig
-    from .diffusion.sampler import SamplerConfig, generate
-    from .diffusion.window_sampler import generate_window
+    from .diffusion.sampler import SamplerConfig, generate, generate_window
     from .model.config import ModelConfig
     from .model.denoiser import Denoiser
     from .presets import PRESETS, Preset
@@ -70,7 +69,7 @@ __getattr__ = lazy_names(
         "collect": "data.record",
         "continue_clips": "rollout",
         "generate": "diffusion.sampler",
-        "generate_window": "diffusion.window_sampler",
+        "generate_window": "diffusion.sampler",
         "latest_checkpoint": "train.checkpoint",
         "load_denoiser": "train.checkpoint",
         "open_dataset": "data.readers",

@@ -201,7 +201,7 @@ class Sample:
                 f"got --guide {self.guide} and --guidance-kind {kind}"
             )
         from .devices import pick_device
-        from .diffusion.window_sampler import check_trained_for_window
+        from .diffusion.sampler import check_trained_for_window
         from .media import fit_grid
         from .rollout import continue_clips, films_from_nothing, random_actions
         from .runs import choose_clips, given_actions, run_folder

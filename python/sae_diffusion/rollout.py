@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,6 @@ import torch
 from .data import Clip, FrameStats
 from .data.format import atomic_path
 from .diffusion.sampler import SamplerConfig, generate
-from .diffusion.window_sampler import generate_window
 from .media import fit_grid, side_by_side, strip, write_gif, write_mp4, write_png
 
 
@@ -113,10 +112,7 @@ def continue_clips(
     context: int,
     recorded: bool = True,
     actions: torch.Tensor | None = None,
-    seed: int = 0,
-    guide: Any = None,
-    window_frames: int | None = None,
-    callback: Callable[[int], None] | None = None,
+    **options: Any,
 ) -> Rollout:
     """Generate `frames` frames after the first `context` frames of each clip.
 
@@ -124,7 +120,7 @@ def continue_clips(
         clips: of one size; context frames long, or context + frames long where `recorded`.
         recorded: tell the network the clips' own actions, and keep the clips as the truth.
         actions: otherwise (B, frames, ...), the actions that cause the new frames.
-        window_frames: frames in flight, see `diffusion.window_sampler`; None = block by block.
+        options: of `generate`: seed, guide, window_frames, callback.
 
     Raises:
         ValueError: a clip is too short.
@@ -143,9 +139,7 @@ def continue_clips(
     elif told is not None:
         told = told[:, :wanted]
     given = np.stack([clip.frames[:context] for clip in clips])
-    new = _draw(
-        denoiser, stats.normalize(given), told, frames, config, window_frames, seed=seed, guide=guide, callback=callback
-    )
+    new = generate(denoiser, stats.normalize(given), told, frames, config, **options)
     films = np.concatenate([given, stats.denormalize(new).cpu().numpy()], axis=1)
     truth = np.stack([clip.frames[:wanted] for clip in clips]) if recorded else None
     return Rollout(films, truth, context)
@@ -159,31 +153,11 @@ def films_from_nothing(
     config: SamplerConfig,
     *,
     actions: torch.Tensor | None = None,
-    seed: int = 0,
-    guide: Any = None,
-    window_frames: int | None = None,
-    callback: Callable[[int], None] | None = None,
+    **options: Any,
 ) -> Rollout:
     """Generate `films` films of `frames` frames without any context; actions (films, frames, ...) or None.
 
-    window_frames as in `continue_clips`.
+    options as in `continue_clips`.
     """
-    new = _draw(
-        denoiser, None, actions, frames, config, window_frames, seed=seed, guide=guide, batch=films, callback=callback
-    )
+    new = generate(denoiser, None, actions, frames, config, batch=films, **options)
     return Rollout(stats.denormalize(new).cpu().numpy(), None, 0)
-
-
-def _draw(
-    denoiser: Any,
-    context: torch.Tensor | None,
-    actions: torch.Tensor | None,
-    frames: int,
-    config: SamplerConfig,
-    window_frames: int | None,
-    **options: Any,
-) -> torch.Tensor:
-    """Block by block, or with several frames in flight."""
-    if window_frames is None:
-        return generate(denoiser, context, actions, frames, config, **options)
-    return generate_window(denoiser, context, actions, frames, window_frames, config, **options)

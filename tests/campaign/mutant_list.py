@@ -280,28 +280,46 @@ DIFFUSION: list[Entry] = [
         "python/sae_diffusion/diffusion/sampler.py",
         "tests/model/test_sampler.py",
         [
-            ("x = x + (next_sigma - sigma) * 0.5 * (slope + next_slope)", "x = x + (next_sigma - sigma) * next_slope"),
-            ("math.sqrt(raised**2 - sigma**2)", "math.sqrt(raised**2)"),
-            ("min(config.churn / config.sampling_steps,", "min(config.churn,"),
-            ("math.sqrt(2) - 1)", "1)"),
             (
                 "return weak + self.config.guidance * (strong - weak)",
                 "return strong + self.config.guidance * (strong - weak)",
             ),
-            ("self.noise(x.shape[1], _CONTEXT_DRAW)", "self.noise(x.shape[1], 0)"),
+            ("self.noise([_CONTEXT_DRAW] * frames)", "self.noise([0] * frames)"),
             ("(sample << _DRAW_BITS)", "0"),
-            ("self.levels(config.context_sigma, x.shape[1])", "self.levels(config.sigma_min, x.shape[1])"),
+            ("(1, frames), config.context_sigma", "(1, frames), config.sigma_min"),
         ],
     ),
     (
-        "python/sae_diffusion/diffusion/window_sampler.py",
+        "python/sae_diffusion/diffusion/sampler.py",
         "tests/model/test_window_sampler.py",
         [
             ("return block * steps // window", "return -(-block * steps // window)"),
-            ("self.noise(self.block_frames, 0, place * self.block_frames)", "self.noise(self.block_frames, 0, 0)"),
-            ("self.append(finished, flight.pop(0).actions)", "self.append(finished, flight.pop(0) and None)"),
-            ("ahead = place * self.block_frames", "ahead = 0"),
-            ("* 0.5 * (slopes[i] + next_slope)", "* next_slope"),
+            ("ahead=len(self.steps)", "ahead=0"),
+            ("self.first += frames", "self.first += 0"),
+            ("x[:, f:], steps[f:]", "x[:, f:], steps[:-f]"),
+            ("self.x, self.steps, self.last_x0 = x, steps, begin.x0", "self.x, self.steps, self.last_x0 = x, steps, x"),
+        ],
+    ),
+    (
+        "python/sae_diffusion/diffusion/steps.py",
+        "tests/model/test_sampler.py",
+        [
+            ("0.5 * (now.eps + then.eps)", "then.eps"),
+            ("(level.noise.square() - self.noise.square()).sqrt()", "level.noise"),
+            ("self.amount / torch.as_tensor(steps).double().clamp(min=1)", "self.amount * torch.ones(1).double()"),
+            ("math.sqrt(2) - 1)", "1)"),
+        ],
+    ),
+    (
+        "python/sae_diffusion/diffusion/steps.py",
+        "tests/diffusion/test_solvers.py",
+        [
+            (
+                "fresh_fraction(then.log_snr, now.level.log_snr).sqrt()",
+                "fresh_fraction(then.log_snr, now.level.log_snr)",
+            ),
+            ("((then.signal.square() + then.noise.square()) * beta).sqrt()", "(then.noise.square() * beta).sqrt()"),
+            (".clamp(max=2.0)", ".clamp(max=4.0)"),
         ],
     ),
     (
@@ -320,8 +338,7 @@ DIFFUSION: list[Entry] = [
         [
             ("return (x - noise * prediction) / signal\n", "return (x + noise * prediction) / signal\n"),
             ("return low + weight * (strong(x, log_snr) - low)", "return weight * (strong(x, log_snr) - low)"),
-            ("noise * fresh_fraction(target, level).sqrt()", "noise * fresh_fraction(target, level)"),
-            ("((signal.square() + noise.square()) * beta).sqrt()", "(noise.square() * beta).sqrt()"),
+            ("noisier, now = ", "noisier, _ = "),
         ],
     ),
     (

@@ -19,7 +19,6 @@ from sae_diffusion.diffusion import schedules
 from sae_diffusion.diffusion.sampler import SamplerConfig, generate
 from sae_diffusion.diffusion.schedules import expand_to
 from sae_diffusion.diffusion.solvers import SOLVERS, Churn, context_guided, guided, roll, sample, start
-from sae_diffusion.diffusion.window_sampler import generate_window
 from sae_diffusion.images.data import ImageSet
 from sae_diffusion.images.model import NetConfig
 from sae_diffusion.images.train import ImageTrainConfig, ImageTrainer
@@ -160,9 +159,7 @@ def sample_video(
     config = SamplerConfig(**({"sampling_steps": 4, "sigma_min": 0.1, "sigma_max": 10.0} | changes))
     guide = network(dtype, seed=2) if config.guidance_kind == "auto" else None
     start = (None, actions[:, 2:]) if nothing else (context, actions)
-    if window is None:
-        return {"x": generate(net, *start, 4, config, seed=5, guide=guide)}
-    return {"x": generate_window(net, *start, 4, window, config, seed=5, guide=guide)}
+    return {"x": generate(net, *start, 4, config, seed=5, guide=guide, window_frames=window)}
 
 
 VARIANTS: dict[str, dict[str, Any]] = {

@@ -100,7 +100,7 @@ def test_schedule_values():
     assert sigma_schedule(SamplerConfig(sampling_steps=1)).tolist() == pytest.approx([80.0, 0.0])
 
 
-@pytest.mark.parametrize(("solver", "order"), [("heun", 2), ("euler", 1)])
+@pytest.mark.parametrize(("solver", "order"), [("heun", 2), ("dpm++2m", 2), ("euler", 1)])
 def test_solver_converges_to_the_exact_solution_with_its_order(solver, order):
     model, given = Chain(), context()
     errors = []
@@ -127,9 +127,13 @@ def test_starts_from_nothing_with_the_marginal_and_keeps_the_chain():
         )
 
 
-def test_churn_keeps_the_marginal():
+@pytest.mark.parametrize(
+    "noise", [{"churn": 20.0}, {"solver": "stochastic-heun"}, {"solver": "ancestral", "sampling_steps": 512}],
+    ids=["churn", "stochastic-heun", "ancestral"],
+)  # fmt: skip
+def test_added_noise_keeps_the_marginal(noise):
     model = Chain(pixels=64)
-    config = dataclasses.replace(EXACT, sampling_steps=64, churn=20.0)
+    config = dataclasses.replace(EXACT, **({"sampling_steps": 64} | noise))
     x = generate(model, None, None, 1, config, batch=2)
     count = x.numel()
     assert x.var().item() == pytest.approx(MARGINAL_STD**2, rel=5 * math.sqrt(2 / count) + 0.01)
@@ -179,7 +183,10 @@ def test_guidance_formula(kind):
     assert torch.allclose(got, weak + w * (strong - weak), rtol=1e-12, atol=1e-12)
 
 
-@pytest.mark.parametrize(("solver", "expected"), [("heun", 2 * 16 - 1), ("euler", 16)])
+@pytest.mark.parametrize(
+    ("solver", "expected"),
+    [("heun", 2 * 16 - 1), ("stochastic-heun", 2 * 16 - 1), ("euler", 16), ("dpm++2m", 16), ("ancestral", 16)],
+)
 def test_number_of_evaluations(solver, expected):
     model = Chain()
     generate(model, context(), None, 3, dataclasses.replace(EXACT, solver=solver))
@@ -203,10 +210,10 @@ def test_context_noise_is_added_to_what_enters_the_cache_only():
     assert (added[:, 0] - added[:, 1]).std().item() == pytest.approx(0.1 * math.sqrt(2), rel=0.1)
 
 
-@pytest.mark.parametrize("churn", [0.0, 10.0])
+@pytest.mark.parametrize("noise", [{}, {"churn": 10.0}, {"solver": "ancestral"}, {"solver": "dpm++2m"}])
 @pytest.mark.parametrize("block", [1, 2])
-def test_two_calls_that_share_a_cache_equal_one(churn, block):
-    config = dataclasses.replace(EXACT, churn=churn, context_noise=0.1)
+def test_two_calls_that_share_a_cache_equal_one(noise, block):
+    config = dataclasses.replace(EXACT, context_noise=0.1, **noise)
     given, model = context(batch=2), Chain(block=block)
     actions = torch.arange(16).view(2, 8)
     whole = generate(model, given, actions, 6, config, seed=5)
@@ -318,3 +325,23 @@ def test_bad_arguments_are_named(arguments, message):
 def test_bad_config_is_named(field, value):
     with pytest.raises(ValueError, match=f"{field}: must be"):
         SamplerConfig(**{field: value})
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"solver": "ancestral", "churn": 1.0}, r"churn: must be 0 for solver 'ancestral', got 1\.0"),
+        ({"solver": "dpm++2m", "churn": 1.0}, r"churn: must be 0 for solver 'dpm\+\+2m', got 1\.0"),
+        ({"solver": "stochastic-heun", "churn": 0.0}, r"churn: must be > 0 for solver 'stochastic-heun', got 0\.0"),
+        ({"churn": -1.0}, r"churn: must be at least 0, got -1\.0"),
+        ({"solver": "ddim"}, r"solver: must be one of euler, heun, dpm\+\+2m, ancestral, stochastic-heun, got 'ddim'"),
+    ],
+)
+def test_churn_and_solver_go_together(fields, message):
+    with pytest.raises(ValueError, match=message):
+        SamplerConfig(**fields)
+
+
+def test_unknown_options_are_named():
+    with pytest.raises(TypeError, match="unexpected keyword argument 'windows'"):
+        iter_frames(Chain(), None, None, 2, EXACT, windows=2)

@@ -69,7 +69,16 @@ def test_counts_are_integers_in_range(kind, field):
 
 @pytest.mark.parametrize(("kind", "field"), [(k, f) for k, fields in NUMBERS.items() for f in fields])
 def test_numbers_are_finite(kind, field):
-    for value in (math.nan, math.inf, -math.inf, HUGE, -HUGE, 1e300, "0.1", None if field != "max_seconds" else "x"):
+    for value in (
+        math.nan,
+        math.inf,
+        -math.inf,
+        HUGE,
+        -HUGE,
+        1e300,
+        "0.1",
+        "x" if field in ("max_seconds", "churn") else None,
+    ):
         refuses(kind, field, value, "got ")
 
 

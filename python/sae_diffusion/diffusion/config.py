@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Literal, get_args
 
 from ..checks import check_integers, check_numbers
 
+Solver = Literal["euler", "heun", "dpm++2m", "ancestral", "stochastic-heun"]
+CHURNED: tuple[Solver, ...] = ("euler", "heun", "stochastic-heun")
 MOST_STEPS = 2**16 - 2  # draws of noise are numbered in 16 bits, and one number is the context's
 
 
@@ -46,16 +49,18 @@ class SamplerConfig:
     """How a frame is drawn.
 
     Args:
-        sampling_steps: N noise levels; a block costs 2N - 1 network evaluations with "heun" and N with "euler" (twice
-            that when guidance is not 1), and one more to enter the cache.
+        sampling_steps: N noise levels; a block costs 2N - 1 network evaluations with "heun" and "stochastic-heun" and N
+            with the others (twice that when guidance is not 1), and one more to enter the cache.
         sigma_min: the last noise level before 0.
         sigma_max: the first noise level.
         rho: how densely levels lie near sigma_min, see `sigma_schedule`.
-        churn: S_churn of EDM algorithm 2, noise added between steps; 0 is deterministic.
+        churn: S_churn of EDM algorithm 2, noise added between steps of "euler", "heun" and "stochastic-heun"; None is
+            40 for the last one and 0, no noise, for the others.
         churn_min: the least noise level that is churned.
         churn_max: the greatest noise level that is churned.
         churn_noise: S_noise, a factor on the added noise.
-        solver: "heun" (second order) or "euler" (first order).
+        solver: "euler" (first order), "heun" (second order), "dpm++2m" (second order, one evaluation a step),
+            "ancestral" (with noise: draws from the posterior of each step), or "stochastic-heun" ("heun" with churn).
         context_sigma: the noise level the network is told for frames in the cache.
         context_noise: standard deviation of the noise really added to frames before they enter the cache.
         guidance: w in D = D_weak + w (D - D_weak); 1 is off.
@@ -70,15 +75,15 @@ class SamplerConfig:
     sigma_min: float = 0.002
     sigma_max: float = 80.0
     rho: float = 7.0
-    churn: float = 0.0
+    churn: float | None = None
     churn_min: float = 0.0
     churn_max: float = math.inf
     churn_noise: float = 1.0
-    solver: str = "heun"
+    solver: Solver = "heun"
     context_sigma: float = 0.05
     context_noise: float = 0.0
     guidance: float = 1.0
-    guidance_kind: str = "context"
+    guidance_kind: Literal["context", "auto"] = "context"
 
     def __post_init__(self) -> None:
         def require(name: str, holds: bool, rule: str) -> None:
@@ -87,16 +92,26 @@ class SamplerConfig:
 
         check_integers(self, 1, "sampling_steps", most=MOST_STEPS)
         check_numbers(
-            self, "finite", "sigma_min", "sigma_max", "rho", "churn", "churn_min", "churn_noise", "context_sigma",
+            self, "finite", "sigma_min", "sigma_max", "rho", "churn_min", "churn_noise", "context_sigma",
             "context_noise", "guidance",
         )  # fmt: skip
         require("sigma_min", 0 < self.sigma_min <= self.sigma_max, f"in (0, sigma_max = {self.sigma_max}]")
         require("rho", self.rho > 0, "> 0")
-        require("churn", self.churn >= 0, ">= 0")
+        require("solver", self.solver in get_args(Solver), f"one of {', '.join(get_args(Solver))}")
+        if self.churn is not None:
+            check_numbers(self, "at least 0", "churn")
+        if self.solver == "stochastic-heun":
+            require("churn", self.churn_amount > 0, "> 0 for solver 'stochastic-heun'")
+        if self.solver not in CHURNED:
+            require("churn", self.churn_amount == 0, f"0 for solver {self.solver!r}")
         require("churn_min", self.churn_min >= 0, ">= 0")
         require("churn_max", self.churn_max >= self.churn_min, f"at least churn_min = {self.churn_min}")
         require("churn_noise", self.churn_noise >= 0, ">= 0")
-        require("solver", self.solver in ("heun", "euler"), "'heun' or 'euler'")
         require("context_sigma", self.context_sigma > 0, "> 0")
         require("context_noise", self.context_noise >= 0, ">= 0")
         require("guidance_kind", self.guidance_kind in ("context", "auto"), "'context' or 'auto'")
+
+    @property
+    def churn_amount(self) -> float:
+        """S_churn, with what None stands for."""
+        return (40.0 if self.solver == "stochastic-heun" else 0.0) if self.churn is None else self.churn

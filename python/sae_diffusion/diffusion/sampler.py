@@ -1,12 +1,23 @@
-"""Sampling block by block with a cache: the EDM schedule and solvers (Karras et al. 2022, algorithms 1 and 2).
+"""Sampling of video with a cache: a window of blocks rolls over the video, each block at its own noise level.
 
-B batch, n given frames, N generated frames, f frames per block, C channels, Y, X pixels.
+Block k of f frames starts from noise after k N / W steps (rounded down) and takes the N noise levels of
+`sigma_schedule` (Karras et al. 2022), one for each step of the whole window, so that W blocks are in flight at a time
+and the first of them is done first. Where W divides N this is `schedules.Triangular(blocks, N, N // W)` in the "ve"
+scaling. W = 1 is block by block. With W > 1 the network sees finished frames through its cache, and the blocks in
+flight with their own noise levels: it must have been trained with independent ones (`sae train --objective forcing`).
+
+A window of W blocks needs about N / W passes for each new block instead of N, each over W blocks. It is exact for
+W = 1 only: a block in flight does not look at those after it, which is what makes room for new ones.
+
+B batch, n given frames, N new frames (above: noise levels), f frames per block, C channels, Y, X pixels.
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Iterator
+import itertools
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -14,8 +25,9 @@ import torch
 from sae_kernels import token_noise_eps
 
 from .config import SamplerConfig
+from .steps import CORRECTED, STEPS, At, Churn, Level, Sigma, trapezoid
 
-# The normals of a frame are numbered by (frame, sample, draw): draw 0 starts the ODE, draw i + 1 churns step i.
+# The normals of a frame are numbered by (frame, sample, draw): draw 0 is its start, draw i + 1 that of its step i.
 _SAMPLE_BITS, _DRAW_BITS = 16, 16
 _CONTEXT_DRAW = 2**_DRAW_BITS - 1
 
@@ -30,6 +42,83 @@ def sigma_schedule(config: SamplerConfig) -> torch.Tensor:
     return torch.cat([(first + ramp * (last - first)) ** config.rho, ramp.new_zeros(1)])
 
 
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Request:
+    """What is to be generated, from what, and how.
+
+    Args:
+        num_frames: N, a multiple of f.
+        context: given frames (B, n, C, Y, X), normalised, n a multiple of f; None to start from nothing or `cache`.
+        actions: (B, n + N) int64 or (B, n + N, A) float, the action that caused each frame; None for no conditioning.
+        config: the sampler.
+        window_frames: W f, frames in flight, a multiple of f, W at most config.sampling_steps; None is f, block by
+            block. More than f are for networks trained with independent levels, see `check_trained_for_window`.
+        seed: of the noise.
+        batch: B when neither context, actions nor cache tell it; 1 by default.
+        guide: the weaker network of autoguidance.
+        cache, guide_cache: from `new_cache(B)`, empty or left by an earlier call; filled in place. None = fresh ones.
+    """
+
+    num_frames: int
+    context: torch.Tensor | None = None
+    actions: torch.Tensor | None = None
+    config: SamplerConfig = field(default_factory=SamplerConfig)
+    window_frames: int | None = None
+    seed: int = 0
+    batch: int | None = None
+    guide: Any = None
+    cache: Any = None
+    guide_cache: Any = None
+
+    def check(self, denoiser: Any) -> int:
+        """The batch.
+
+        Raises:
+            ValueError: shapes that do not agree, a window that breaks its rule, or a guide that is missing or not used.
+        """
+        f, config = denoiser.config.frames_per_block, self.config
+        given = 0 if self.context is None else self.context.shape[1]
+        batch = self.batch
+        for name in ("context", "actions", "cache", "guide_cache"):
+            value = getattr(self, name)
+            size = None if value is None else value.shape[0] if isinstance(value, torch.Tensor) else value.batch
+            if size is not None and batch is not None and size != batch:
+                raise ValueError(f"{name}: batch must be {batch}, got {size}")
+            batch = batch if size is None else size
+        batch = 1 if batch is None else batch
+        frame_shape = _frame_shape(denoiser)
+        if self.context is not None and (self.context.ndim != 5 or tuple(self.context.shape[2:]) != frame_shape):
+            raise ValueError(
+                f"context: must have shape (B, n, C, Y, X) with (C, Y, X) = {frame_shape}, "
+                f"got {tuple(self.context.shape)}"
+            )
+        for name, frames in (("context", given), ("num_frames", self.num_frames)):
+            if frames % f or frames < 0:
+                raise ValueError(f"{name}: frames must be a multiple of frames_per_block = {f}, got {frames}")
+        if self.actions is not None and self.actions.shape[1] != given + self.num_frames:
+            raise ValueError(
+                f"actions: need one for each of the {given} context and {self.num_frames} new frames = "
+                f"{given + self.num_frames}, got {self.actions.shape[1]}"
+            )
+        if batch > 2**_SAMPLE_BITS:
+            raise ValueError(f"batch: must be at most {2**_SAMPLE_BITS}, got {batch}")
+        if self.guide is not None and config.guidance_kind != "auto":
+            raise ValueError(
+                f"guide: is used with guidance_kind 'auto' only, got guidance_kind {config.guidance_kind!r}"
+            )
+        if self.guide is None and config.guidance_kind == "auto" and config.guidance != 1:
+            raise ValueError("guide: guidance_kind 'auto' needs a second network, got None")
+        window = f if self.window_frames is None else self.window_frames
+        if window < 1 or window % f:
+            raise ValueError(f"window_frames: must be a positive multiple of frames_per_block = {f}, got {window}")
+        if window // f > config.sampling_steps:
+            raise ValueError(
+                f"window_frames: at most sampling_steps = {config.sampling_steps} blocks can be in flight, one for "
+                f"each noise level, got {window // f}"
+            )
+        return batch
+
+
 def generate(
     denoiser: Any,
     context: torch.Tensor | None,
@@ -37,30 +126,18 @@ def generate(
     num_frames: int,
     config: SamplerConfig | None = None,
     *,
-    seed: int = 0,
-    guide: Any = None,
-    cache: Any = None,
-    guide_cache: Any = None,
-    batch: int | None = None,
     callback: Callable[[int], None] | None = None,
+    **options: Any,
 ) -> torch.Tensor:
-    """Draw `num_frames` frames (B, N, C, Y, X) that continue `context`; arguments as in `iter_frames`.
+    """Draw `num_frames` frames (B, N, C, Y, X) that continue `context`.
 
-    `callback` is called with the number of frames finished so far after each block.
+    Args:
+        denoiser, options: as for `iter_frames`.
+        context, actions, num_frames, config: see `Request`.
+        callback: called with the number of frames finished so far after each block.
     """
-    blocks = []
-    for block in iter_frames(
-        denoiser,
-        context,
-        actions,
-        num_frames,
-        config,
-        seed=seed,
-        guide=guide,
-        cache=cache,
-        guide_cache=guide_cache,
-        batch=batch,
-    ):
+    blocks: list[torch.Tensor] = []
+    for block in iter_frames(denoiser, context, actions, num_frames, config, **options):
         blocks.append(block)
         if callback is not None:
             callback(sum(b.shape[1] for b in blocks))
@@ -73,162 +150,156 @@ def iter_frames(
     actions: torch.Tensor | None,
     num_frames: int,
     config: SamplerConfig | None = None,
-    *,
-    seed: int = 0,
-    guide: Any = None,
-    cache: Any = None,
-    guide_cache: Any = None,
-    batch: int | None = None,
+    **options: Any,
 ) -> Iterator[torch.Tensor]:
     """Yield finished blocks (B, f, C, Y, X) one at a time; memory is bounded when the network has a window.
 
     The noise of a frame depends on (seed, absolute frame index, sample index) only, so a call that continues a cache
-    goes on bit for bit as one longer call would.
+    goes on bit for bit as one longer call would (block by block; a window runs empty at the end of a call).
 
     Args:
         denoiser: a `Denoiser` in eval mode.
-        context: given frames (B, n, C, Y, X), normalised, n a multiple of f; None to start from nothing or `cache`.
-        actions: (B, n + N) int64 or (B, n + N, A) float, the action that caused each frame; None for no conditioning.
-        num_frames: N, a multiple of f.
-        guide: the weaker network of autoguidance.
-        cache, guide_cache: from `new_cache(B)`, empty or left by an earlier call; filled in place. None = fresh ones.
-        batch: B when neither context, actions nor cache tell it; 1 by default.
+        context, actions, num_frames, config: see `Request`.
+        options: further fields of `Request` by name: window_frames, seed, batch, guide, cache, guide_cache.
 
     Raises:
-        ValueError: shapes that do not agree, or a guide that is missing or not used.
+        ValueError: shapes that do not agree, a window that breaks its rule, or a guide that is missing or not used.
     """
-    config = config or SamplerConfig()
-    networks, batch = check_request(
-        denoiser, context, actions, num_frames, config, guide=guide, cache=cache, guide_cache=guide_cache, batch=batch
+    request = Request(
+        num_frames=num_frames, context=context, actions=actions, config=config or SamplerConfig(), **options
     )
-    return BlockSampler(networks, config, seed, batch).run(context, actions, num_frames)
+    return _Run(denoiser, request).blocks()
 
 
-def check_request(
+def generate_window(
     denoiser: Any,
     context: torch.Tensor | None,
     actions: torch.Tensor | None,
     num_frames: int,
-    config: SamplerConfig,
-    *,
-    guide: Any,
-    cache: Any,
-    guide_cache: Any,
-    batch: int | None,
-) -> tuple[list[tuple[Any, Any]], int]:
-    """Networks with their caches, the guide last, and the batch of a call of `iter_frames`; raises its errors."""
-    block_frames = denoiser.config.frames_per_block
-    given = 0 if context is None else context.shape[1]
-    sizes = {
-        "context": None if context is None else context.shape[0],
-        "actions": None if actions is None else actions.shape[0],
-        "cache": None if cache is None else cache.batch,
-        "guide_cache": None if guide_cache is None else guide_cache.batch,
-    }
-    for name, size in sizes.items():
-        if size is not None and batch is not None and size != batch:
-            raise ValueError(f"{name}: batch must be {batch}, got {size}")
-        batch = batch if size is None else size
-    batch = 1 if batch is None else batch
-    frame_shape = (denoiser.config.channels, denoiser.config.height, denoiser.config.width)
-    if context is not None and (context.ndim != 5 or tuple(context.shape[2:]) != frame_shape):
+    window_frames: int,
+    config: SamplerConfig | None = None,
+    **options: Any,
+) -> torch.Tensor:
+    """Deprecated: `generate` with window_frames."""
+    warnings.warn("generate_window: use generate(..., window_frames=...)", DeprecationWarning, stacklevel=2)
+    return generate(denoiser, context, actions, num_frames, config, window_frames=window_frames, **options)
+
+
+def check_trained_for_window(state: Mapping[str, Any]) -> None:
+    """Refuse a checkpoint whose training never showed the network several noise levels in one sequence.
+
+    Args:
+        state: state.json of the checkpoint, the third result of `load_denoiser`.
+
+    Raises:
+        ValueError: its objective is not "forcing".
+    """
+    objective = state.get("train_config", {}).get("objective", "teacher")
+    if objective != "forcing":
         raise ValueError(
-            f"context: must have shape (B, n, C, Y, X) with (C, Y, X) = {frame_shape}, got {tuple(context.shape)}"
+            "window_frames: needs a network trained with an independent noise level for every frame "
+            f"(sae train --objective forcing), this checkpoint has objective {objective!r}"
         )
-    for name, frames in (("context", given), ("num_frames", num_frames)):
-        if frames % block_frames or frames < 0:
-            raise ValueError(f"{name}: frames must be a multiple of frames_per_block = {block_frames}, got {frames}")
-    if actions is not None and actions.shape[1] != given + num_frames:
-        raise ValueError(
-            f"actions: need one for each of the {given} context and {num_frames} new frames = {given + num_frames}, "
-            f"got {actions.shape[1]}"
-        )
-    if batch > 2**_SAMPLE_BITS:
-        raise ValueError(f"batch: must be at most {2**_SAMPLE_BITS}, got {batch}")
-    if guide is not None and config.guidance_kind != "auto":
-        raise ValueError(f"guide: is used with guidance_kind 'auto' only, got guidance_kind {config.guidance_kind!r}")
-    if guide is None and config.guidance_kind == "auto" and config.guidance != 1:
-        raise ValueError("guide: guidance_kind 'auto' needs a second network, got None")
-
-    networks = [(denoiser, denoiser.new_cache(batch) if cache is None else cache)]
-    if guide is not None:
-        networks.append((guide, guide.new_cache(batch) if guide_cache is None else guide_cache))
-        if networks[0][1].frames != networks[1][1].frames:
-            raise ValueError(
-                f"guide_cache: must hold as many frames as cache = {networks[0][1].frames}, got {networks[1][1].frames}"
-            )
-    return networks, batch
 
 
-class BlockSampler:
-    """One run: networks with their caches (the guide last), noise levels, and where the noise comes from."""
+def first_step(block: int, steps: int, window: int) -> int:
+    """The step before which a block enters the window: no more than `window` are in it at a time."""
+    return block * steps // window
 
-    def __init__(self, networks: list[tuple[Any, Any]], config: SamplerConfig, seed: int, batch: int) -> None:
-        network = networks[0][0]
-        weight = next(network.parameters())
-        self.networks, self.config, self.seed = networks, config, seed
-        self.batch, self.block_frames, self.device = batch, network.config.frames_per_block, weight.device
-        self.frame_shape = (network.config.channels, network.config.height, network.config.width)
-        self.dtype = torch.float64 if weight.dtype == torch.float64 else torch.float32
-        self.sigmas = sigma_schedule(config).tolist()
 
-    def run(
-        self, context: torch.Tensor | None, actions: torch.Tensor | None, num_frames: int
-    ) -> Iterator[torch.Tensor]:
-        done = self.start(context, actions)
-        for start in range(done, done + num_frames, self.block_frames):
-            caused_by = None if actions is None else actions[:, start : start + self.block_frames]
-            x = self.draw(self.block_frames, caused_by)
-            self.append(x, caused_by)
-            yield x
+class _Run:
+    """One request: networks with their caches (the guide last), and the F frames in flight.
 
-    def start(self, context: torch.Tensor | None, actions: torch.Tensor | None) -> int:
-        """Enter the context; returns its number of frames."""
-        if context is None or not context.shape[1]:
-            return 0
-        given = context.shape[1]
-        self.append(context.to(self.device, self.dtype), None if actions is None else actions[:, :given])
-        return given
+    `x` (B, F, C, Y, X) are they, each after so many of its steps as `steps` (F,) says; `last_x0` is what the network
+    made of them before their last step. The first of them is frame `first` of the request.
+    """
+
+    def __init__(self, denoiser: Any, request: Request) -> None:
+        self.batch, config = request.check(denoiser), request.config
+        self.request, self.config = request, config
+        pairs = [(denoiser, request.cache)] + ([] if request.guide is None else [(request.guide, request.guide_cache)])
+        self.networks = [(net, net.new_cache(self.batch) if cache is None else cache) for net, cache in pairs]
+        held = [cache.frames for _, cache in self.networks]
+        if held[-1] != held[0]:
+            raise ValueError(f"guide_cache: must hold as many frames as cache = {held[0]}, got {held[-1]}")
+        weight = next(denoiser.parameters())
+        self.device, self.dtype = weight.device, torch.promote_types(torch.float32, weight.dtype)
+        self.block_frames, self.frame_shape = denoiser.config.frames_per_block, _frame_shape(denoiser)
+        self.actions = None if request.actions is None else request.actions.to(self.device)
+        self.sigmas = sigma_schedule(config)
+        self.churn = Churn(config.churn_amount, config.churn_min, config.churn_max, config.churn_noise)
+        self.first = 0
+        self.steps = torch.zeros(0, dtype=torch.long)
+        self.x = torch.zeros(self.batch, 0, *self.frame_shape, dtype=self.dtype, device=self.device)
+        self.last_x0 = self.x
+
+    def blocks(self) -> Iterator[torch.Tensor]:
+        f, steps, context = self.block_frames, self.config.sampling_steps, self.request.context
+        if context is not None and context.shape[1]:
+            self.append(context.to(self.device, self.dtype))
+        window = (self.request.window_frames or f) // f
+        blocks, entered = self.request.num_frames // f, 0
+        for step in itertools.count():
+            if entered < blocks and first_step(entered, steps, window) == step:
+                self.enter()
+                entered += 1
+            if not len(self.steps):
+                return
+            finished = self.advance()
+            if finished is not None:
+                yield finished
 
     @torch.no_grad()
-    def append(self, x: torch.Tensor, actions: torch.Tensor | None) -> None:
-        """Enter finished frames into every cache at the context's noise level."""
-        config = self.config
+    def append(self, x: torch.Tensor) -> None:
+        """Enter the request's next frames, given or finished, into every cache at the context's noise level."""
+        frames, config = x.shape[1], self.config
         if config.context_noise:
-            x = x + config.context_noise * self.noise(x.shape[1], _CONTEXT_DRAW)
+            x = x + config.context_noise * self.noise([_CONTEXT_DRAW] * frames)
+        levels = torch.full((1, frames), config.context_sigma, dtype=torch.float64)
         for network, cache in self.networks:
-            network.prefill(x, self.levels(config.context_sigma, x.shape[1]), self.on_device(actions), cache)
+            network.prefill(x, self.told(levels), self.caused_by(frames), cache)
+        self.first += frames
 
     @torch.no_grad()
-    def draw(self, frames: int, actions: torch.Tensor | None) -> torch.Tensor:
-        """One block by EDM algorithm 2 (algorithm 1 when churn is 0)."""
-        config, actions = self.config, self.on_device(actions)
-        x = self.sigmas[0] * self.noise(frames, 0)
-        for i, (sigma, next_sigma) in enumerate(zip(self.sigmas, self.sigmas[1:])):
-            x, sigma = self.churned(x, sigma, i)
-            slope = (x - self.denoise(x, sigma, actions)) / sigma
-            euler = x + (next_sigma - sigma) * slope
-            if next_sigma > 0 and config.solver == "heun":
-                next_slope = (euler - self.denoise(euler, next_sigma, actions)) / next_sigma
-                x = x + (next_sigma - sigma) * 0.5 * (slope + next_slope)
-            else:
-                x = euler
-        return x
+    def enter(self) -> None:
+        """A block of pure noise, behind the others."""
+        new = self.sigmas[0].item() * self.noise([0] * self.block_frames, ahead=len(self.steps))
+        self.steps = torch.cat([self.steps, torch.zeros(self.block_frames, dtype=torch.long)])
+        self.x = torch.cat([self.x, new], dim=1)
+        self.last_x0 = torch.cat([self.last_x0, torch.zeros_like(new)], dim=1)
 
-    def churned(self, x: torch.Tensor, sigma: float, step: int, ahead: int = 0) -> tuple[torch.Tensor, float]:
-        """x and its noise level after the noise that is added before a step."""
-        config = self.config
-        if not (config.churn > 0 and config.churn_min <= sigma <= config.churn_max):
-            return x, sigma
-        raised = sigma * (1 + min(config.churn / config.sampling_steps, math.sqrt(2) - 1))
-        spread = config.churn_noise * math.sqrt(raised**2 - sigma**2)
-        return x + spread * self.noise(x.shape[1], step + 1, ahead), raised
+    @torch.no_grad()
+    def advance(self) -> torch.Tensor | None:
+        """One step of every block; the first one, when it is done, moves into the cache.
 
-    def denoise(self, x: torch.Tensor, sigma: float, actions: torch.Tensor | None) -> torch.Tensor:
-        return self.estimate(x, self.levels(sigma, x.shape[1]), actions)
+        Those behind it take their second evaluation with it in the cache already, as they will see it from then on.
+        """
+        before, then = (Sigma(self.sigmas[(self.steps + k).clamp(min=0)][None]) for k in (-1, 1))
+        now: Level = Sigma(self.sigmas[self.steps][None])
+        last, x, steps = At(self.x, before, self.last_x0), self.x, self.steps + 1
 
-    def estimate(self, x: torch.Tensor, levels: torch.Tensor, actions: torch.Tensor | None) -> torch.Tensor:
-        """D of one block or of several in flight, or D_weak + w (D - D_weak) under guidance."""
+        def normals() -> torch.Tensor:
+            return self.noise(steps.tolist())
+
+        if self.churn.amount:
+            x, now = self.churn.add(x, now, self.config.sampling_steps, normals)
+        begin = At(x, now, self.estimate(x, now))
+        x = STEPS[self.config.solver](begin, then, last, normals)
+        finished = None
+        if steps[0] == self.config.sampling_steps:
+            f = self.block_frames
+            finished, x, steps = x[:, :f].clone(), x[:, f:], steps[f:]
+            begin = At(begin.x[:, f:], Sigma(now.noise[:, f:]), begin.x0[:, f:])
+            then = Sigma(then.noise[:, f:])
+            self.append(finished)
+        if len(steps) and self.config.solver in CORRECTED:
+            x = trapezoid(begin, At(x, then, self.estimate(x, then)))
+        self.x, self.steps, self.last_x0 = x, steps, begin.x0
+        return finished
+
+    def estimate(self, x: torch.Tensor, level: Level) -> torch.Tensor:
+        """D of the frames in flight, or D_weak + w (D - D_weak) under guidance."""
+        levels, actions = self.told(level.noise), self.caused_by(x.shape[1])
 
         def seeing_the_past(network: Any, cache: Any) -> torch.Tensor:
             call = network.denoise if x.shape[1] <= self.block_frames else network.denoise_sequence
@@ -243,26 +314,26 @@ class BlockSampler:
             weak = self.networks[0][0](x, levels, actions, spatial_only=True)
         return weak + self.config.guidance * (strong - weak)
 
-    def noise(self, frames: int, draw: int, ahead: int = 0) -> torch.Tensor:
-        """Normals (B, frames, C, Y, X) for the frames that come next in the cache, after `ahead` others."""
-        first = self.networks[0][1].frames + ahead
-        rows = []
-        for sample in range(self.batch):
-            for frame in range(first, first + frames):
-                offset = (frame << (_SAMPLE_BITS + _DRAW_BITS)) | (sample << _DRAW_BITS) | draw
-                rows.append(
-                    token_noise_eps(
-                        self.frame_shape,
-                        seed=self.seed,
-                        offset=offset,
-                        device=self.device,
-                        dtype=torch.float32,
-                    )
-                )
-        return torch.stack(rows).view(self.batch, frames, *self.frame_shape).to(self.dtype)
+    def noise(self, draws: Sequence[int], ahead: int = 0) -> torch.Tensor:
+        """Normals (B, F, C, Y, X) for the frames that come next in the cache after `ahead` others, a draw for each."""
+        frames = list(enumerate(draws, start=self.networks[0][1].frames + ahead))
+        rows = [
+            token_noise_eps(
+                self.frame_shape, seed=self.request.seed, device=self.device, dtype=torch.float32,
+                offset=(frame << (_SAMPLE_BITS + _DRAW_BITS)) | (sample << _DRAW_BITS) | draw,
+            )
+            for sample in range(self.batch) for frame, draw in frames
+        ]  # fmt: skip
+        return torch.stack(rows).view(self.batch, len(draws), *self.frame_shape).to(self.dtype)
 
-    def levels(self, sigma: float, frames: int) -> torch.Tensor:
-        return torch.full((self.batch, frames), sigma, dtype=self.dtype, device=self.device)
+    def told(self, sigma: torch.Tensor) -> torch.Tensor:
+        """Noise levels (1, F) as the network takes them."""
+        return sigma.to(self.device, self.dtype).repeat(self.batch, 1)
 
-    def on_device(self, actions: torch.Tensor | None) -> torch.Tensor | None:
-        return None if actions is None else actions.to(self.device)
+    def caused_by(self, frames: int) -> torch.Tensor | None:
+        """The actions of the request's next frames."""
+        return None if self.actions is None else self.actions[:, self.first : self.first + frames]
+
+
+def _frame_shape(denoiser: Any) -> tuple[int, int, int]:
+    return denoiser.config.channels, denoiser.config.height, denoiser.config.width

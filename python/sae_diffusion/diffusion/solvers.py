@@ -1,9 +1,7 @@
-"""Sampling with a noise level per token: one loop, seven solvers, any schedule and scaling.
+"""Sampling with a noise level per token: one loop over the steps of `steps`, any schedule and scaling.
 
 A network is `denoise(x, log_snr) -> x0_hat` with x (B, *shape, ...) and log_snr (B, *schedule.shape), fp64 for fp64 x
-and else fp32. A step goes from t to the earlier time p; a, s are signal and noise, lambda their log-SNR, and
-c = 1 - exp(lambda_t - lambda_p). Coefficients are made in fp64 per token and rounded to the dtype of x. Tokens whose
-lambda is the same at t and p keep their bits.
+and else fp32. Tokens whose log-SNR a step leaves as it is keep their bits.
 """
 
 from __future__ import annotations
@@ -11,7 +9,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -19,12 +17,12 @@ import torch
 from sae_kernels import token_noise_eps
 
 from .noise import derive_seed
-from .posterior import fresh_fraction, posterior_coefficients
-from .schedules import Given, Rolling, Schedule, expand_to, scales_of
+from .schedules import Given, Rolling, Schedule, expand_to
+from .steps import CORRECTED, STEPS, At, Churn, Level, ddim, trapezoid
 
 Denoise = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 
-SOLVERS = ("ancestral", "ddpm", "ddim", "euler", "heun", "dpm++2m", "stochastic-heun")
+SOLVERS = tuple(STEPS)
 KINDS = ("x0", "eps", "v", "flow")
 _START, _STEPS, _HIDDEN, _ROLL = 101, 102, 103, 104  # purposes of random numbers
 
@@ -127,31 +125,6 @@ def step_normals(x: torch.Tensor, seed: int, step: int) -> torch.Tensor:
     return token_noise_eps(tuple(x.shape), seed=derive_seed(seed, _STEPS), offset=step, device=x.device, dtype=x.dtype)
 
 
-@dataclass(frozen=True)
-class Churn:
-    """Noise added before a step of "stochastic-heun" (EDM, algorithm 2), token by token.
-
-    EDM also churns before its last step to sigma = 0; here that step is the evaluation for final="data", without noise.
-
-    Args:
-        amount: S_churn, spread over the steps in which a token moves.
-        least, greatest: S_tmin, S_tmax, on sigma = noise / signal of the token.
-        factor: S_noise.
-    """
-
-    amount: float = 40.0
-    least: float = 0.0
-    greatest: float = math.inf
-    factor: float = 1.0
-
-    def __post_init__(self) -> None:
-        for name in ("amount", "least", "factor"):
-            if not 0 <= getattr(self, name) < math.inf:
-                raise ValueError(f"{name}: must be finite and >= 0, got {getattr(self, name)}")
-        if not self.greatest >= self.least:
-            raise ValueError(f"greatest: must be at least least = {self.least}, got {self.greatest}")
-
-
 @torch.no_grad()
 def sample(
     denoise: Denoise,
@@ -169,18 +142,14 @@ def sample(
 ) -> torch.Tensor:
     """Carry x from times[0] to times[-1].
 
-    Solvers, with eps_hat = (x - a x0_hat) / s:
+    Solvers, see `steps` for what each does:
 
-    * "ancestral": draw from q(x_p | x_t, x0_hat), mean (a_p / a_t) (1 - c) x + a_p c x0_hat, variance s_p^2 c.
-    * "ddpm": the same mean with the greater variance of Ho et al. 2020, beta(p, t) = 1 - alpha(t) / alpha(p) times
-      a_p^2 + s_p^2, alpha = sigmoid(lambda); exact for data N(0, 1).
-    * "ddim": a_p x0_hat + sqrt(s_p^2 - v) eps_hat plus noise of variance v = eta^2 s_p^2 c; eta = 1 is "ancestral".
-    * "euler": a step of the probability-flow ODE dx = x0_hat da + eps_hat ds; the same as "ddim" with eta = 0.
-    * "heun": the trapezoidal rule for this ODE, two evaluations a step; EDM's for "ve", flow matching's for "flow".
-    * "dpm++2m": DPM-Solver++(2M) (Lu et al. 2022) with a history per token: a token whose last step was empty takes a
-      first-order step, and where the last step was less than a quarter of this one (a window that began inside it) the
-      extrapolation is limited to twice the last change of x0_hat.
-    * "stochastic-heun": "heun" after `churn`.
+    * "euler", "ddim" with eta = 0: first-order steps of the probability-flow ODE.
+    * "heun": second order, two evaluations a step; EDM's for "ve", flow matching's for "flow".
+    * "dpm++2m": DPM-Solver++(2M), second order with one evaluation; a history per token.
+    * "ancestral", "ddim" with eta > 0: with noise, of the posterior's variance or eta^2 of it; "ddpm": with more.
+    * "stochastic-heun": "heun" after `churn`. EDM also churns before its last step to sigma = 0; here that step is the
+      evaluation for final="data", without noise.
 
     Args:
         x_start: (B, *shape, ...), x at times[0]; `start` draws it. fp64 is solved in fp64.
@@ -209,15 +178,28 @@ def sample(
     if final == "auto":
         final = "data" if bool((times[-1] == 0).all()) else "state"
 
-    run = _Run(denoise, schedule.scaling, solver, eta, churn or Churn(), seed, offset, levels)
-    x = x_start
+    moving_steps = (levels[1:] != levels[:-1]).sum(dim=0, keepdim=True)
+    step = partial(ddim, eta=eta) if solver == "ddim" else STEPS[solver]
+    x, then, last = x_start, Level(levels[:1], schedule.scaling), None
     for i in range(len(levels) - 1):
-        x, x0 = run.step(i, x)
+        now, then = then, Level(levels[i + 1 : i + 2], schedule.scaling)
+        moving = now.log_snr != then.log_snr
+        moves = expand_to(moving, x).to(x.device)
+        normals = partial(step_normals, x, seed, offset + i)
+        state = x
+        if solver == "stochastic-heun":
+            noisier, now = (churn or Churn()).add(x, now, moving_steps, normals, moving)
+            state = torch.where(moves, noisier, x)
+        begin = At(state, now, _denoise(denoise, state, now.log_snr))
+        new = torch.where(moves, step(begin, then, last, normals), x)
+        if solver in CORRECTED:
+            new = torch.where(moves, trapezoid(begin, At(new, then, _denoise(denoise, new, then.log_snr))), x)
+        x, last = new, begin
         if callback is not None:
-            callback(i, x, x0)
+            callback(i, x, begin.x0)
     if final == "state":
         return x
-    return torch.where(expand_to(run.moving_steps > 0, x).to(x.device), _denoise(denoise, x, levels[-1:]), x)
+    return torch.where(expand_to(moving_steps > 0, x).to(x.device), _denoise(denoise, x, levels[-1:]), x)
 
 
 @torch.no_grad()
@@ -256,109 +238,6 @@ def roll(
         own = derive_seed(seed, _ROLL, token)
         entering = start((shape[0], 1, *shape[2:]), entry, seed=own, like=x)
         x = sample(denoise, torch.cat([x[:, 1:], entering], dim=1), schedule, times, seed=own, **options)
-
-
-class _Run:
-    """One run of `sample`: what a step needs besides the state."""
-
-    def __init__(
-        self, denoise: Denoise, scaling: str, solver: str, eta: float, churn: Churn, seed: int, offset: int,
-        levels: torch.Tensor,
-    ) -> None:  # fmt: skip
-        self.denoise, self.scaling, self.solver, self.eta, self.churn = denoise, scaling, solver, eta, churn
-        self.seed, self.offset, self.levels = seed, offset, levels
-        self.moving_steps = (levels[1:] != levels[:-1]).sum(dim=0, keepdim=True)
-        self.last_x0: torch.Tensor | None = None
-
-    def step(self, i: int, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        level, target = self.levels[i : i + 1], self.levels[i + 1 : i + 2]
-        moves = expand_to(level != target, x).to(x.device)
-        if self.solver == "stochastic-heun":
-            raised, level = self.raise_noise(i, x, level, target)
-            state = torch.where(moves, raised, x)
-        else:
-            state = x
-        x0 = _denoise(self.denoise, state, level)
-        new = {
-            "ancestral": self.ancestral, "ddpm": self.ddpm, "ddim": self.ddim, "euler": self.euler, "heun": self.heun,
-            "dpm++2m": self.multistep, "stochastic-heun": self.heun,
-        }[self.solver](i, state, x0, level, target, moves)  # fmt: skip
-        self.last_x0 = x0
-        return torch.where(moves, new, x), x0
-
-    def ancestral(self, i, x, x0, level, target, moves) -> torch.Tensor:
-        _, noise = self.scales(target)
-        return self.posterior_mean(x, x0, level, target) + self.normals(
-            i, x, noise * fresh_fraction(target, level).sqrt()
-        )
-
-    def ddpm(self, i, x, x0, level, target, moves) -> torch.Tensor:
-        signal, noise = self.scales(target)
-        beta = -torch.expm1(torch.nn.functional.logsigmoid(level) - torch.nn.functional.logsigmoid(target))
-        spread = ((signal.square() + noise.square()) * beta).sqrt()
-        return self.posterior_mean(x, x0, level, target) + self.normals(i, x, spread)
-
-    def ddim(self, i, x, x0, level, target, moves) -> torch.Tensor:
-        signal, noise = self.scales(target)
-        fresh = self.eta**2 * fresh_fraction(target, level)
-        kept = noise * (1 - fresh).sqrt()
-        new = self.times(signal, x0) + self.times(kept, self.eps_hat(x, x0, level))
-        return new + self.normals(i, x, noise * fresh.sqrt()) if self.eta else new
-
-    def euler(self, i, x, x0, level, target, moves) -> torch.Tensor:
-        return self.flow_step(x, x0, self.eps_hat(x, x0, level), level, target)
-
-    def heun(self, i, x, x0, level, target, moves) -> torch.Tensor:
-        eps = self.eps_hat(x, x0, level)
-        ahead = torch.where(moves, self.flow_step(x, x0, eps, level, target), x)
-        x0_ahead = _denoise(self.denoise, ahead, target)
-        eps_ahead = self.eps_hat(ahead, x0_ahead, target)
-        return self.flow_step(x, 0.5 * (x0 + x0_ahead), 0.5 * (eps + eps_ahead), level, target)
-
-    def multistep(self, i, x, x0, level, target, moves) -> torch.Tensor:
-        # h is the step in ln(signal / noise) = lambda / 2.
-        h = 0.5 * (target - level)
-        guess = x0
-        if i > 0:
-            h_last = 0.5 * (level - self.levels[i - 1 : i])
-            ahead = torch.where(h_last > 0, h / (2 * h_last), 0.0).clamp(max=2.0)
-            guess = x0 + self.times(ahead, x0 - self.last_x0)
-        signal, noise = self.scales(target)
-        return self.times(noise / self.scales(level)[1], x) - self.times(signal * torch.expm1(-h), guess)
-
-    def raise_noise(self, i, x, level, target) -> tuple[torch.Tensor, torch.Tensor]:
-        """State and levels after adding noise to the tokens that move."""
-        churn = self.churn
-        sigma = (-0.5 * level).exp()
-        gamma = (churn.amount / self.moving_steps.double().clamp(min=1)).clamp(max=math.sqrt(2) - 1)
-        churned = (level != target) & (sigma >= churn.least) & (sigma <= churn.greatest)
-        gamma = torch.where(churned, gamma, 0.0)
-        raised = level - 2 * torch.log1p(gamma)
-        signal, raised_signal = self.scales(level)[0], self.scales(raised)[0]
-        spread = raised_signal * sigma * ((1 + gamma).square() - 1).sqrt() * churn.factor
-        return self.times(raised_signal / signal, x) + self.normals(i, x, spread), raised
-
-    def posterior_mean(self, x, x0, level, target) -> torch.Tensor:
-        of_x, of_x0, _ = posterior_coefficients(target, level, self.scaling)
-        return self.times(of_x, x) + self.times(of_x0, x0)
-
-    def flow_step(self, x, x0, eps, level, target) -> torch.Tensor:
-        (signal, noise), (target_signal, target_noise) = self.scales(level), self.scales(target)
-        return x + self.times(target_signal - signal, x0) + self.times(target_noise - noise, eps)
-
-    def eps_hat(self, x, x0, level) -> torch.Tensor:
-        signal, noise = self.scales(level)
-        return self.times(1 / noise, x) - self.times(signal / noise, x0)
-
-    def normals(self, i: int, x: torch.Tensor, spread: torch.Tensor) -> torch.Tensor:
-        return self.times(spread, step_normals(x, self.seed, self.offset + i))
-
-    def scales(self, level: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        return scales_of(level, self.scaling)
-
-    @staticmethod
-    def times(factor: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
-        return expand_to(factor, x).to(x) * x
 
 
 def _denoise(denoise: Denoise, x: torch.Tensor, level: torch.Tensor) -> torch.Tensor:
