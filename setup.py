@@ -38,6 +38,8 @@ INSTRUCTION_SETS = {
     "avx2": ["-mavx2", "-mfma"],
     "avx512": ["-mavx512f", "-mavx512dq", "-mavx512bw", "-mavx512vl", "-mavx2", "-mfma", "-mprefer-vector-width=512"],
 }
+# Compiled once for each of these.
+INNER_LOOPS = ("cpu_kernels", "cpu_attention")
 CUDA_ARCHS = "80;90a;120"
 
 
@@ -92,10 +94,14 @@ def build_cpu(library: Path, scratch: Path) -> str:
     includes, links = torch_flags()
     further = shlex.split(os.environ.get("SAE_CPU_FLAGS", ""))
     sets = INSTRUCTION_SETS if platform.machine() in ("x86_64", "AMD64") else {"baseline": []}
-    units = [(f"cpu_kernels_{name}", "cpu_kernels.cpp", [*flags, f"-DSAE_ISA={name}"]) for name, flags in sets.items()]
+    units = [
+        (f"{loops}_{name}", f"{loops}.cpp", [*flags, f"-DSAE_ISA={name}"])
+        for loops in INNER_LOOPS
+        for name, flags in sets.items()
+    ]
     dispatch = ["-DSAE_X86"] if len(sets) > 1 else []
     for source in sorted((ROOT / "csrc").glob("*.cpp")):
-        if source.name != "cpu_kernels.cpp":
+        if source.stem not in INNER_LOOPS:
             units.append((source.stem, source.name, [*dispatch, *includes]))
     objects = [str(scratch / f"{name}.o") for name, _, _ in units]
     log = run_all(

@@ -22,5 +22,12 @@ void normalize_weights_cpu(std::vector<Tensor> weights, std::vector<Tensor> copi
                            double eps, bool in_place);
 void normalize_weights_bwd_cpu(std::vector<Tensor> grads, std::vector<Tensor> weights, std::vector<Tensor> grad_weights,
                                std::vector<double> gains, double eps);
+void frame_attention_fwd_cpu(const Tensor& q, const Tensor& k, const Tensor& v, Tensor out, Tensor lse, int64_t tokens,
+                             int64_t block, int64_t copies, bool noisy_first, int64_t window, int64_t sink,
+                             double scale, bool noisy_queries_only);
+void frame_attention_bwd_cpu(const Tensor& grad_out, const Tensor& q, const Tensor& k, const Tensor& v,
+                             const Tensor& out, const Tensor& lse, Tensor dq, Tensor dk, Tensor dv, int64_t tokens,
+                             int64_t block, int64_t copies, bool noisy_first, int64_t window, int64_t sink,
+                             double scale, bool noisy_queries_only);
 
 }  // namespace sae

@@ -22,6 +22,13 @@ STABLE_TORCH_LIBRARY(sae_kernels_native, m) {
   m.def("normalize_weights(Tensor(a!)[] weights, Tensor(b!)[] copies, float[] gains, float eps, bool in_place) -> ()");
   m.def("normalize_weights_bwd(Tensor[] grads, Tensor[] weights, Tensor(a!)[] grad_weights, float[] gains, float eps) "
         "-> ()");
+  // out and lse, or dq, dk, dv, of attention over a clean and `copies` noisy streams of `tokens` tokens in blocks of
+  // `block`; window < 0 for none. fp32, bf16, fp16; any strides with a contiguous last dimension.
+  m.def("frame_attention_fwd(Tensor q, Tensor k, Tensor v, Tensor(a!) out, Tensor(b!) lse, int tokens, int block, "
+        "int copies, bool noisy_first, int window, int sink, float scale, bool noisy_queries_only) -> ()");
+  m.def("frame_attention_bwd(Tensor grad_out, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, Tensor(a!) dq, "
+        "Tensor(b!) dk, Tensor(c!) dv, int tokens, int block, int copies, bool noisy_first, int window, int sink, "
+        "float scale, bool noisy_queries_only) -> ()");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(sae_kernels_native, CPU, m) {
@@ -31,4 +38,6 @@ STABLE_TORCH_LIBRARY_IMPL(sae_kernels_native, CPU, m) {
   m.impl("edm_loss", TORCH_BOX(&sae::edm_loss_cpu));
   m.impl("normalize_weights", TORCH_BOX(&sae::normalize_weights_cpu));
   m.impl("normalize_weights_bwd", TORCH_BOX(&sae::normalize_weights_bwd_cpu));
+  m.impl("frame_attention_fwd", TORCH_BOX(&sae::frame_attention_fwd_cpu));
+  m.impl("frame_attention_bwd", TORCH_BOX(&sae::frame_attention_bwd_cpu));
 }

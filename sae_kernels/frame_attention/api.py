@@ -35,8 +35,8 @@ def frame_attention(
         return_lse: also return the natural-log sum of exponentials of each row, (B, Hq, Sq), fp32 (fp64 for fp64
             input), without gradient.
         noisy_queries_only: q holds the noisy rows alone, as the last attention of a network needs.
-        impl: "auto", "reference" (dense, any float dtype), "composed" (library calls), "triton". A named one is used
-            or refused, never replaced.
+        impl: "auto", "reference" (dense, any float dtype), "composed" (library calls), "cpp" (on the CPU; not for
+            float64), "triton". A named one is used or refused, never replaced.
 
     Returns:
         out, of the shape and dtype of q, and of its memory order if its last dimension is contiguous; with

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import torch
 
-from .. import _launch, _library
+from .. import _extension, _launch, _library
 from ..layout import FrameLayout
-from . import composed
+from . import composed, cpp
 
 _LAYOUT = (
     "SymInt frames, SymInt tokens_per_frame, SymInt frames_per_block, SymInt noisy_copies, bool noisy_first, "
@@ -20,10 +20,16 @@ def implementations(
 ) -> tuple[list[str], dict[str, str]]:
     """(those that run on this device, fastest first; those that do not, with the reason)."""
     available = ["composed", "reference"]
-    why_not = dict.fromkeys(("cpp", "cuda"), "there is no C++ kernel for this op; use triton or composed")
+    why_not: dict[str, str] = {}
+    narrow = "it computes in float32; float64 is for composed and reference" if dtype == torch.float64 else None
+    if device.type == "cpu":
+        _extension.offer(available, why_not, device, narrow)
+    else:
+        why_not["cpp"] = "it runs on the CPU; here use triton or composed"
+    why_not["cuda"] = "there is no CUDA C++ kernel for this op; use triton"
     reason = _launch.why_not(device)
-    if reason is None and dtype == torch.float64:
-        reason = "it computes in float32; float64 is for composed and reference"
+    if reason is None and narrow is not None:
+        reason = narrow
     elif reason is None and head_dim > 256:
         reason = "it holds head dims up to 256"
     if reason is not None:
@@ -39,6 +45,8 @@ def implementations(
 def _backend(impl: str):
     if impl == "composed":
         return composed
+    if impl == "cpp":
+        return cpp
     if impl == "triton":
         from . import triton
 

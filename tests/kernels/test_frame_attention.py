@@ -184,7 +184,7 @@ def unseen(layout, start, end):
 
 
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")
-@pytest.mark.parametrize("impl", ["reference", "composed", "triton"])
+@pytest.mark.parametrize("impl", ["reference", "composed", "cpp", "triton"])
 @pytest.mark.parametrize("which", range(4))
 def test_products_that_overflow_stay_where_they_are_seen(which, impl):
     """One of q, k, v and grad is 3e38 or -3e38 in one block, of a group and a tile with others; the rest of it too is
@@ -330,7 +330,10 @@ def test_selective_checkpointing_can_save_it():
     composed.forward = counted
     try:
         checkpoint.checkpoint(
-            lambda *a: frame_attention(*a, layout).sin(), *tensors, use_reentrant=False, context_fn=context
+            lambda *a: frame_attention(*a, layout, impl="composed").sin(),
+            *tensors,
+            use_reentrant=False,
+            context_fn=context,
         ).sum().backward()
     finally:
         composed.forward = original
@@ -352,7 +355,7 @@ class Attend(torch.nn.Module):
 
 @pytest.mark.filterwarnings("ignore::UserWarning")
 @pytest.mark.parametrize(
-    "impl", [i for i in ("composed", "triton") if i in ops.implementations(torch.device("cpu"))[0]]
+    "impl", [i for i in ("composed", "cpp", "triton") if i in ops.implementations(torch.device("cpu"))[0]]
 )
 def test_ddp_and_fsdp_give_the_plain_gradients(impl, tmp_path):
     import torch.distributed as dist
