@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import reprlib
+import sys
+from collections.abc import Iterable, Sequence
 
 import torch
 
@@ -11,21 +13,73 @@ IMPLEMENTATIONS = ("auto", "reference", "composed", "cpp", "triton", "cuda")
 
 
 def describe(value: object) -> str:
+    """In one short line, whatever it is."""
     if isinstance(value, torch.Tensor):
-        return f"{str(value.dtype).removeprefix('torch.')} tensor of shape {tuple(value.shape)} on {value.device}"
-    return f"{type(value).__name__} {value!r}"
+        dtype = str(value.dtype).removeprefix("torch.")
+        if value.is_nested:
+            return f"nested {dtype} tensor"
+        kind = "" if value.layout == torch.strided else f"{str(value.layout).removeprefix('torch.')} "
+        return f"{kind}{dtype} tensor of shape {tuple(value.shape)} on {value.device}"
+    kind = type(value).__name__
+    if isinstance(getattr(value, "shape", None), tuple) and value.shape:  # type: ignore[attr-defined]
+        return f"{kind} of shape {value.shape}"  # type: ignore[attr-defined]
+    return f"{kind} {short(value)}"
+
+
+def short(value: object) -> str:
+    text = " ".join(reprlib.repr(value).split())
+    return text if len(text) <= 80 else f"{text[:77]}..."
+
+
+def check_dense(name: str, value: torch.Tensor) -> None:
+    if value.is_nested or value.layout != torch.strided:
+        raise TypeError(f"{name}: must be a dense tensor, got {describe(value)}")
+
+
+def check_flag(name: str, value: object) -> None:
+    if not isinstance(value, bool):
+        raise TypeError(f"{name}: must be True or False, got {describe(value)}")
+
+
+def check_integers(name: str, value: object) -> list[int]:
+    """Of a tuple or list."""
+    if not isinstance(value, (tuple, list)) or not all(is_integer(item) for item in value):
+        raise TypeError(f"{name}: must be a tuple of integers, got {describe(value)}")
+    return list(value)
+
+
+def is_integer(value: object) -> bool:
+    return isinstance(value, (int, torch.SymInt)) and not isinstance(value, bool)
+
+
+def check_list(name: str, values: object, what: str) -> list:
+    if isinstance(values, (torch.Tensor, str)) or not isinstance(values, Iterable):
+        raise TypeError(f"{name}: must be a list of {what}, got {describe(values)}")
+    return list(values)
+
+
+def check_number(name: str, value: object, *, finite: bool = True) -> float:
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"{name}: must be a number, got {describe(value)}")
+    # Comparisons, as torch.compile cannot trace math.isfinite and float() fails for large integers.
+    held = -sys.float_info.max <= value <= sys.float_info.max
+    if not held and (finite or isinstance(value, int)):
+        raise ValueError(f"{name}: must be finite{'' if finite else ' as a float'}, got {short(value)}")
+    return float(value)
 
 
 def check_tensor(name: str, value: object, *, shape: str, ndim: int | None = None) -> None:
     """`shape` is the legend shown to the caller, such as "(B, H, S, D)"; ndim is counted from it unless given."""
     if not isinstance(value, torch.Tensor):
         raise TypeError(f"{name}: must be a tensor of shape {shape}, got {describe(value)}")
+    check_dense(name, value)
     wanted = shape.count(",") + 1 if ndim is None else ndim
     if value.ndim != wanted:
         raise ValueError(f"{name}: must have shape {shape}, got {describe(value)}")
 
 
 def check_float(name: str, value: torch.Tensor) -> None:
+    check_dense(name, value)
     if value.dtype not in FLOAT_DTYPES:
         raise TypeError(f"{name}: dtype must be float32, bfloat16, float16 or float64, got {describe(value)}")
 
@@ -45,10 +99,10 @@ def check_size(name: str, what: str, got: int, rule: str, wanted: int) -> None:
 
 def check_word(name: str, value: object) -> None:
     """A signed 64-bit integer: a seed, or an offset of the generator."""
-    if isinstance(value, bool) or not isinstance(value, (int, torch.SymInt)):
+    if not is_integer(value):
         raise TypeError(f"{name}: must be an integer, got {describe(value)}")
-    if not -(2**63) <= value < 2**63:
-        raise ValueError(f"{name}: must be in [-2^63, 2^63), got {value}")
+    if not -(2**63) <= value < 2**63:  # type: ignore[operator]
+        raise ValueError(f"{name}: must be in [-2^63, 2^63), got {short(value)}")
 
 
 def choose_implementation(
@@ -58,8 +112,8 @@ def choose_implementation(
 
     `why_not` maps an implementation that cannot run here to its reason.
     """
-    if impl not in IMPLEMENTATIONS:
-        raise ValueError(f"impl: must be one of {', '.join(IMPLEMENTATIONS)}, got {impl!r}")
+    if not isinstance(impl, str) or impl not in IMPLEMENTATIONS:
+        raise ValueError(f"impl: must be one of {', '.join(IMPLEMENTATIONS)}, got {short(impl)}")
     if impl == "auto":
         return available[0]
     if impl in available:

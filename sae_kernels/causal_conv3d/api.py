@@ -129,8 +129,7 @@ def _check(x, weight, layout, past_scale, last_scale, history, pad_value) -> Non
             raise ValueError(
                 f"history: must have shape (B, Cin, kt - 1, Y, X) = {wanted}, got {_checks.describe(history)}"
             )
-    if isinstance(pad_value, bool) or not isinstance(pad_value, (int, float)):
-        raise TypeError(f"pad_value: must be a number, got {_checks.describe(pad_value)}")
+    _checks.check_number("pad_value", pad_value, finite=False)
 
 
 def _check_weight(weight, name: str, x: torch.Tensor) -> None:
@@ -146,7 +145,8 @@ def _check_weight(weight, name: str, x: torch.Tensor) -> None:
 
 
 def _check_like(name: str, value: torch.Tensor, other_name: str, other: torch.Tensor) -> None:
-    if torch.is_autocast_enabled(other.device.type) and torch.float64 not in (value.dtype, other.dtype):
+    autocast = other.device.type != "meta" and torch.is_autocast_enabled(other.device.type)
+    if autocast and torch.float64 not in (value.dtype, other.dtype):
         _checks.check_float(name, value)
         other = other.to(value.dtype)  # the op's autocast rule makes them equal; the device is still checked
     _checks.check_like(name, value, other_name, other)

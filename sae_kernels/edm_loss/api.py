@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-
 import torch
 
 from .. import _checks
@@ -67,8 +65,9 @@ def edm_loss(
         raise ValueError(f"x0: must have shape (B, T, ...) of raw {tuple(raw.shape)}, got {_checks.describe(x0)}")
     if sigma.shape != raw.shape[:2]:
         raise ValueError(f"sigma: must have shape (B, K T) = {tuple(raw.shape[:2])}, got {_checks.describe(sigma)}")
-    if isinstance(sigma_data, bool) or not isinstance(sigma_data, (int, float)) or not 0 < sigma_data < math.inf:
-        raise ValueError(f"sigma_data: must be a number > 0, got {sigma_data!r}")
+    sigma_data = _checks.check_number("sigma_data", sigma_data)
+    if sigma_data <= 0:
+        raise ValueError(f"sigma_data: must be a number > 0, got {sigma_data}")
     _checks.check_word("seed", seed)
     _checks.check_word("offset", offset)
 
@@ -77,4 +76,4 @@ def edm_loss(
     if chosen == "reference":
         eps = ops.noise(raw, x0, layout.streams, layout.noisy_first, seed, offset)
         return reference.edm_loss(raw, x0.detach(), sigma.detach(), eps, sigma_data)
-    return ops.edm_loss_fwd(raw, x0, sigma, layout.streams, layout.noisy_first, float(sigma_data), seed, offset, chosen)
+    return ops.edm_loss_fwd(raw, x0, sigma, layout.streams, layout.noisy_first, sigma_data, seed, offset, chosen)

@@ -31,7 +31,7 @@ def frame_attention(
             dimension, such as of a transposed (B, S, H, D) tensor, cost no copy.
         k, v: (B, Hkv, S, D) of the dtype and device of q; Hkv divides Hq (grouped-query attention).
         layout: the geometry; S must equal `layout.sequence_length`.
-        scale: factor on q k^T, 1/sqrt(D) by default.
+        scale: factor on q k^T, 1/sqrt(D) by default; a number: multiply q by one that is learned.
         return_lse: also return the natural-log sum of exponentials of each row, (B, Hq, Sq), fp32 (fp64 for fp64
             input), without gradient.
         noisy_queries_only: q holds the noisy rows alone, as the last attention of a network needs.
@@ -46,10 +46,11 @@ def frame_attention(
         ValueError: a shape, device or value breaks its rule, or `impl` cannot run here.
         TypeError: not a tensor, or not a supported or matching dtype.
     """
+    _checks.check_flag("noisy_queries_only", noisy_queries_only)
     _check(q, k, v, layout, noisy_queries_only)
     available, why_not = ops.implementations(q.device, q.dtype, q.shape[-1])
     chosen = _checks.choose_implementation("frame_attention", impl, q.device, available, why_not)
-    scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
+    scale = q.shape[-1] ** -0.5 if scale is None else _checks.check_number("scale", scale)
     if chosen == "reference":
         out, lse = reference.frame_attention(q, k, v, layout, scale, noisy_queries_only)
     else:

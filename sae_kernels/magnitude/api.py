@@ -7,7 +7,6 @@ deterministic. `impl` is "auto", "reference", "composed", or "triton"; a named o
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 
 import torch
@@ -78,12 +77,12 @@ def mp_sum(
         if extra < 0 or any(n != 1 and n != m for n, m in zip(t.shape, a.shape[extra:], strict=True)):
             raise ValueError(f"t: must broadcast to the shape of a {tuple(a.shape)}, got {_checks.describe(t)}")
     else:
-        t = _check_number("t", t)
+        t = _checks.check_number("t", t)
     no_triton = None
     if isinstance(t, torch.Tensor) and (a.ndim < 2 or ops.varies_inside_frames(t, a)):
         no_triton = f"its t is a number or one value for each (dim 0, dim 2), got {_checks.describe(t)}"
     if limit is not None:
-        limit = _check_number("limit", limit)
+        limit = _checks.check_number("limit", limit)
         if limit <= 0:
             raise ValueError(f"limit: must be > 0, got {limit}")
         if isinstance(t, torch.Tensor):
@@ -106,7 +105,7 @@ def mp_cat(a: torch.Tensor, b: torch.Tensor, dim: int = 1, t: float = 0.5, *, im
         ValueError: shapes or devices do not match, a size along `dim` is 0, or `impl` cannot run here.
     """
     a, b = _check_pair(a, b)
-    dim, t = _check_dim(dim, a), _check_number("t", t)
+    dim, t = _check_dim(dim, a), _checks.check_number("t", t)
     if a.ndim != b.ndim or any(n != m for d, (n, m) in enumerate(zip(a.shape, b.shape, strict=True)) if d != dim):
         raise ValueError(f"b: must have the shape of a {tuple(a.shape)} but for dim {dim}, got {_checks.describe(b)}")
     n_a, n_b = a.shape[dim], b.shape[dim]
@@ -172,7 +171,7 @@ def normalize_weight(w: torch.Tensor, gain: float | torch.Tensor = 1, *, impl: s
             raise ValueError(f"gain: must be one element on the device of w ({w.device}), got {_checks.describe(gain)}")
         gain = gain.reshape(())
     else:
-        gain = _check_number("gain", gain)
+        gain = _checks.check_number("gain", gain)
     chosen = _choose("normalize_weight", impl, w)
     if chosen == "reference":
         return reference.normalize_weight(w, gain)
@@ -206,7 +205,7 @@ def normalize_weights(
         TypeError: not a tensor, or not a supported dtype.
         ValueError: a shape or device breaks its rule, or `impl` cannot run here.
     """
-    weights = list(weights)
+    weights = _checks.check_list("weights", weights, "tensors")
     _check_weights(weights)
     if dtype is not None and dtype not in _checks.FLOAT_DTYPES:
         raise TypeError(f"dtype: must be float32, bfloat16, float16 or float64, got {dtype}")
@@ -244,14 +243,16 @@ def normalize_weights_(
         TypeError: not a tensor, or not a supported dtype.
         ValueError: a shape or device breaks its rule, or `impl` cannot run here.
     """
-    weights, copies = list(weights), list(copies or [])
+    weights = _checks.check_list("weights", weights, "tensors")
+    copies = [] if copies is None else _checks.check_list("copies", copies, "tensors")
     _check_weights(weights)
     for copy in copies:
         _check_tensor("copies", copy)
-        if copy.device != weights[0].device:
-            raise ValueError(f"copies: must be on the device of weights, got {_checks.describe(copy)}")
     if copies and [c.shape for c in copies] != [w.shape for w in weights]:
         raise ValueError(f"copies: must have the shapes of the weights, got {[tuple(c.shape) for c in copies]}")
+    for copy in copies:
+        if copy.device != weights[0].device:
+            raise ValueError(f"copies: must be on the device of weights, got {_checks.describe(copy)}")
     if copies and not all(c.is_contiguous() for c in copies):
         raise ValueError("copies: must be contiguous, got strides that are not")
     gains = _gains(gains, copies, "copies")
@@ -269,7 +270,9 @@ def _check_weights(weights: list[torch.Tensor]) -> None:
 
 
 def _gains(gains: Sequence[float] | None, tensors: list[torch.Tensor], name: str) -> list[float]:
-    found = [1.0] * len(tensors) if gains is None else [_check_number("gains", gain) for gain in gains]
+    if gains is None:
+        return [1.0] * len(tensors)
+    found = [_checks.check_number("gains", gain) for gain in _checks.check_list("gains", gains, "numbers")]
     if len(found) != len(tensors):
         raise ValueError(f"gains: must be as many as {name} = {len(tensors)}, got {len(found)}")
     return found
@@ -295,23 +298,15 @@ def _check_pair(a: torch.Tensor, b: torch.Tensor) -> tuple[torch.Tensor, torch.T
     return a.to(dtype), b.to(dtype)
 
 
-def _check_number(name: str, value: float) -> float:
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise TypeError(f"{name}: must be a number, got {_checks.describe(value)}")
-    if not -math.inf < value < math.inf:  # torch.compile cannot trace math.isfinite
-        raise ValueError(f"{name}: must be finite, got {value}")
-    return float(value)
-
-
 def _check_dim(dim: int, x: torch.Tensor) -> int:
     if isinstance(dim, bool) or not isinstance(dim, int) or not -x.ndim <= dim < x.ndim:
-        raise ValueError(f"dim: must be an integer in [{-x.ndim}, {x.ndim}), got {dim!r}")
+        raise ValueError(f"dim: must be an integer in [{-x.ndim}, {x.ndim}), got {_checks.short(dim)}")
     return dim % x.ndim
 
 
 def _check_norm(x: torch.Tensor, dim: int, eps: float) -> tuple[int, float]:
     _check_tensor("x", x)
-    dim, eps = _check_dim(dim, x), _check_number("eps", eps)
+    dim, eps = _check_dim(dim, x), _checks.check_number("eps", eps)
     if eps <= 0:
         raise ValueError(f"eps: must be > 0, got {eps}")
     if x.shape[dim] < 1:

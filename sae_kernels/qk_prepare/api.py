@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 
 import torch
@@ -110,8 +109,12 @@ def qkv_prepare(
         if heads % 3 or heads == 0:
             raise ValueError(f"qkv: heads must be a positive multiple of 3 without kv_heads, got {heads}")
         kv_heads = heads // 3
+    elif not _checks.is_integer(kv_heads):
+        raise TypeError(f"kv_heads: must be an integer, got {_checks.describe(kv_heads)}")
     elif not 1 <= kv_heads <= (heads - 1) // 2:
-        raise ValueError(f"kv_heads: must be in [1, {(heads - 1) // 2}] with {heads} heads, got {kv_heads}")
+        raise ValueError(
+            f"kv_heads: must be in [1, {(heads - 1) // 2}] with {heads} heads, got {_checks.short(kv_heads)}"
+        )
     options = (start, grid, axes, base, interleaved, normalize, normalize_v, eps, impl)
     counts = [heads - 2 * kv_heads, kv_heads, kv_heads]
     q, k, v = _prepare("qkv_prepare", (qkv.transpose(1, 2), None, None), counts, positions, *options)
@@ -126,10 +129,11 @@ def _prepare(
     if D < 1:
         raise ValueError(f"{argument}: head dim must be >= 1, got {D}")
     for name, value, least in (("eps", eps, 0), ("base", base, 1)):
-        if isinstance(value, bool) or not isinstance(value, (int, float)):
-            raise TypeError(f"{name}: must be a number, got {_checks.describe(value)}")
-        if not least <= value < math.inf or value == 0:
+        number = _checks.check_number(name, value)
+        if number < least or number == 0:
             raise ValueError(f"{name}: must be finite and {'>= 1' if least else '> 0'}, got {value}")
+    for name, flag in (("interleaved", interleaved), ("normalize", normalize), ("normalize_v", normalize_v)):
+        _checks.check_flag(name, flag)
     if positions is not None and not isinstance(positions, (FrameLayout, torch.Tensor)):
         raise TypeError(f"positions: must be a FrameLayout, a tensor or None, got {_checks.describe(positions)}")
     axes = _axes(axes, positions, grid, D)
@@ -163,7 +167,7 @@ def _axes(axes: Sequence[int] | None, positions: object, grid: object, D: int) -
     three = isinstance(positions, FrameLayout) and grid is not None
     if axes is None:
         axes = [D - 4 * (D // 6), 2 * (D // 6), 2 * (D // 6)] if three else [D]
-    axes = list(axes)
+    axes = _checks.check_integers("axes", axes)
     if any(channels < 0 or channels % 2 for channels in axes) or not 2 <= sum(axes) <= D:
         raise ValueError(f"axes: must be even numbers with a sum from 2 to the head dim = {D}, got {tuple(axes)}")
     if isinstance(positions, FrameLayout) and len(axes) != (3 if three else 1):
@@ -185,13 +189,15 @@ def _place(
     P = positions.tokens_per_frame
     if grid is None:
         return positions.frames, P, P, start
-    if len(grid) != 2 or min(grid) < 1 or grid[0] * grid[1] != P:
-        raise ValueError(f"grid: must be (Y, X) with Y X = tokens_per_frame = {P}, got {tuple(grid)}")
-    return positions.frames, P, grid[1], start
+    sizes = _checks.check_integers("grid", grid)
+    if len(sizes) != 2 or min(sizes) < 1 or sizes[0] * sizes[1] != P:
+        raise ValueError(f"grid: must be (Y, X) with Y X = tokens_per_frame = {P}, got {_checks.short(grid)}")
+    return positions.frames, P, sizes[1], start
 
 
 def _positions(q: torch.Tensor, positions: torch.Tensor, axes: int) -> torch.Tensor:
     """(B or 1, S, A) int64."""
+    _checks.check_dense("positions", positions)
     if positions.dtype not in (torch.int64, torch.int32):
         raise TypeError(f"positions: dtype must be int64 or int32, got {_checks.describe(positions)}")
     if positions.device != q.device:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -54,9 +55,9 @@ def token_noise(
         raise TypeError(f"layout: must be a FrameLayout, got {_checks.describe(layout)}")
     if not isinstance(x, torch.Tensor):
         raise TypeError(f"x: must be a tensor of shape (B, T, ...), got {_checks.describe(x)}")
+    _checks.check_float("x", x)
     if x.ndim < 2:
         raise ValueError(f"x: must have shape (B, T, ...), got {_checks.describe(x)}")
-    _checks.check_float("x", x)
     _checks.check_size("x", "frames", x.shape[1], "layout.frames", layout.frames)
     dtype = x.dtype if dtype is None else dtype
     _check_dtype(dtype)
@@ -93,14 +94,16 @@ def token_noise_eps(
 
     Raises:
         ValueError: a negative size, a seed or offset outside 64 bits, or `impl` cannot run here.
-        TypeError: not an integer, or not a supported dtype.
+        TypeError: not a tuple or list of integers, or not a supported dtype.
     """
     _check_dtype(dtype)
     _checks.check_word("seed", seed)
     _checks.check_word("offset", offset)
-    shape = tuple(shape)
+    shape = _checks.check_integers("shape", shape)
     if any(size < 0 for size in shape):
-        raise ValueError(f"shape: sizes must be >= 0, got {shape}")
+        raise ValueError(f"shape: sizes must be >= 0, got {_checks.short(tuple(shape))}")
+    if math.prod(shape) >= 2**63:
+        raise ValueError(f"shape: must have fewer than 2^63 elements, got {_checks.short(tuple(shape))}")
     like = torch.empty(0, dtype=dtype, device=device)
     available, why_not = ops.implementations(like.device, dtypes=(dtype,))
     chosen = _checks.choose_implementation("token_noise_eps", impl, like.device, available, why_not)
@@ -111,12 +114,13 @@ def token_noise_eps(
 
 def _check_dtype(dtype: torch.dtype) -> None:
     if dtype not in _checks.FLOAT_DTYPES:
-        raise TypeError(f"dtype: must be float32, bfloat16, float16 or float64, got {dtype}")
+        raise TypeError(f"dtype: must be float32, bfloat16, float16 or float64, got {_checks.short(dtype)}")
 
 
 def _scale(name: str, value: torch.Tensor | float, x: torch.Tensor, shape: tuple[int, ...]) -> torch.Tensor:
     """The scale as a tensor of the rank of x."""
     if isinstance(value, (int, float)) and not isinstance(value, bool):
+        value = _checks.check_number(name, value, finite=False)
         return x.new_full((1,) * x.ndim, value, dtype=torch.float64 if x.dtype == torch.float64 else torch.float32)
     if not isinstance(value, torch.Tensor):
         raise TypeError(f"{name}: must be a number or a tensor, got {_checks.describe(value)}")
