@@ -187,9 +187,10 @@ def loss_curve(folder: Path) -> Path:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
+    # runs begun before the metrics had a readable "loss" call it "weighted_loss"
     records = [json.loads(line) for line in (folder / CURVE).read_text(encoding="utf-8").splitlines()]
     figure, axes = pyplot.subplots(figsize=(7, 4), layout="constrained")
-    axes.plot([r["clips"] for r in records], [r["weighted_loss"] for r in records])
+    axes.plot([r["clips"] for r in records], [r.get("weighted_loss", r.get("loss")) for r in records])
     axes.set(xlabel="clips seen", ylabel="weighted denoising loss", yscale="log", title="training")
     axes.grid(which="both", alpha=0.3)
     figure.savefig(folder / "loss.png", dpi=120)

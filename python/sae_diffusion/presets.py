@@ -101,7 +101,7 @@ PRESETS = {
             clip_length=8, batch_size=2, noisy_copies=3, steps=4000,
             noise=NoiseConfig(mean=1.2, std=1.0, context_sigma_max=0.2),
             lr=2e-2, lr_ref_steps=100, lr_ramp_steps=20, checkpoint_every=200, snapshot_every=200, log_every=20,
-            num_workers=1,
+            heldout_every=100, num_workers=1,
         ),
         SamplerConfig(sampling_steps=8, sigma_min=2.0, sigma_max=40.0, rho=2.0),
         ClipConfig(clip_stride=2),

@@ -62,7 +62,9 @@ def make_trainer(preset: Preset) -> Trainer:
     torch.manual_seed(train.seed)
     model = Denoiser(fit_to_data(preset.model, dataset))
     on_sample = strip_writer(preset) if train.sample_every else None
-    trainer = Trainer(train, model, dataset, FrameStats.estimate(dataset), on_sample=on_sample)
+    others = [episode for episode in dataset.others if dataset.frames_of(episode) >= train.clip_length]
+    heldout = dataset.cut(train.clip_length, others) if others else None
+    trainer = Trainer(train, model, dataset, FrameStats.estimate(dataset), on_sample=on_sample, heldout=heldout)
     if trainer.rank == 0:
         write_run_settings(Path(train.run_dir), preset)
     return trainer

@@ -109,7 +109,10 @@ def train_video(
         stats = FrameStats((0.0, 0.1), (0.6, 0.5))
         trainer = Trainer(config, network(dtype, **(model or {})), Stripes(**(data or {})), stats)
         trainer.train()
-        out = logged(Path(folder), "loss", "weighted_loss", "weighted_loss_spatial", "grad_norm")
+        # recorded when the metrics still had these names
+        then = {"normalised_loss": "loss", "loss": "weighted_loss", "loss_spatial": "weighted_loss_spatial"}
+        curves = logged(Path(folder), *then, "grad_norm")
+        out = {then.get(name, name): curve for name, curve in curves.items()}
         out["weights"] = flat(trainer.model)
         with trainer.ema_weights(config.ema_stds[0]):
             out["average"] = flat(trainer.model)

@@ -199,3 +199,30 @@ def test_training_says_what_it_skips_and_that_nothing_is_held_out(tmp_path, caps
     write_clips(folder, [8], heldout=True)
     assert cli.main([*arguments[:-1], f"--run-dir={tmp_path / 'again'}"]) == 0
     assert "warning" not in capsys.readouterr().err
+
+
+def test_the_screen_shows_the_denoising_loss_and_its_held_out_value(tmp_path, capsys):
+    folder = tmp_path / "data"
+    write_clips(folder, [8, 8, 8], heldout=False)
+    weights = {}
+    for name, heldout in (("without", False), ("with", True)):
+        if heldout:
+            write_clips(folder, [8, 8, 3], heldout=True)
+        out = tmp_path / name
+        options = ["--steps=4", "--log-every=1", "--heldout-every=2", "--no-tensorboard"]
+        assert cli.main(["train", f"--data={folder}", f"--run-dir={out}", *MODEL, *options]) == 0
+        err = capsys.readouterr().err
+        records = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+        shown = [line for line in err.splitlines() if line.startswith("train ")]
+        assert len(shown) == len(records) == 4
+        # The first fit of the normaliser comes later: until then both are the same number.
+        for line, record in zip(shown, records, strict=True):
+            assert f"loss {record['loss']:.4f}" in line and " left" in line
+            assert record["normalised_loss"] == pytest.approx(record["loss"], rel=1e-5)
+        assert [("heldout_loss" in record) for record in records] == [heldout and i % 2 == 1 for i in range(4)]
+        assert ("held out" in shown[1]) == heldout
+        if heldout:
+            first, last = records[1]["heldout_loss"], records[3]["heldout_loss"]
+            assert first != last and f"held out {last:.4f}" in shown[3]
+        weights[name] = (out / "step-0000004" / "model.safetensors").read_bytes()
+    assert weights["with"] == weights["without"], "measuring changes no bit of training"

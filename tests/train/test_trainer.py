@@ -76,9 +76,9 @@ def test_uninterrupted_run(uninterrupted):
     assert [r["clips"] for r in records] == [4, 8, 12, 16, 20, 24]
     lrs = [1e-2 * min(i / 2, 1) / math.sqrt(max(i / 3, 1)) for i in range(1, 7)]
     assert [r["lr"] for r in records] == pytest.approx(lrs, rel=1e-12)
-    assert all(math.isfinite(r["loss"]) and r["grad_norm"] > 0 for r in records)
+    assert all(math.isfinite(r["normalised_loss"]) and r["grad_norm"] > 0 for r in records)
     # before the first fit (after step 2) the divisor is 1, then it is not
-    assert records[0]["loss"] == records[0]["weighted_loss"] and records[3]["loss"] != records[3]["weighted_loss"]
+    assert records[0]["normalised_loss"] == records[0]["loss"] and records[3]["normalised_loss"] != records[3]["loss"]
 
 
 def test_resume_in_another_process_after_kill_9_is_bit_exact(uninterrupted, tmp_path):
@@ -294,7 +294,7 @@ def test_gradient_is_that_of_the_mean_over_the_global_batch(tmp_path, monkeypatc
     model.normalize_weights_()
     mean = torch.cat([real(model, *arguments, **options) for arguments, options in calls]).mean()
     mean.backward()
-    assert mean.item() == pytest.approx(metrics(tmp_path)[0]["loss"], rel=1e-6)
+    assert mean.item() == pytest.approx(metrics(tmp_path)[0]["normalised_loss"], rel=1e-6)
     for got, p in zip(caught, model.parameters(), strict=True):
         torch.testing.assert_close(got, p.grad, rtol=1e-5, atol=1e-6 * p.grad.abs().max().item())
 
@@ -386,10 +386,10 @@ def test_two_processes_with_four_micro_batches_equal_one_to_rounding(two_process
     directory, _ = two_processes
     trainer(tmp_path, micro_batch=1).train()
     one, two = metrics(tmp_path), metrics(directory / "four")
-    assert one[0]["loss"] == two[0]["loss"]
+    assert one[0]["normalised_loss"] == two[0]["normalised_loss"]
     for a, b in zip(one, two, strict=True):
         # six Adam steps let the fp32 rounding of the gradient (2^-24) grow
-        assert a["loss"] == pytest.approx(b["loss"], rel=1e-5)
+        assert a["normalised_loss"] == pytest.approx(b["normalised_loss"], rel=1e-5)
         assert a["grad_norm"] == pytest.approx(b["grad_norm"], rel=1e-4)
 
 
@@ -452,7 +452,7 @@ def test_training_lowers_the_loss_and_averages_follow(tmp_path):
     result = trainer(tmp_path, steps=60, log_every=20, lr_ref_steps=0, noisy_copies=4, snapshot_every=15).train()
     records = metrics(tmp_path)
     assert [r["step"] for r in records] == [20, 40, 60]
-    assert records[-1]["weighted_loss"] < 0.8 * records[0]["weighted_loss"]
+    assert records[-1]["loss"] < 0.8 * records[0]["loss"]
     weights = load_file(result.checkpoint / "model.safetensors")
     average = load_average(result.checkpoint, 0.05)
     assert torch.equal(average["out.weight"], load_file(result.checkpoint / "ema-0.05.safetensors")["out.weight"])
@@ -463,7 +463,7 @@ def test_training_lowers_the_loss_and_averages_follow(tmp_path):
 
 
 def test_every_knob_reaches_the_arithmetic(uninterrupted, tmp_path):
-    reference = metrics(uninterrupted.parent)[-1]["loss"]
+    reference = metrics(uninterrupted.parent)[-1]["normalised_loss"]
     changes = [
         {"seed": 8}, {"noisy_copies": 1}, {"lr": 2e-2}, {"lr_ramp_steps": 0}, {"lr_ref_steps": 0}, {"grad_clip": 1e-3},
         {"action_dropout": 1.0}, {"normalizer_every": 3}, {"weight_decay": 1.0}, {"betas": (0.5, 0.5)},
@@ -472,7 +472,7 @@ def test_every_knob_reaches_the_arithmetic(uninterrupted, tmp_path):
     losses = [reference]
     for i, change in enumerate(changes):
         trainer(tmp_path / str(i), **change).train()
-        losses.append(metrics(tmp_path / str(i))[-1]["loss"])
+        losses.append(metrics(tmp_path / str(i))[-1]["normalised_loss"])
     assert len(set(losses)) == len(losses)
 
 
@@ -495,8 +495,8 @@ def test_low_precision_has_the_gradient_of_fp32(uninterrupted, tmp_path, precisi
     low, full = metrics(tmp_path)[0], metrics(uninterrupted.parent)[0]
     # one rounding is 2^-8 in bf16 and 2^-11 in fp16
     assert low["grad_norm"] == pytest.approx(full["grad_norm"], rel=2**-6)
-    assert low["loss"] == pytest.approx(full["loss"], rel=2**-6)
-    assert low["loss"] != full["loss"]
+    assert low["normalised_loss"] == pytest.approx(full["normalised_loss"], rel=2**-6)
+    assert low["normalised_loss"] != full["normalised_loss"]
 
 
 def test_fp16_skips_a_step_that_overflows_and_goes_on(tmp_path):
@@ -552,7 +552,7 @@ def test_a_gradient_that_is_not_finite_stops_the_run_before_anything_is_saved(tm
     with pytest.raises(FloatingPointError, match=r"^out\.weight of model is not finite any more at step 4"):
         t.train()
     assert max(p.name for p in tmp_path.glob("*step-*")) == latest_checkpoint(tmp_path).name == "step-0000003"
-    assert all(math.isfinite(r["loss"]) and math.isfinite(r["grad_norm"]) for r in metrics(tmp_path))
+    assert all(math.isfinite(r["normalised_loss"]) and math.isfinite(r["grad_norm"]) for r in metrics(tmp_path))
     for path in (tmp_path / "ema").glob("*"):
         assert int(path.name[:12]) <= 12 and load_file(path)["out.weight"].isfinite().all()
     assert trainer(tmp_path, **options).train().reason == "done"
@@ -734,8 +734,8 @@ def test_plain_lines_without_a_terminal_and_tensorboard_curves(tmp_path, capsys)
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
-    assert {"loss", "weighted_loss", "lr", "grad_norm", "clips_per_second"} <= set(events.Tags()["scalars"])
-    assert [e.step for e in events.Scalars("loss")] == [3, 6]
+    assert {"normalised_loss", "loss", "lr", "grad_norm", "clips_per_second"} <= set(events.Tags()["scalars"])
+    assert [e.step for e in events.Scalars("normalised_loss")] == [3, 6]
 
 
 @pytest.mark.parametrize(

@@ -448,8 +448,8 @@ class ClipDataset(torch.utils.data.Dataset):
     """Clips of fixed length; `ds[i]` -> Clip depends on i and the files only. Made by `open_dataset`.
 
     frame_shape (Y, X, C); is_latent; num_actions (discrete, 0 = none); action_dim (continuous, 0 = none); fps or None;
-    episodes; others, the number of usable ones that are not in the split; skipped: list of (source, reason). Can be
-    pickled, and used after a fork.
+    episodes; others, the usable ones that are not in the split; skipped: list of (source, reason). Can be pickled, and
+    used after a fork.
     """
 
     def __init__(
@@ -464,7 +464,7 @@ class ClipDataset(torch.utils.data.Dataset):
         clip_stride: int | None,
         num_actions: int,
         fps: float | None = None,
-        others: int = 0,
+        others: Sequence[Episode] = (),
     ) -> None:
         self._reader, self.episodes, self.skipped = reader, list(episodes), list(skipped)
         self.clip_length, self.size, self.frame_stride = clip_length, size, frame_stride
@@ -475,7 +475,7 @@ class ClipDataset(torch.utils.data.Dataset):
         self.is_latent = first.dtype == "float32"
         self.num_actions = num_actions
         self.action_dim = first.actions.shape[1] if first.actions is not None and first.actions.ndim == 2 else 0
-        self.fps, self.others = fps, others
+        self.fps, self.others = fps, list(others)
         counts = [(episode.length - self._span) // self.clip_stride + 1 for episode in self.episodes]
         self._ends = np.cumsum(counts).tolist()
         self._versions: dict[str, tuple[int, int]] = {}  # of files whose time changed and whose content did not
@@ -647,7 +647,11 @@ def open_dataset(
     if not num_actions:
         discrete = [e.actions for e in found if e.actions is not None and e.actions.ndim == 1]
         num_actions = max((int(a.max(initial=-1)) + 1 for a in discrete), default=0)
-    used = [e for e in found if split == "all" or is_heldout(e.identity, heldout_fraction) == (split == "heldout")]
+    used: list[Episode] = []
+    others: list[Episode] = []
+    for e in found:
+        mine = split == "all" or is_heldout(e.identity, heldout_fraction) == (split == "heldout")
+        (used if mine else others).append(e)
     span = (clip_length - 1) * frame_stride + 1
     long_enough = []
     for episode in used:
@@ -673,7 +677,7 @@ def open_dataset(
         clip_stride=clip_stride,
         num_actions=num_actions,
         fps=description.get("fps"),
-        others=len(found) - len(used),
+        others=others,
     )
 
 

@@ -43,6 +43,7 @@ def log_likelihood(
     rtol: float | None = None,
     atol: float | None = None,
     method: str = "dopri5",
+    callback: Callable[[float], None] | None = None,
 ) -> Tensor:
     """log p(x) of each sample in nats (B,), a density over data x (change of variables by the basis included).
 
@@ -72,6 +73,7 @@ def log_likelihood(
         prior_covariance: (D, D) of the flattened components, instead of prior_variance.
         rtol, atol, method: of `torchdiffeq.odeint`, one of its adaptive methods. The tolerances are 1e-6 in fp64, which
             gives Gaussians to some 1e-4 bits per dimension, and 1e-5 in fp32.
+        callback: called with the time t reached on the way from 0 to 1.
 
     Raises:
         ValueError, TypeError: an argument breaks its rule.
@@ -95,6 +97,7 @@ def log_likelihood(
         components = x if basis is None else basis.forward(x)
         generator = torch.Generator().manual_seed(seed)
         flow = _Flow(denoise, schedule, components, divergence, probes, generator)
+        flow.callback = callback
         start, start_term = _data_end(flow, components, data_end, generator)
         tolerance = 1e-6 if x.dtype == torch.float64 else 1e-5
         end, gained = flow.solve(
@@ -165,6 +168,7 @@ class _Flow:
         generator: torch.Generator,
     ) -> None:
         self.denoise, self.schedule = denoise, schedule
+        self.callback: Callable[[float], None] | None = None
         self.shape, self.dtype, self.device = components.shape, components.dtype, components.device
         size = components[0].numel()
         # [probes, 1 or B, *shape]
@@ -224,6 +228,8 @@ class _Flow:
 
         def rate(t: Tensor, state: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
             time = t.double().clamp(begin + margin, end - margin)
+            if self.callback is not None:
+                self.callback(float(time))
             log_snr, slope = self.log_snr(time), self.full(self._at(self.schedule.log_snr_slope, time))
             square = torch.sigmoid(self.full(log_snr))
             signal = square.sqrt()

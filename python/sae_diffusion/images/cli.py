@@ -96,7 +96,10 @@ class ImagesSample:
         from .train import load_model
 
         model = load_model(self.run_dir, average=self.weights == "average", device=pick_device(self.device))
-        images = sample_images(model, self.count, steps=self.sampling_steps, solver=self.solver, seed=self.seed)
+        with progress_bar("sample", self.sampling_steps, "steps") as bar:
+            images = sample_images(
+                model, self.count, steps=self.sampling_steps, solver=self.solver, seed=self.seed, callback=bar.update
+            )
         out = self.out or run_folder(self.run_dir) / "samples.png"
         out.parent.mkdir(parents=True, exist_ok=True)
         write_png(out, contact_sheet(images, model.levels, columns=min(16, self.count), scale=self.scale))
@@ -133,7 +136,10 @@ class ImagesEvaluate:
 
         model = load_model(self.run_dir, average=self.weights == "average", device=pick_device(self.device))
         images = open_images(model.config.data, self.data_path or model.config.data_path)
-        bits = evaluate(model, images.heldout, self.evaluate)
+        with progress_bar(
+            "evaluate", min(self.evaluate.images or len(images.heldout), len(images.heldout)), "images"
+        ) as bar:
+            bits = evaluate(model, images.heldout, self.evaluate, callback=bar.update)
         report = {
             "bits_per_dim": bits.mean, "standard_error": bits.standard_error, "images": len(bits.bits),
             "independent_normals": float(bits.gaussian.mean()), "step": model.step,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -64,7 +65,9 @@ def choose_images(images: np.ndarray, count: int, seed: int) -> Tensor:
     return torch.from_numpy(images[order[: count or len(images)]])
 
 
-def evaluate(model: ImageModel, images: np.ndarray, config: EvaluateConfig) -> Bits:
+def evaluate(
+    model: ImageModel, images: np.ndarray, config: EvaluateConfig, callback: Callable[[float], None] | None = None
+) -> Bits:
     """Bits per dimension: an upper bound for the integer pixels, by uniform dequantisation with one draw per image.
 
     The density is that which the probability flow carries from the normal prior at t = 1 to the components at t = 0;
@@ -72,6 +75,7 @@ def evaluate(model: ImageModel, images: np.ndarray, config: EvaluateConfig) -> B
 
     Args:
         images: uint8 (N, C, Y, X) of the model's shape.
+        callback: called with the number of images done, the batch under way in part.
 
     Raises:
         ValueError: images of another shape.
@@ -90,10 +94,15 @@ def evaluate(model: ImageModel, images: np.ndarray, config: EvaluateConfig) -> B
 
     dims = model.basis.size
     for number, batch in enumerate(x.to(model.device).split(config.batch_size)):
+
+        def report(t: float, done: int = number * config.batch_size, size: int = len(batch)) -> None:
+            if callback is not None:
+                callback(done + t * size)
+
         log_density = log_likelihood(
             denoise, batch, _Smooth(model.schedule), basis=model.basis, divergence=config.divergence,
             probes=config.probes, seed=derive_seed(config.seed, _PROBES, number), rtol=config.tolerance,
-            atol=config.tolerance,
+            atol=config.tolerance, callback=report,
         )  # fmt: skip
         bits.append(bits_per_dim(log_density, dims, dequantise_log_det(model.levels, dims)))
     return Bits(torch.cat(bits).cpu().numpy(), gaussian.numpy(), evaluations)
@@ -101,7 +110,14 @@ def evaluate(model: ImageModel, images: np.ndarray, config: EvaluateConfig) -> B
 
 @torch.no_grad()
 def sample_images(
-    model: ImageModel, count: int, *, steps: int = 64, solver: str = "ddim", seed: int = 0, start: Tensor | None = None
+    model: ImageModel,
+    count: int,
+    *,
+    steps: int = 64,
+    solver: str = "ddim",
+    seed: int = 0,
+    start: Tensor | None = None,
+    callback: Callable[[int], None] | None = None,
 ) -> np.ndarray:
     """uint8 images (count, C, Y, X).
 
@@ -109,6 +125,7 @@ def sample_images(
         steps: of equal length in t; one after another needs more of them than all together.
         solver: of `diffusion.solvers.sample`.
         start: components at t = 1 (count, C, Y, X); standard normals of the seed by default.
+        callback: called with the number of steps done.
 
     Raises:
         ValueError: count below 1.
@@ -119,7 +136,14 @@ def sample_images(
         shape = (count, *model.basis.shape)
         start = start_noise(shape, model.schedule, seed=derive_seed(seed, _START), device=model.device)
     times = sampling_times(model.schedule, steps)
-    z = sample(model.denoise, start, model.schedule, times, solver=solver, seed=derive_seed(seed, _STEPS))
+
+    def report(i: int, *_: object) -> None:
+        if callback is not None:
+            callback(i + 1)
+
+    z = sample(
+        model.denoise, start, model.schedule, times, solver=solver, seed=derive_seed(seed, _STEPS), callback=report
+    )
     return quantise(model.basis.inverse(z), model.levels).cpu().numpy()
 
 

@@ -101,21 +101,27 @@ def negative_log_likelihood(
     rtol: float = 1e-4,
     atol: float = 1e-4,
     data_end: str = "smoothed",
+    callback: Callable[[float], None] | None = None,
 ) -> np.ndarray:
     """-log p of each series in data units, nats (count,): of held-out series, never of the network's own.
 
     The density is that of the data with the schedule's least noise on them (data_end="smoothed"), or a bound on
     that of the data themselves ("bound"), see `sae_diffusion.diffusion.likelihood`. The change of units adds the sum of
-    the logarithms of `stats.std`.
+    the logarithms of `stats.std`. `callback` is called with the number of series done, the batch under way in part.
     """
     from ..diffusion.likelihood import log_likelihood
 
     z = stats.normalize(x).to(next(model.parameters()).device)
     values = []
     for number, part in enumerate(z.split(batch)):
+
+        def report(t: float, done: int = number * batch, size: int = len(part)) -> None:
+            if callback is not None:
+                callback(done + t * size)
+
         log_p = log_likelihood(
             model, part, schedule, divergence=divergence, seed=derive_seed(seed, number), rtol=rtol, atol=atol,
-            data_end=data_end,
+            data_end=data_end, callback=report,
         )  # fmt: skip
         values.append(log_p.detach())
     return stats.log_det - torch.cat(values).cpu().double().numpy()

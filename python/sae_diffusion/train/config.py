@@ -15,7 +15,7 @@ FIXED_ON_RESUME = ("clip_length", "seed", "ema_stds", "normalizer_size", "object
 # what may change without a word: nothing of it enters the arithmetic
 FREE_ON_RESUME = (
     "data", "run_dir", "steps", "max_seconds", "num_workers", "compile", "device", "checkpoint_every",
-    "keep_checkpoints", "snapshot_every", "log_every", "sample_every", "tensorboard",
+    "keep_checkpoints", "snapshot_every", "log_every", "heldout_every", "sample_every", "tensorboard",
 )  # fmt: skip
 
 
@@ -55,7 +55,11 @@ class TrainConfig:
         normalizer_every: steps between the normaliser's fits.
         checkpoint_every: steps between checkpoints; 0 = at the end only.
         snapshot_every: steps between snapshots of the averages, of which other widths can be made; 0 = none.
-        log_every: steps between records of the metrics; 0 = none.
+        log_every: steps between records of the metrics; 0 = none. `loss` is the denoising loss, weighted as by EDM so
+            that all noise levels count alike: it falls as the network learns. `normalised_loss` is what is minimised,
+            that loss over its running fit by noise level: it need not fall, and can rise.
+        heldout_every: steps between measurements of `heldout_loss`, the same of 8 held-out clips; a multiple of
+            log_every; 0 = never.
         sample_every: steps between strips of generated frames; 0 = none.
         keep_checkpoints: how many of the latest to keep; 0 = all.
         num_workers: data loading processes of each rank; results do not depend on it.
@@ -96,6 +100,7 @@ class TrainConfig:
     keep_checkpoints: int = 3
     snapshot_every: int = 1000
     log_every: int = 50
+    heldout_every: int = 500
     sample_every: int = 0
     num_workers: int = 2
     compile: bool = False
@@ -106,7 +111,7 @@ class TrainConfig:
         check_integers(self, 1, "clip_length", "batch_size", "noisy_copies", "normalizer_size", "normalizer_every")
         check_integers(
             self, 0, "steps", "seed", "lr_ref_steps", "lr_ramp_steps", "spatial_every", "checkpoint_every",
-            "keep_checkpoints", "snapshot_every", "log_every", "sample_every", "num_workers",
+            "keep_checkpoints", "snapshot_every", "log_every", "heldout_every", "sample_every", "num_workers",
         )  # fmt: skip
         if self.objective not in ("teacher", "forcing"):
             raise ValueError(f"objective: must be teacher or forcing, got {self.objective!r}")

@@ -11,9 +11,13 @@ import torch
 from torch import nn
 
 from ..data import collate
-from ..diffusion.loss import loss_weight
-from ..diffusion.noise import derive_seed
+from ..diffusion.forcing import forcing_loss, forcing_sigmas
+from ..diffusion.loss import denoising_loss, loss_weight
+from ..diffusion.noise import derive_seed, sample_sigmas
 from ..diffusion.sampler import SamplerConfig, generate
+from .config import TrainConfig
+
+HELDOUT = 100  # purpose of derived seeds, apart from those of training
 
 
 @contextlib.contextmanager
@@ -104,6 +108,37 @@ def validate(
             seen += batch
     full, last, none = (totals / len(indices)).tolist()
     return {"sigma": [float(s) for s in sigmas], "full_context": full, "last_frame": last, "no_context": none}
+
+
+def heldout_loss(
+    denoiser: Any, dataset: Any, stats: Any, config: TrainConfig, *, clips: int = 8, batch_size: int = 4
+) -> float:
+    """The training loss, `loss` of the metrics, of clips that were not trained on: the same noise at every call.
+
+    Args:
+        dataset: clips of config.clip_length frames; `clips` of them are taken, evenly.
+        config: of the training, whose objective and noise levels are taken.
+    """
+    device = next(denoiser.parameters()).device
+    total, frames_per_block = 0.0, denoiser.config.frames_per_block
+    indices = _spread(dataset, clips)
+    with _evaluating(denoiser):
+        for number, (x0, actions) in enumerate(_batches(denoiser, dataset, stats, indices, batch_size, device)):
+            generator = torch.Generator().manual_seed(derive_seed(config.seed, HELDOUT, number))
+            batch, frames = x0.shape[:2]
+            seed = derive_seed(config.seed, HELDOUT, number, 1)
+            options: dict[str, Any] = {"seed": seed, "sigma_data": denoiser.config.sigma_data}
+            levels: dict[str, Any] = {"generator": generator, "frames_per_block": frames_per_block}
+            if config.objective == "forcing":
+                sigmas = forcing_sigmas(config.noise, batch, frames, clean_frames=config.clean_frames, **levels)
+                losses = forcing_loss(denoiser, x0, actions, sigmas.to(device), **options)
+            else:
+                sigmas = sample_sigmas(config.noise, batch, frames, config.noisy_copies, **levels)
+                losses = denoising_loss(
+                    denoiser, x0, actions, sigmas.to(device), noisy_copies=config.noisy_copies, **options
+                )
+            total += losses.double().mean(1).sum().item()
+    return total / len(indices)
 
 
 def _with_past(

@@ -1,14 +1,14 @@
-"""What a run writes while it trains: metrics.jsonl, TensorBoard curves, a progress bar or plain lines."""
+"""What a run writes while it trains: metrics.jsonl, TensorBoard curves, and its progress."""
 
 from __future__ import annotations
 
 import json
 import os
-import sys
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
+from ..progress import Progress
 from .checkpoint import fsync_path, naming_write_errors
 
 FILE = "metrics.jsonl"
@@ -39,7 +39,7 @@ class Reporter:
     """Rank 0's pen. `start_step` is the step training goes on from; later records of an earlier process are dropped."""
 
     def __init__(self, run_dir: Path, *, start_step: int, total_steps: int, tensorboard: bool) -> None:
-        self.run_dir, self.total_steps = run_dir, total_steps
+        self.run_dir = run_dir
         path = run_dir / FILE
         self._writer = None
         with self._naming_errors():
@@ -50,24 +50,14 @@ class Reporter:
                 from torch.utils.tensorboard import SummaryWriter
 
                 self._writer = SummaryWriter(str(run_dir / "tensorboard"), purge_step=start_step + 1)
-        self._progress: Any = None
-        if sys.stderr.isatty():
-            from rich.console import Console
-            from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeElapsedColumn
-
-            self._progress = Progress(
-                "train", BarColumn(), MofNCompleteColumn(), "{task.fields[note]}", TimeElapsedColumn(), "elapsed",
-                console=Console(stderr=True),
-            )  # fmt: skip
-            self._task = self._progress.add_task("train", total=total_steps, completed=start_step, note="")
-            self._progress.start()
+        self._progress = Progress("train", total_steps, "steps", start=start_step)
+        self._heldout = ""
 
     def _naming_errors(self) -> AbstractContextManager[None]:
         return naming_write_errors(self.run_dir, "metrics")
 
     def advance(self, step: int) -> None:
-        if self._progress is not None:
-            self._progress.update(self._task, completed=step)
+        self._progress.update(step)
 
     def log(self, record: dict[str, Any], seconds_left: float) -> None:
         """One line of metrics.jsonl; every number in it but step and clips is also a curve."""
@@ -78,13 +68,11 @@ class Reporter:
                 for name, value in record.items():
                     if name not in ("step", "clips", "seconds") and value is not None:
                         self._writer.add_scalar(name, value, record["step"])
-        minutes, seconds = divmod(int(seconds_left), 60)
-        rate = f"{record['clips_per_second']:.1f} clips/s"
-        note = f"loss {record['loss']:.4f}  {rate}  {minutes}:{seconds:02d} left"
-        if self._progress is not None:
-            self._progress.update(self._task, note=note)
-        else:
-            print(f"step {record['step']}/{self.total_steps}  {note}", file=sys.stderr, flush=True)
+        if "heldout_loss" in record:
+            self._heldout = f", held out {record['heldout_loss']:.4f}"
+        loss = record.get("loss", record.get("loss_spatial"))  # a record of spatial-only steps has but the second
+        note = f"loss {loss:.4f}{self._heldout}, {record['clips_per_second']:.1f} clips/s"
+        self._progress.update(record["step"], note, left=seconds_left, now=True)
 
     def add_image(self, name: str, image: Any, step: int) -> None:
         """An image (Y, X, C) uint8 beside the curves."""
@@ -104,5 +92,4 @@ class Reporter:
                 if self._writer is not None:
                     self._writer.close()
         finally:
-            if self._progress is not None:
-                self._progress.stop()
+            self._progress.close()

@@ -37,6 +37,7 @@ from .checkpoint import (
 )
 from .config import FIXED_ON_RESUME, FREE_ON_RESUME, TrainConfig
 from .ema import PowerEMA, average_metadata
+from .evaluate import heldout_loss
 from .loader import MicroBatchSampler, make_loader, read_batches
 from .lr import power_law_lr
 from .metrics import Reporter
@@ -82,6 +83,7 @@ class Trainer:
         dataset: `len`, `[i] -> Clip`, `fingerprint()`, and `num_actions`, `action_dim` as in `ClipDataset`.
         stats: `FrameStats` of the training data.
         on_sample: called on rank 0 as on_sample(trainer, step) every `sample_every` steps, model in eval mode, no grad.
+        heldout: clips that are not trained on, whose loss is recorded every `heldout_every` steps.
 
     Raises:
         ValueError: the batch cannot be split over the processes, or the run directory holds a run with another model,
@@ -97,8 +99,10 @@ class Trainer:
         stats: Any,
         *,
         on_sample: Callable[[Trainer, int], None] | None = None,
+        heldout: Any = None,
     ) -> None:
         self.config, self.dataset, self.stats, self.on_sample = config, dataset, stats, on_sample
+        self.heldout = heldout
         if len(dataset) == 0:
             raise ValueError("dataset: must have at least one clip, got none")
         self._owns_group = _init_distributed(config.device)
@@ -334,6 +338,7 @@ class Trainer:
             self.save()
 
     def _log(self, elapsed: float, seconds_per_step: float) -> None:
+        config = self.config
         sums = {kind: running.tolist() for kind, running in self._running.items()}
         for running in self._running.values():
             running.zero_()
@@ -343,11 +348,11 @@ class Trainer:
         record: dict[str, Any] = {
             "step": self.step,
             "clips": self.clips_seen,
-            "loss": sum(s[1] for s in sums.values()) / count,
+            "normalised_loss": sum(s[1] for s in sums.values()) / count,
         }
         for kind, (n, _, weighted, _) in sums.items():
             if n:
-                record["weighted_loss" if kind == "video" else f"weighted_loss_{kind}"] = weighted / n
+                record["loss" if kind == "video" else f"loss_{kind}"] = weighted / n
         if not all(math.isfinite(value) for value in record.values()):
             raise FloatingPointError(
                 f"the loss is not finite any more at step {self.step}: {record}; lower lr or use grad_clip"
@@ -363,6 +368,8 @@ class Trainer:
             "seconds": self.seconds,
         }
         if self.reporter is not None:
+            if self.heldout is not None and config.heldout_every > 0 and self.step % config.heldout_every == 0:
+                record["heldout_loss"] = heldout_loss(self.model, self.heldout, self.stats, config)
             left = seconds_per_step * (self.config.steps - self.step)
             if self.config.max_seconds is not None:
                 left = min(left, max(self.config.max_seconds - elapsed, 0.0))
