@@ -7,13 +7,14 @@ query heads per key head.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
 from attention_cases import compare, make
 
-from sae_kernels import FrameLayout, frame_attention
+from sae_kernels import FrameLayout, frame_attention, qk_prepare
 from sae_kernels.frame_attention import ops
 
 
@@ -107,6 +108,64 @@ def test_result_is_sdpa_under_the_adopters_mask(adopter, impl):
     torch.testing.assert_close(out, want, rtol=0, atol=2e-6)
     for got, expected in zip(grads, wanted, strict=True):
         torch.testing.assert_close(got, expected, rtol=0, atol=1e-5)
+
+
+def local_attention(frames: int, frame_tokens: int, frames_per_block: int, local: int) -> torch.Tensor:
+    """Self-Forcing's `_prepare_blockwise_causal_attn_mask` with local_attn_size: keys before the own block's end, the
+    last local * frame_tokens of them."""
+    index = torch.arange(frames * frame_tokens)
+    ends = (index // (frames_per_block * frame_tokens) + 1) * frames_per_block * frame_tokens
+    keys = index[None]
+    return (keys < ends[:, None]) & (keys >= ends[:, None] - local * frame_tokens)
+
+
+@pytest.mark.parametrize(("frames", "block", "local"), [(9, 1, 4), (9, 3, 6), (12, 3, 3), (8, 2, 6)])
+def test_local_attn_size_counts_frames_and_the_own_block(frames, block, local):
+    """The documents' window = local_attn_size // frames_per_block - 1; the size itself, in blocks, is one too many."""
+    mask = local_attention(frames, 5, block, local)
+    window = local // block - 1
+    assert torch.equal(FrameLayout(frames, 5, frames_per_block=block, noisy_copies=0, window=window).dense_mask(), mask)
+    wider = FrameLayout(frames, 5, frames_per_block=block, noisy_copies=0, window=local // block)
+    assert not torch.equal(wider.dense_mask(), mask)
+
+
+@pytest.mark.parametrize(("length", "block"), [(48, 4), (64, 32), (50, 8), (7, 4)])
+def test_text_of_any_length_is_blocks_of_frames_of_one_token(length, block):
+    layout = FrameLayout(length, 1, frames_per_block=block, noisy_first=True)
+    assert torch.equal(layout.dense_mask(), block_diffusion(length, block))
+    # Positions count tokens: the same rotation as of integer positions, in both streams.
+    q, k = torch.randn(2, 1, 2, 2 * length, 8, generator=torch.Generator().manual_seed(0))
+    places = torch.arange(length).repeat(2)
+    for got, want in zip(qk_prepare(q, k, None, layout), qk_prepare(q, k, None, places), strict=True):
+        assert torch.equal(got, want)
+
+
+def test_packed_documents_are_split_not_sliced():
+    """Each document's result is that of the document alone, and the gradients of all pieces come back in one node."""
+    lengths, block = [13, 24, 8], 8
+    generator = torch.Generator().manual_seed(1)
+    packed = [torch.randn(1, 2, 2 * sum(lengths), 16, generator=generator).requires_grad_() for _ in range(3)]
+    pieces = [x.split([2 * n for n in lengths], dim=2) for x in packed]
+    layouts = [FrameLayout(n, 1, frames_per_block=block, noisy_first=True) for n in lengths]
+    outs = [frame_attention(*qkv, layout) for layout, *qkv in zip(layouts, *pieces, strict=True)]
+    grads = torch.autograd.grad([out.square().sum() for out in outs], packed)
+    start = 0
+    for layout, out in zip(layouts, outs, strict=True):
+        alone = [x.detach()[:, :, start : start + layout.sequence_length].clone().requires_grad_() for x in packed]
+        want = frame_attention(*alone, layout)
+        assert torch.equal(out, want)
+        for got, expected in zip(grads, torch.autograd.grad(want.square().sum(), alone), strict=True):
+            assert torch.equal(got[:, :, start : start + layout.sequence_length], expected)
+        start += layout.sequence_length
+    for x, parts in zip(packed, pieces, strict=True):
+        assert all(part.data_ptr() == x[:, :, 2 * sum(lengths[:i]) :].data_ptr() for i, part in enumerate(parts))
+        assert len({part.grad_fn for part in parts}) == 1
+
+
+def test_the_page_of_adopters_says_so():
+    text = (Path(__file__).parents[2] / "docs" / "layouts.md").read_text(encoding="utf-8")
+    assert "window=local_attn_size // frames_per_block - 1" in text and "counted in blocks" not in text
+    assert "frames_per_block=block, noisy_first=True)" in text and "x.split([2 * n for n in lengths], dim=2)" in text
 
 
 def test_full_sizes_count_the_published_work():
