@@ -652,3 +652,27 @@ def test_collate():
     assert collate([clip(np.ones((3, 2), np.float32))])[1].shape == (1, 3, 2)
     with pytest.raises(ValueError, match="1 of 2"):
         collate([clip(None), clip(np.arange(3))])
+
+
+@pytest.mark.parametrize("many", [False, True])
+def test_channels_first_and_pixels_as_floats_are_refused_by_name(tmp_path, many):
+    """Neither is taken for a picture of 3 rows, nor for latents; what is alike and legitimate is read."""
+    frames = RNG.integers(0, 256, (6, 16, 16, 3), dtype=np.uint8)
+
+    def opened(array):
+        np.savez(tmp_path / "x.npz", frames=np.stack([array, array]) if many else array)
+        return open_dataset(tmp_path / "x.npz", 2)
+
+    with pytest.raises(DataError, match=r"channels last, \(T, Y, X, C\), look like \(T, C, Y, X\)"):
+        opened(np.moveaxis(frames, -1, -3))
+    for pixels in (frames.astype(np.float32), frames.astype(np.float64) * 0.7):
+        with pytest.raises(DataError, match=r"floats are latents, these are 0 to .* like the pixels of images"):
+            opened(np.maximum(pixels - pixels.min(), 0))
+    assert opened(frames).frame_shape == (16, 16, 3) and opened(frames[:, :3, :4]).frame_shape == (3, 4, 3)
+    latents = RNG.standard_normal((6, 4, 4, 8)).astype(np.float32) * 20
+    assert opened(latents).is_latent and opened(np.abs(latents) / 100).is_latent
+    # Where others can be read, it is skipped and named.
+    np.savez(tmp_path / "y.npz", frames=np.moveaxis(frames, -1, -3))
+    opened(frames)
+    skipped = open_dataset(tmp_path, 2, on_error="skip").skipped
+    assert len(skipped) == 1 and skipped[0][0].endswith("y.npz") and "channels last" in skipped[0][1]

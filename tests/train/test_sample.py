@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 
 import av
 import numpy as np
@@ -201,7 +202,8 @@ def test_training_says_what_it_skips_and_that_nothing_is_held_out(tmp_path, caps
     assert "warning" not in capsys.readouterr().err
 
 
-def test_the_screen_shows_the_denoising_loss_and_its_held_out_value(tmp_path, capsys):
+def test_the_screen_shows_the_denoising_loss_and_its_held_out_value(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("sae_diffusion.progress.EVERY", math.inf)  # no lines between, however slow the machine
     folder = tmp_path / "data"
     write_clips(folder, [8, 8, 8], heldout=False)
     weights = {}

@@ -348,6 +348,11 @@ class NpzReader:
         if len(shape) not in (4, 5) or 0 in shape:
             raise DataError(file, f"frames must be (T, Y, X, C) or (N, T, Y, X, C), are {shape}")
         y, x, c = shape[-3:]
+        if dtype == np.uint8 and y in (1, 3, 4) and c > 4:
+            raise DataError(
+                file, f"frames must have channels last, (T, Y, X, C), look like (T, C, Y, X): {shape}; "
+                "store np.moveaxis(frames, -3, -1)"
+            )  # fmt: skip
         clips = [None] if len(shape) == 4 else range(shape[0])
         if actions is not None and len(shape) == 5 and (actions.ndim < 2 or len(actions) != shape[0]):
             raise DataError(file, f"actions must be ({shape[0]}, T-1[, A]) like frames {shape}, are {actions.shape}")
@@ -359,11 +364,32 @@ class NpzReader:
                 if actions is not None:
                     rows = check_actions(actions if n is None else actions[n], shape[-4], source)
                 kind = "uint8" if dtype == np.uint8 else "float32"
-                yield Episode(source, f"{name}/{n or 0}", stamp, file, n, shape[-4], (y, x, c), kind, rows)
+                episode = Episode(source, f"{name}/{n or 0}", stamp, file, n, shape[-4], (y, x, c), kind, rows)
+                if kind == "float32" and c in (1, 3, 4) and not n:
+                    self._check_latents(episode)
+                yield episode
             except DataError as error:
                 yield error
 
+    def _check_latents(self, episode: Episode) -> None:
+        """Refuse pictures stored as floats: latents have values around 0."""
+        some = self._read(episode, range(min(episode.length, 16)))
+        low, high = some.min(), some.max()
+        if low >= 0 and 16 < high <= 255:
+            raise DataError(
+                episode.source, f"floats are latents, these are {low:g} to {high:g} like the pixels of images; "
+                "store frames.astype(np.uint8)"
+            )  # fmt: skip
+
     def frames(self, episode: Episode, indices: range) -> np.ndarray:
+        frames = self._read(episode, indices)
+        if episode.dtype == "float32":
+            if not np.isfinite(frames).all():
+                raise DataError(episode.source, f"frames {indices} hold NaN or infinity")
+            frames = frames.astype(np.float32)
+        return frames
+
+    def _read(self, episode: Episode, indices: range) -> np.ndarray:
         array = self._arrays.pop(episode.file, None)
         try:
             if array is None:
@@ -372,17 +398,11 @@ class NpzReader:
             if len(self._arrays) > 2:
                 self._arrays.popitem(last=False)
             if isinstance(array, _Stored):
-                frames = array.frames(episode.key, indices)
-            else:
-                video = array if episode.key is None else array[episode.key]
-                frames = np.array(video[indices.start : indices.stop : indices.step])
+                return array.frames(episode.key, indices)
+            video = array if episode.key is None else array[episode.key]
+            return np.array(video[indices.start : indices.stop : indices.step])
         except Exception as error:
             raise DataError(episode.source, f"unreadable npz: {error!r}") from error
-        if episode.dtype == "float32":
-            if not np.isfinite(frames).all():
-                raise DataError(episode.source, f"frames {indices} hold NaN or infinity")
-            frames = frames.astype(np.float32)
-        return frames
 
     def stamp(self, episode: Episode) -> str:
         self._arrays.pop(episode.file, None)
