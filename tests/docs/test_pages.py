@@ -10,10 +10,13 @@ from pathlib import Path
 
 import page_reader
 import pytest
+import sae_diffusion
 import torch
 from page_reader import PAGES, ROOT, name_of
 from sae_diffusion import cli
 from torch._subclasses import FakeTensorMode
+
+import sae_kernels
 
 # On such a page tensors have shapes and no content: its sizes are those of the models it speaks of.
 SHAPES_ONLY = "<!-- snippets: shapes only -->"
@@ -84,6 +87,13 @@ def test_every_page_is_in_the_navigation():
     nav = (ROOT / "mkdocs.yml").read_text(encoding="utf-8").partition("\nnav:")[2]
     named = set(re.findall(r"[\w/-]+\.md", nav))
     assert named == {page.relative_to(ROOT / "docs").as_posix() for page in (ROOT / "docs").rglob("*.md")}
+
+
+@pytest.mark.parametrize("package", [sae_kernels, sae_diffusion], ids=lambda p: p.__name__)
+def test_every_public_name_is_in_the_api(package):
+    text = (ROOT / "docs" / "api" / f"{package.__name__}.md").read_text(encoding="utf-8")
+    listed = {name.rpartition(".")[2] for name in re.findall(r"^::: ([\w.]+)$", text, re.MULTILINE)}
+    assert set(package.__all__) <= listed
 
 
 ROWS = re.compile(r"^\| \[`[^`]+`\]\((?P<path>[^)]+)\) \| (?P<names>`[^|]+`) \|", re.MULTILINE)
