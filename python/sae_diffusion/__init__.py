@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from .data.record import collect
     from .data.stats import FrameStats
     from .diffusion.noise import NoiseConfig
-    from .diffusion.sampler import SamplerConfig, generate, generate_window
+    from .diffusion.sampler import Request, SamplerConfig, generate
     from .model.config import ModelConfig
     from .model.denoiser import Denoiser
     from .presets import PRESETS, Preset
@@ -35,6 +35,7 @@ __all__ = [
     "ModelConfig",
     "NoiseConfig",
     "Preset",
+    "Request",
     "Rollout",
     "SamplerConfig",
     "TrainConfig",
@@ -43,7 +44,6 @@ __all__ = [
     "collect",
     "continue_clips",
     "generate",
-    "generate_window",
     "latest_checkpoint",
     "load_denoiser",
     "open_dataset",
@@ -61,6 +61,7 @@ __getattr__ = lazy_names(
         "ModelConfig": "model.config",
         "NoiseConfig": "diffusion.noise",
         "Preset": "presets",
+        "Request": "diffusion.sampler",
         "Rollout": "rollout",
         "SamplerConfig": "diffusion.sampler",
         "TrainConfig": "train.config",
@@ -69,7 +70,6 @@ __getattr__ = lazy_names(
         "collect": "data.record",
         "continue_clips": "rollout",
         "generate": "diffusion.sampler",
-        "generate_window": "diffusion.sampler",
         "latest_checkpoint": "train.checkpoint",
         "load_denoiser": "train.checkpoint",
         "open_dataset": "data.readers",
