@@ -188,10 +188,12 @@ class BuildNative(build_ext):
 
 
 class PlatformWheel(bdist_wheel):
-    """The libraries know torch, not Python: one wheel for every Python 3 of the platform."""
+    """The libraries know torch, not Python: a wheel for all Pythons 3 of the platform, or of any if there are none."""
 
     def get_tag(self) -> tuple[str, str, str]:
-        return "py3", "none", super().get_tag()[2]
+        made = self.get_finalized_command("build_ext").get_outputs()
+        native = any(path.endswith(".so") for path in made)
+        return "py3", "none", super().get_tag()[2] if native else "any"
 
 
 setup(

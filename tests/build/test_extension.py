@@ -78,6 +78,19 @@ print(home, _extension.library("cpu"), json.loads((home / "_build.json").read_te
     assert tops == {"sae_kernels", "sae_diffusion", f"sae_kernels-{sae_kernels.__version__}.dist-info"}
 
 
+def test_wheel_without_libraries_has_a_name_of_its_own(source, tmp_path):
+    """It must not be taken, from a cache or an index, for the one with libraries."""
+    pip = [sys.executable, "-m", "pip", "--disable-pip-version-check", "--quiet"]
+    run(
+        *pip, "wheel", ".", "--no-deps", "--no-build-isolation", "-w", str(tmp_path), cwd=source,
+        SAE_SKIP_CPU="1", SAE_SKIP_CUDA="1",
+    )  # fmt: skip
+    (wheel,) = tmp_path.glob("*.whl")
+    assert re.fullmatch(r"sae_kernels-.*-py3-none-any\.whl", wheel.name), wheel.name
+    names = zipfile.ZipFile(wheel).namelist()
+    assert "sae_kernels/_build.json" in names and not [name for name in names if name.endswith(".so")]
+
+
 def test_without_compilers_the_installation_is_pure_python_and_says_why(source, tmp_path):
     for environment, name, reason in (
         ({"CXX": "no-such-compiler", "SAE_SKIP_CUDA": "1"}, "cpu", r"no C\+\+ compiler \(no-such-compiler\)"),
