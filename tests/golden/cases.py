@@ -168,6 +168,9 @@ def sample_video(
 VARIANTS: dict[str, dict[str, Any]] = {
     "heun": {},
     "euler": {"solver": "euler"},
+    "dpm++2m": {"solver": "dpm++2m"},
+    "ancestral": {"solver": "ancestral"},
+    "stochastic-heun": {"solver": "stochastic-heun"},
     "one-step": {"sampling_steps": 1},
     "churn": {"churn": 2.0},
     "churn-limits": {"churn": 2.0, "churn_min": 0.5, "churn_max": 5.0, "churn_noise": 1.1},

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 
 import numpy as np
@@ -155,17 +156,26 @@ def test_sample_continues_heldout_clips(recorded, trained, tmp_path):
     assert picture.shape[0] >= 2 * 2 * 16
 
 
-def test_sample_is_seeded_and_needs_no_data(trained, tmp_path):
-    def films(name, *options):
-        arguments = (
-            f"sample --run-dir {trained} --out {tmp_path / name} --frames 2 --samples 1 --sampling-steps 2 --device cpu"
-        )
-        assert cli.main([*arguments.split(), *options]) == 0
-        return np.asarray(Image.open(tmp_path / name / "strip.png"))
+def pictures(trained, folder, *options: str) -> np.ndarray:
+    """The strip of one video of two frames."""
+    arguments = f"sample --run-dir {trained} --out {folder} --frames 2 --samples 1 --device cpu"
+    assert cli.main([*arguments.split(), *options]) == 0
+    return np.asarray(Image.open(folder / "strip.png"))
 
-    first = films("a")
-    assert np.array_equal(films("b"), first)
-    assert not np.array_equal(films("c", "--seed=1"), first)
+
+def test_sample_is_seeded_and_needs_no_data(trained, tmp_path):
+    first = pictures(trained, tmp_path / "a", "--sampling-steps=2")
+    assert np.array_equal(pictures(trained, tmp_path / "b", "--sampling-steps=2"), first)
+    assert not np.array_equal(pictures(trained, tmp_path / "c", "--sampling-steps=2", "--seed=1"), first)
+
+
+def test_sample_takes_any_solver(trained, tmp_path, capsys):
+    solvers = ("heun", "euler", "dpm++2m", "ancestral", "stochastic-heun")
+    drawn = [pictures(trained, tmp_path / s, f"--solver={s}", "--sampling-steps=4") for s in solvers]
+    assert all(not np.array_equal(a, b) for a, b in itertools.combinations(drawn, 2))
+    assert np.array_equal(pictures(trained, tmp_path / "churn", "--churn=40", "--sampling-steps=4"), drawn[-1])
+    error = fails(words(f"sample --run-dir {trained} --solver ancestral --churn 2"), capsys)
+    assert "churn: must be 0 for solver 'ancestral', got 2.0" in error
 
 
 def test_sample_takes_random_actions_and_a_guide(recorded, trained, tmp_path):
