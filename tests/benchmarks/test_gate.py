@@ -14,10 +14,15 @@ from benchmarks.registry import Case, Contender
 from sae_kernels import FrameLayout, causal_conv3d, frame_attention, token_noise
 from sae_kernels.causal_conv3d import composed as conv_composed
 from sae_kernels.causal_conv3d import reference as conv_reference
-from sae_kernels.frame_attention import composed, reference
+from sae_kernels.frame_attention import ops as attention_ops
+from sae_kernels.frame_attention import reference
 
 LIMITS = {"matmul_flops_per_s": {"fp32": 1e11}, "copy_bytes_per_s": 1e10}
 DRY = run.Options(seconds=0.01, dry=True)
+
+
+# What "auto" takes here: the C++ kernel where it is built.
+default_attention = attention_ops._backend(attention_ops.implementations(torch.device("cpu"))[0][0])
 
 
 def smoke(op: str, device: str = "cpu") -> Case:
@@ -41,13 +46,13 @@ def test_sound_kernels_are_green_and_timed():
 @pytest.fixture
 def broken_attention(monkeypatch: pytest.MonkeyPatch) -> None:
     """Forward forgets that probabilities sum to one, by a thousandth."""
-    sound = composed.forward
+    sound = default_attention.forward
 
     def forward(q, k, v, out, lse, *options):
         sound(q, k, v, out, lse, *options)
         out.mul_(1.001)
 
-    monkeypatch.setattr(composed, "forward", forward)
+    monkeypatch.setattr(default_attention, "forward", forward)
 
 
 def test_broken_kernel_turns_the_gate_red_and_no_figure_is_printed(broken_attention, tmp_path, capsys):
@@ -65,13 +70,13 @@ def test_broken_kernel_turns_the_gate_red_and_no_figure_is_printed(broken_attent
 
 
 def test_broken_backward_turns_the_gate_red(monkeypatch):
-    sound = composed.backward
+    sound = default_attention.backward
 
     def backward(grad_out, q, k, v, out, lse, dq, dk, dv, *options):
         sound(grad_out, q, k, v, out, lse, dq, dk, dv, *options)
         dk[..., 0, :] = 0
 
-    monkeypatch.setattr(composed, "backward", backward)
+    monkeypatch.setattr(default_attention, "backward", backward)
     record = run_smoke("attention")
     assert not record["gate"]["ok"]
     assert record["gate"]["reason"].startswith("sae_kernels, fwd+bwd: dk: ")
