@@ -319,7 +319,16 @@ DIFFUSION: list[Entry] = [
                 "fresh_fraction(then.log_snr, now.level.log_snr)",
             ),
             ("((then.signal.square() + then.noise.square()) * beta).sqrt()", "(then.noise.square() * beta).sqrt()"),
+        ],
+    ),
+    (
+        "python/sae_diffusion/diffusion/steps.py",
+        "tests/diffusion/test_steps.py",
+        [
             (".clamp(max=2.0)", ".clamp(max=4.0)"),
+            ("(h_last > 0) & h.isfinite()", "h.isfinite()"),
+            ('-2 * sigma.log(), "ve"', '-sigma.log(), "ve"'),
+            ("churned if moves is None else churned & moves", "churned"),
         ],
     ),
     (

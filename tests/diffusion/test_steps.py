@@ -60,6 +60,15 @@ def test_history_counts_for_tokens_that_moved():
     torch.testing.assert_close(without, ratio * X + (1 - ratio) * X0)
 
 
+def test_extrapolation_is_limited_where_the_last_step_was_short():
+    """h / (2 h_last) is 1/2 for equal steps, 2 where the last one was a quarter of this one, and no more than that."""
+    now, then = Sigma(torch.ones(1, 4, dtype=torch.float64)), Sigma(torch.full((1, 4), 2.0**-4, dtype=torch.float64))
+    before = Sigma(torch.tensor([[2.0**4, 2.0**2, 2.0, 2.0**0.1]], dtype=torch.float64))
+    new = STEPS["dpm++2m"](At(X, now, X0), then, At(X, before, X0_BEFORE), lambda: NORMALS)
+    ahead = torch.tensor([0.5, 1.0, 2.0, 2.0], dtype=torch.float64)[:, None]
+    torch.testing.assert_close(new, X / 16 + 15 / 16 * (X0 + ahead * (X0 - X0_BEFORE)))
+
+
 @pytest.mark.parametrize("level", [Sigma, by_log_snr, functools.partial(by_log_snr, scaling="vp")])
 def test_churn_raises_sigma_within_its_limits(level):
     now = level(SIGMA)

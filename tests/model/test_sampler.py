@@ -208,6 +208,9 @@ def test_context_noise_is_added_to_what_enters_the_cache_only():
     added = entered - torch.cat([given, x], dim=1)
     assert added.std().item() == pytest.approx(0.1, rel=0.1)
     assert (added[:, 0] - added[:, 1]).std().item() == pytest.approx(0.1 * math.sqrt(2), rel=0.1)
+    # It is other noise than that which the frame began from.
+    begin = start(model, EXACT, 2)
+    assert abs(torch.corrcoef(torch.stack([added[0, 2].flatten(), begin.flatten()]))[0, 1].item()) < 0.2
 
 
 @pytest.mark.parametrize("noise", [{}, {"churn": 10.0}, {"solver": "ancestral"}, {"solver": "dpm++2m"}])
