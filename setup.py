@@ -19,6 +19,7 @@ import platform
 import shlex
 import shutil
 import subprocess
+import sys
 import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -41,6 +42,10 @@ INSTRUCTION_SETS = {
 # Compiled once for each of these.
 INNER_LOOPS = ("cpu_kernels", "cpu_attention")
 CUDA_ARCHS = "80;90a;120"
+
+
+WITHOUT_CPP = """sae_kernels is being built WITHOUT its C++ kernels: ops on the CPU will be slower.
+Install torch and a C++ compiler first, then: pip install --no-build-isolation ."""
 
 
 class Unavailable(Exception):
@@ -166,6 +171,8 @@ def build(directory: Path, verbose: bool = False) -> list[Path]:
             except Unavailable as error:
                 reasons[name] = str(error)
                 print(f"sae_kernels: the {name} library is not built: {error}")
+                if name == "cpu" and os.environ.get("SAE_SKIP_CPU") != "1":
+                    print(f"{'*' * 78}\n{WITHOUT_CPP}\n{'*' * 78}", file=sys.stderr)
     record = directory / "_build.json"
     record.write_text(json.dumps(reasons, indent=2) + "\n")
     return [*files, record]

@@ -6,7 +6,9 @@ registered here with fakes, so that a trace that reaches them does not run them.
 
 from __future__ import annotations
 
+import functools
 import json
+import warnings
 from pathlib import Path
 
 import torch
@@ -64,11 +66,22 @@ def why_not(device: torch.device) -> str | None:
     if device.type not in _REASONS:
         return f"it has no code for {device.type} devices"
     reason = _REASONS[device.type]
+    if device.type == "cpu" and reason is not None:
+        _warn_of_slow_ops(reason)
     if reason is None and device.type == "cuda":
         major, minor = torch.cuda.get_device_capability(device)
         if major < 8:
             return f"it needs compute capability 8.0 or newer, this device has {major}.{minor}"
     return reason
+
+
+@functools.cache
+def _warn_of_slow_ops(reason: str) -> None:
+    """Once, when an op is first used on the CPU: pip shows nothing of what a build could not do."""
+    if "SAE_SKIP_CPU=1" not in reason:  # not by the user's own wish
+        message = f"sae_kernels: ops on the CPU run without their C++ kernels, slower: {reason}"
+        hint = "" if "--no-build-isolation" in reason else "; build them with `pip install --no-build-isolation .`"
+        warnings.warn(message + hint, RuntimeWarning, stacklevel=2)
 
 
 def offer(available: list[str], unavailable: dict[str, str], device: torch.device, cannot: str | None = None) -> None:

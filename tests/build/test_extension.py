@@ -8,6 +8,7 @@ import re
 import shutil
 import subprocess
 import sys
+import warnings
 import zipfile
 from pathlib import Path
 
@@ -159,6 +160,23 @@ def test_on_the_cpu_the_extension_is_cpp():
             call(impl="cuda")
     for op in ("token_noise", "edm_loss"):
         assert report()["ops"][op]["cpu"]["auto"] == "cpp"
+
+
+def test_missing_kernels_are_told_once_when_an_op_first_needs_them(monkeypatch):
+    x = torch.ones(2, 3)
+    for reason, told in (
+        ("its cpu library is not built: there was no C++ compiler", "no C.. compiler; build them with .*isolation"),
+        ("its cpu library is not built: SAE_SKIP_CPU=1 when it was built", None),
+    ):
+        monkeypatch.setitem(_extension._REASONS, "cpu", reason)
+        _extension._warn_of_slow_ops.cache_clear()
+        for first in (True, False):
+            with warnings.catch_warnings(record=True) as caught:
+                warnings.simplefilter("always")
+                sae_kernels.normalize_weights([x])
+            assert len(caught) == (first and told is not None)
+            assert all(w.category is RuntimeWarning and re.search(told, str(w.message)) for w in caught)
+    _extension._warn_of_slow_ops.cache_clear()
 
 
 def test_extension_names_devices_it_has_no_code_for():
