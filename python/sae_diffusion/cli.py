@@ -146,9 +146,9 @@ class Sample:
             `context`, the number of their first frames that were given.
         frames: new frames, fewer where clips of the data are shorter; "None" takes 28, or one per row of --actions.
         context: given frames.
-        samples: films.
+        samples: videos.
         actions: told to the model for new frames: "recorded" ones, "random" ones, or those in a file (.npy, .csv or
-            .json, a row for each new frame), the same for all films.
+            .json, a row for each new frame), the same for all videos.
         hold: frames that a random action is kept for.
         window_frames: frames in flight at a time, each at its own noise level, for networks trained with --objective
             forcing; "None" finishes a frame before the next one begins.
@@ -203,7 +203,7 @@ class Sample:
         from .devices import pick_device
         from .diffusion.sampler import check_trained_for_window
         from .media import fit_grid
-        from .rollout import continue_clips, films_from_nothing, random_actions
+        from .rollout import continue_clips, random_actions, videos_from_nothing
         from .runs import choose_clips, given_actions, run_folder
         from .train.checkpoint import load_denoiser
 
@@ -220,7 +220,7 @@ class Sample:
         frames = self.frames or (28 if actions is None else len(actions))
         if actions is not None and len(actions) < frames:
             raise ValueError(f"actions: {file} must have a row for each of {frames} frames, has {len(actions)}")
-        clips, films, context = [], self.samples, 0
+        clips, videos, context = [], self.samples, 0
         if self.data is not None:
             settings = read_run_settings(self.run_dir)
             chosen = choose_clips(
@@ -229,13 +229,13 @@ class Sample:
             )  # fmt: skip
             for note in chosen.notes:
                 print(f"note: {note}", file=sys.stderr)
-            clips, films, context, frames = chosen.clips, len(chosen.clips), chosen.context, chosen.frames
+            clips, videos, context, frames = chosen.clips, len(chosen.clips), chosen.context, chosen.frames
         if actions is not None:
-            actions = actions[None, :frames].expand(films, *([-1] * actions.ndim))
+            actions = actions[None, :frames].expand(videos, *([-1] * actions.ndim))
         elif self.data is None or self.actions == "random":
-            actions = random_actions(model, films, frames, self.hold, self.seed)
+            actions = random_actions(model, videos, frames, self.hold, self.seed)
         recorded = self.data is not None and chosen.recorded
-        fit_grid(films, (model.config.height, model.config.width), ["generated"] * (1 + recorded), self.scale)
+        fit_grid(videos, (model.config.height, model.config.width), ["generated"] * (1 + recorded), self.scale)
         with progress_bar("sample", frames, "frames") as bar:
             options: dict[str, Any] = {
                 "actions": actions, "seed": self.seed, "guide": guide, "window_frames": self.window_frames,
@@ -246,7 +246,7 @@ class Sample:
                     model, stats, clips, frames, self.sampler, context=context, recorded=recorded, **options
                 )
             else:
-                rollout = films_from_nothing(model, stats, films, frames, self.sampler, **options)
+                rollout = videos_from_nothing(model, stats, videos, frames, self.sampler, **options)
         if self.npz is not None:
             rollout.save(self.npz)
             print(self.npz)

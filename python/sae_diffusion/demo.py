@@ -16,7 +16,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 import tyro
@@ -48,7 +48,7 @@ class DemoConfig:
         seconds: of training in all.
         context: frames given to each continuation.
         frames: frames generated in each continuation.
-        films: continuations.
+        videos: continuations.
         eval_clips: held-out clips the measurements are taken on.
         ema: relative width of the average of weights that is shown and measured.
         seed: of recording, training and sampling.
@@ -65,7 +65,7 @@ class DemoConfig:
     seconds: float = 500.0
     context: int = 4
     frames: int = 14
-    films: int = 4
+    videos: Annotated[int, tyro.conf.arg(aliases=["--films"])] = 4  # the older name
     eval_clips: int = 24
     ema: float = 0.05
     seed: int = 0
@@ -165,7 +165,7 @@ def continuations(config: DemoConfig, preset: Preset, model: Any, stats: Any) ->
     """The last frames of held-out episodes, generated from the first few of them and the recorded actions."""
     clips = dataclasses.replace(preset.clips, clip_stride=1)
     dataset = open_clips(preset.train.data, clips, model.config, config.context + config.frames, "heldout")
-    ends = last_clips(dataset)[: config.films]
+    ends = last_clips(dataset)[: config.videos]
     with progress_bar("sample", config.frames, "frames") as bar:
         rollout = continue_clips(
             model, stats, [dataset[i] for i in ends], config.frames, preset.sampler,

@@ -1,4 +1,4 @@
-"""Pictures and films of frames: GIF, MP4, PNG, comparison strips. Files appear whole or not at all.
+"""Pictures and videos: GIF, MP4, PNG, comparison strips. Files appear whole or not at all.
 
 Frames are uint8 (T, Y, X, 3), or (T, Y, X, 1), shown grey; floats (latents) of any channel count are shown as the
 grey mean of their channels, black at the video's lowest value and white at its highest.
@@ -17,7 +17,7 @@ from .data.format import atomic_path
 
 BACKGROUND = 24
 LARGEST = 8190  # height and width that every encoder below takes
-SCREEN = (2160, 3840)  # height and width of the largest film
+SCREEN = (2160, 3840)  # height and width of the largest video
 CONTEXT_BORDER = (110, 110, 110)
 GENERATED_BORDER = (255, 150, 0)
 
@@ -106,7 +106,7 @@ def write_mp4(path: str | os.PathLike[str], frames: Any, fps: float = 25, scale:
     video = np.pad(video, ((0, 0), (0, video.shape[1] % 2), (0, video.shape[2] % 2), (0, 0)), mode="edge")
     codec = _encoder()
     if max(video.shape[1:3]) > LARGEST:
-        raise ValueError(f"frames: at most {LARGEST} pixels high and wide make a film, got {video.shape[1:3]}")
+        raise ValueError(f"frames: at most {LARGEST} pixels high and wide make a video, got {video.shape[1:3]}")
     with atomic_path(path) as temporary, av.open(str(temporary), "w", format="mp4") as container:
         stream = container.add_stream(codec, rate=Fraction(fps).limit_denominator(1000))
         stream.height, stream.width, stream.pix_fmt = video.shape[1], video.shape[2], "yuv420p"
@@ -181,24 +181,24 @@ def strip(
     return image
 
 
-def fit_grid(films: int, size: tuple[int, int], rows: Sequence[str], scale: int) -> tuple[int, int]:
-    """(columns, scale) in which so many films of `size` (Y, X), with a labelled line for each of `rows`, fit a screen.
+def fit_grid(videos: int, size: tuple[int, int], rows: Sequence[str], scale: int) -> tuple[int, int]:
+    """(columns, scale) in which so many videos of `size` (Y, X), with a labelled line for each of `rows`, fit a screen.
 
     `scale` is lowered as far as that needs.
 
     Raises:
-        ValueError: more films than fit as they are.
+        ValueError: more videos than fit as they are.
     """
     for smaller in range(scale, 0, -1):
         width = height = 0
         for label in rows:
             text = _text_size(label)
             width, height = max(width, size[1] * smaller + 8, text[0] + 4), height + size[0] * smaller + 12 + text[1]
-        columns = min(films, SCREEN[1] // width)
-        if columns and -(-films // columns) * height <= SCREEN[0]:
+        columns = min(videos, SCREEN[1] // width)
+        if columns and -(-videos // columns) * height <= SCREEN[0]:
             return columns, smaller
     raise ValueError(
-        f"films: {films} films of {size[0]}x{size[1]} pixels do not fit into a picture of {SCREEN[0]}x{SCREEN[1]}"
+        f"videos: {videos} videos of {size[0]}x{size[1]} pixels do not fit into a picture of {SCREEN[0]}x{SCREEN[1]}"
     )
 
 
@@ -212,22 +212,22 @@ def side_by_side(videos: Sequence[tuple[str, Any]], scale: int = 1, gap: int = 4
         raise ValueError("videos: must have at least one")
     if gap < 0 or context < 0:
         raise ValueError(f"gap, context: must be >= 0, got {gap}, {context}")
-    films = [enlarge(to_rgb(frames, f"videos[{i}] ({label})"), scale) for i, (label, frames) in enumerate(videos)]
-    if len({film.shape[1] for film in films}) > 1:
-        raise ValueError(f"videos: must have one height, got {[film.shape[1:3] for film in films]}")
+    enlarged = [enlarge(to_rgb(frames, f"videos[{i}] ({label})"), scale) for i, (label, frames) in enumerate(videos)]
+    if len({video.shape[1] for video in enlarged}) > 1:
+        raise ValueError(f"videos: must have one height, got {[video.shape[1:3] for video in enlarged]}")
     texts = [_text_size(label) for label, _ in videos]
     top = max(size[1] for size in texts) + 4 if any(label for label, _ in videos) else 0
-    widths = [max(film.shape[2] + 2 * gap, size[0] + 4) for film, size in zip(films, texts, strict=True)]
-    length, height = max(len(film) for film in films), films[0].shape[1]
+    widths = [max(video.shape[2] + 2 * gap, size[0] + 4) for video, size in zip(enlarged, texts, strict=True)]
+    length, height = max(len(video) for video in enlarged), enlarged[0].shape[1]
     out = np.full((length, top + height + 2 * gap, sum(widths), 3), BACKGROUND, np.uint8)
     x = 0
-    for (label, _), film, width in zip(videos, films, widths, strict=True):
+    for (label, _), video, width in zip(videos, enlarged, widths, strict=True):
         panel = np.full((out.shape[1], width, 3), BACKGROUND, np.uint8)
         _write_text(panel, label, 1, 2)
         out[:, :, x : x + width] = panel
-        box = out[:, top:, x : x + film.shape[2] + 2 * gap]
+        box = out[:, top:, x : x + video.shape[2] + 2 * gap]
         if context:
             box[:context], box[context:] = CONTEXT_BORDER, GENERATED_BORDER
-        box[:, gap : gap + height, gap : gap + film.shape[2]] = film[np.minimum(np.arange(length), len(film) - 1)]
+        box[:, gap : gap + height, gap : gap + video.shape[2]] = video[np.minimum(np.arange(length), len(video) - 1)]
         x += width
     return out

@@ -1,8 +1,9 @@
-"""Continuations of recorded clips, or films from nothing, and the files that show them."""
+"""Continuations of recorded clips, or videos from nothing, and the files that show them."""
 
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +20,7 @@ from .media import fit_grid, side_by_side, strip, write_gif, write_mp4, write_pn
 
 @dataclass(frozen=True)
 class Rollout:
-    """B films of n given and N generated frames, as on disk: uint8 images or float latents.
+    """B videos of n given and N generated frames, as on disk: uint8 images or float latents.
 
     Attributes:
         frames: (B, n + N, Y, X, C), the given frames first.
@@ -31,33 +32,33 @@ class Rollout:
     truth: np.ndarray | None
     context: int
 
-    def strip(self, scale: int = 1, films: int = 4, max_frames: int | None = None) -> np.ndarray:
-        """A picture (Y, X, 3): recorded above generated for each film, time to the right, a line before generation."""
+    def strip(self, scale: int = 1, videos: int = 4, max_frames: int | None = None) -> np.ndarray:
+        """A picture (Y, X, 3): recorded above generated for each video, time to the right, a line before generation."""
         rows = []
-        for i in range(min(films, len(self.frames))):
+        for i in range(min(videos, len(self.frames))):
             if self.truth is not None:
                 rows.append(("recorded", self.truth[i]))
             rows.append(("generated", self.frames[i]))
         return strip(rows, scale, max_frames=max_frames, context=self.context)
 
-    def film(self, scale: int = 1) -> np.ndarray:
-        """Frames (T, Y, X, 3) that show all films at once: recorded above generated, in as many lines as that takes.
+    def video(self, scale: int = 1) -> np.ndarray:
+        """Frames (T, Y, X, 3) that show all videos at once: recorded above generated, in as many lines as that takes.
 
         Where they would not fit otherwise they are enlarged less.
 
         Raises:
-            ValueError: there are more films than fit a screen.
+            ValueError: there are more videos than fit a screen.
         """
         rows = [("generated", self.frames)]
         if self.truth is not None:
             rows.insert(0, ("recorded", self.truth))
         columns, scale = fit_grid(len(self.frames), self.frames.shape[2:4], [label for label, _ in rows], scale)
         lines = [
-            side_by_side([(label, film) for film in films[first : first + columns]], scale, context=self.context)
+            side_by_side([(label, video) for video in videos[first : first + columns]], scale, context=self.context)
             for first in range(0, len(self.frames), columns)
-            for label, films in rows
+            for label, videos in rows
         ]
-        # A label may be wider than a small film, and the last line shorter.
+        # A label may be wider than a small video, and the last line shorter.
         width = max(line.shape[2] for line in lines)
         lines = [np.pad(x, ((0, 0), (0, 0), (0, width - x.shape[2]), (0, 0)), mode="edge") for x in lines]
         return np.concatenate(lines, axis=1)
@@ -71,13 +72,18 @@ class Rollout:
         with atomic_path(path) as temporary, open(temporary, "wb") as file:
             np.savez(file, generated=self.frames, context=self.context, **recorded)  # type: ignore[arg-type]
 
+    def film(self, scale: int = 1) -> np.ndarray:
+        """Deprecated: `video`."""
+        warnings.warn("film: is now called video", DeprecationWarning, stacklevel=2)
+        return self.video(scale)
+
     def write(self, folder: Path | str, *, fps: float = 10.0, scale: int = 4) -> list[Path]:
         """Write rollout.gif, rollout.mp4 and strip.png into `folder`; returns their paths."""
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        film, paths = self.film(scale), [folder / name for name in ("rollout.gif", "rollout.mp4", "strip.png")]
-        write_gif(paths[0], film, fps)
-        write_mp4(paths[1], film, fps)
+        video, paths = self.video(scale), [folder / name for name in ("rollout.gif", "rollout.mp4", "strip.png")]
+        write_gif(paths[0], video, fps)
+        write_mp4(paths[1], video, fps)
         write_png(paths[2], self.strip(max(1, scale // 2), max_frames=20))
         return paths
 
@@ -140,24 +146,30 @@ def continue_clips(
         told = told[:, :wanted]
     given = np.stack([clip.frames[:context] for clip in clips])
     new = generate(denoiser, stats.normalize(given), told, frames, config, **options)
-    films = np.concatenate([given, stats.denormalize(new).cpu().numpy()], axis=1)
+    frames_of_all = np.concatenate([given, stats.denormalize(new).cpu().numpy()], axis=1)
     truth = np.stack([clip.frames[:wanted] for clip in clips]) if recorded else None
-    return Rollout(films, truth, context)
+    return Rollout(frames_of_all, truth, context)
 
 
-def films_from_nothing(
+def videos_from_nothing(
     denoiser: Any,
     stats: FrameStats,
-    films: int,
+    videos: int,
     frames: int,
     config: SamplerConfig,
     *,
     actions: torch.Tensor | None = None,
     **options: Any,
 ) -> Rollout:
-    """Generate `films` films of `frames` frames without any context; actions (films, frames, ...) or None.
+    """Generate `videos` videos of `frames` frames without any context; actions (videos, frames, ...) or None.
 
     options as in `continue_clips`.
     """
-    new = generate(denoiser, None, actions, frames, config, batch=films, **options)
+    new = generate(denoiser, None, actions, frames, config, batch=videos, **options)
     return Rollout(stats.denormalize(new).cpu().numpy(), None, 0)
+
+
+def films_from_nothing(*arguments: Any, **options: Any) -> Rollout:
+    """Deprecated: `videos_from_nothing`."""
+    warnings.warn("films_from_nothing: is now called videos_from_nothing", DeprecationWarning, stacklevel=2)
+    return videos_from_nothing(*arguments, **options)

@@ -116,8 +116,8 @@ def choose_clips(
         split = "all" if path.is_file() or not episodes["heldout"] else "heldout"
         if split == "all" and path.is_dir():
             notes.append(
-                f"{path}: none of {len(everything.episodes)} episodes is held out, so the films continue some that the "
-                "network may have been trained on"
+                f"{path}: none of {len(everything.episodes)} episodes is held out, so the videos continue some that "
+                "the network may have been trained on"
             )
     if not episodes[split]:
         raise ValueError(f"split: none of the {len(everything.episodes)} episodes of {path} is in {split!r}")
@@ -127,7 +127,7 @@ def choose_clips(
     enough = any(length >= context + frames for length in lengths) and (
         len(everything.cut(context + frames, episodes[split])) >= samples
     )
-    # clips of as many episodes as there are films, rather than the longest clip of the longest episode
+    # clips of as many episodes as there are videos, rather than the longest clip of the longest episode
     longest = context + frames if enough else min(context + frames, lengths[min(samples, len(lengths)) - 1])
     if longest < context + frames and recorded and not (model.num_actions or model.action_dim):
         recorded = False
@@ -146,7 +146,7 @@ def choose_clips(
         )
     dataset = everything.cut(context + recorded * frames, episodes[split])
     if len(dataset) < samples:
-        notes.append(f"{path}: {len(dataset)} films instead of {samples}, so many clips are there")
+        notes.append(f"{path}: {len(dataset)} videos instead of {samples}, so many clips are there")
     chosen = [dataset[i] for i in spread(dataset, samples)]
     return Continuation(chosen, context, frames, recorded, notes)
 
@@ -185,7 +185,7 @@ def run_folder(path: Path) -> Path:
     return path.parent if (path / "state.json").exists() else path
 
 
-def strip_writer(preset: Preset, films: int = 2) -> Callable[[Trainer, int], None]:
+def strip_writer(preset: Preset, videos: int = 2) -> Callable[[Trainer, int], None]:
     """Writes samples/step-*.png (recorded above generated) with the average of weights, and the same to TensorBoard."""
     length = preset.train.clip_length
 
@@ -193,7 +193,7 @@ def strip_writer(preset: Preset, films: int = 2) -> Callable[[Trainer, int], Non
         model, block = trainer.model, preset.model.frames_per_block
         given = max(1, length // 4 // block) * block
         chosen = choose_clips(
-            Path(trainer.config.data), preset.clips, model.config, samples=films, context=given,
+            Path(trainer.config.data), preset.clips, model.config, samples=videos, context=given,
             frames=(length - given) // block * block, split=None, recorded=True,
         )  # fmt: skip
         with trainer.ema_weights(trainer.config.ema_stds[0]):

@@ -23,7 +23,7 @@ from sae_diffusion.images.data import ImageSet
 from sae_diffusion.images.model import NetConfig
 from sae_diffusion.images.train import ImageTrainConfig, ImageTrainer
 from sae_diffusion.model import Denoiser, ModelConfig
-from sae_diffusion.rollout import continue_clips, films_from_nothing
+from sae_diffusion.rollout import continue_clips, videos_from_nothing
 from sae_diffusion.series.data import Source
 from sae_diffusion.series.model import SeriesModelConfig
 from sae_diffusion.series.sampling import generate as generate_series
@@ -202,7 +202,7 @@ def roll_out(dtype: torch.dtype, window: int | None, nothing: bool, recorded: bo
     config = SamplerConfig(sampling_steps=3, sigma_min=0.1, sigma_max=10.0)
     actions = torch.randint(3, (2, 2), generator=torch.Generator().manual_seed(1))
     if nothing:
-        rollout = films_from_nothing(net, stats, 2, 2, config, actions=actions, seed=4, window_frames=window)
+        rollout = videos_from_nothing(net, stats, 2, 2, config, actions=actions, seed=4, window_frames=window)
     else:
         rng = np.random.default_rng(0)
         clips = [

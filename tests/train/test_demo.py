@@ -34,7 +34,7 @@ def finished(tmp_path_factory):
         seconds=20.0,
         context=2,
         frames=3,
-        films=2,
+        videos=2,
         eval_clips=2,
         workers=1,
     )

@@ -200,7 +200,7 @@ def test_real_network_trains_and_its_loss_falls(tmp_path):
 
 @pytest.fixture(scope="module")
 def recorded(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("films")
+    folder = tmp_path_factory.mktemp("videos")
     rng = np.random.default_rng(0)
     for i in range(12):
         frames = rng.integers(0, 256, (10, 16, 16, 3), dtype=np.uint8)
@@ -231,12 +231,12 @@ def test_command_line_trains_and_samples_with_a_window(recorded, tmp_path, capsy
     run = tmp_path / "run"
     assert main(["train", f"--data={recorded}", f"--run-dir={run}", "--objective=forcing", *MICRO]) == 0
     sample = ["sample", f"--run-dir={run}", f"--data={recorded}", "--frames=4", "--context=2", "--device=cpu"]
-    films = {}
+    videos = {}
     for window in ("None", "1", "3"):
         out = tmp_path / window
         assert main([*sample, f"--window-frames={window}", f"--out={out}"]) == 0
-        films[window] = (out / "strip.png").read_bytes()
-    assert films["None"] == films["1"] != films["3"]
+        videos[window] = (out / "strip.png").read_bytes()
+    assert videos["None"] == videos["1"] != videos["3"]
     nothing = ["sample", f"--run-dir={run}", "--frames=3", "--samples=1", "--device=cpu", f"--out={tmp_path / 'n'}"]
     assert main([*nothing, "--window-frames=2"]) == 0
     capsys.readouterr()

@@ -1,4 +1,4 @@
-"""`sae sample` takes what it is given: short data, one file, few own clips, any split, actions from a file, many films."""
+"""`sae sample` takes what it is given: short data, one file, few own clips, any split, actions from a file, many videos."""
 
 from __future__ import annotations
 
@@ -8,9 +8,11 @@ import math
 import av
 import numpy as np
 import pytest
+import tyro
 from PIL import Image
-from sae_diffusion import cli
+from sae_diffusion import cli, rollout
 from sae_diffusion.data.readers import is_heldout
+from sae_diffusion.demo import DemoConfig
 from sae_diffusion.media import SCREEN, fit_grid, write_mp4
 
 SIZE = 16
@@ -26,15 +28,15 @@ def write_clips(folder, lengths, heldout, seed=0):
     """npz clips with actions of 3 kinds, all of which fall on one side of the split; returns their frames."""
     folder.mkdir(exist_ok=True)
     rng, names = np.random.default_rng(seed), (f"clip{i}.npz" for i in range(1000))
-    films = []
+    videos = []
     for length in lengths:
         name = next(name for name in names if is_heldout(f"{name}/0", FRACTION) == heldout)
         frames = rng.integers(0, 256, (length, SIZE, SIZE, 3), dtype=np.uint8)
         np.savez(
             folder / name, frames=frames, actions=rng.integers(0, 3, length) if length > 9 else np.arange(length) % 3
         )
-        films.append(frames)
-    return films
+        videos.append(frames)
+    return videos
 
 
 @pytest.fixture(scope="module")
@@ -54,7 +56,7 @@ def run(train_data):
 def sample(run, tmp_path, *options):
     """Exit code, and the arrays written."""
     tmp_path.mkdir(exist_ok=True)
-    npz = tmp_path / "films.npz"
+    npz = tmp_path / "videos.npz"
     npz.unlink(missing_ok=True)
     code = cli.main(
         [
@@ -72,7 +74,7 @@ def sample(run, tmp_path, *options):
 
 def test_short_clips_are_continued_as_far_as_they_go_with_a_note(run, tmp_path, capsys):
     folder = tmp_path / "data"
-    films = write_clips(folder, [9, 7, 7, 12], heldout=True)
+    videos = write_clips(folder, [9, 7, 7, 12], heldout=True)
     for options in ((), ("--frames=28",)):
         capsys.readouterr()
         code, arrays = sample(run, tmp_path / "out", "--data", folder, *options)
@@ -81,7 +83,7 @@ def test_short_clips_are_continued_as_far_as_they_go_with_a_note(run, tmp_path, 
         assert arrays["generated"].dtype == arrays["recorded"].dtype == np.uint8
         assert arrays["generated"].shape == arrays["recorded"].shape == (4, 7, SIZE, SIZE, 3) and arrays["context"] == 4
         assert np.array_equal(arrays["recorded"][:, :4], arrays["generated"][:, :4])
-        shown = {film[i : i + 7].tobytes() for film in films for i in range(len(film) - 6)}
+        shown = {film[i : i + 7].tobytes() for film in videos for i in range(len(film) - 6)}
         assert {film.tobytes() for film in arrays["recorded"]} <= shown
     # One film may take the longest clip; a context longer than the data gets shorter.
     assert sample(run, tmp_path / "out", "--data", folder, "--samples=1")[1]["generated"].shape[1] == 12
@@ -163,7 +165,7 @@ def test_actions_come_from_a_file(run, train_data, tmp_path, capsys):
         assert message in err and err.count("\n") == 1, err
 
 
-def test_many_films_share_a_screen(run, tmp_path):
+def test_many_videos_share_a_screen(run, tmp_path):
     assert cli.main(
         ["sample", f"--run-dir={run}", f"--out={tmp_path}", "--frames=1", "--samples=100", "--scale=16", "--device=cpu"]
     ) == 0  # fmt: skip
@@ -173,13 +175,13 @@ def test_many_films_share_a_screen(run, tmp_path):
         assert container.streams.video[0].height <= SCREEN[0] + 1
 
 
-def test_films_stand_in_a_grid_that_fits():
-    assert fit_grid(4, (64, 64), ["recorded", "generated"], 4) == (4, 4), "a few films are one line, as large as asked"
-    for films in (1, 5, 37, 100, 400):
-        columns, scale = fit_grid(films, (64, 64), ["recorded", "generated"], 4)
+def test_videos_stand_in_a_grid_that_fits():
+    assert fit_grid(4, (64, 64), ["recorded", "generated"], 4) == (4, 4), "a few videos are one line, as large as asked"
+    for videos in (1, 5, 37, 100, 400):
+        columns, scale = fit_grid(videos, (64, 64), ["recorded", "generated"], 4)
         assert 1 <= scale <= 4 and columns * (64 * scale + 8) <= SCREEN[1]
-        assert -(-films // columns) * 2 * (64 * scale + 8) <= SCREEN[0]
-    with pytest.raises(ValueError, match="films: 100000 films of 64x64 pixels do not fit"):
+        assert -(-videos // columns) * 2 * (64 * scale + 8) <= SCREEN[0]
+    with pytest.raises(ValueError, match="videos: 100000 videos of 64x64 pixels do not fit"):
         fit_grid(100_000, (64, 64), ["generated"], 4)
     with pytest.raises(ValueError, match="frames: at most 8190 pixels"):
         write_mp4("never.mp4", np.zeros((1, 2, 9000, 3), np.uint8))
@@ -228,3 +230,13 @@ def test_the_screen_shows_the_denoising_loss_and_its_held_out_value(tmp_path, ca
             assert first != last and f"held out {last:.4f}" in shown[3]
         weights[name] = (out / "step-0000004" / "model.safetensors").read_bytes()
     assert weights["with"] == weights["without"], "measuring changes no bit of training"
+
+
+def test_old_names_warn_and_do_the_same(monkeypatch):
+    shown = rollout.Rollout(np.zeros((1, 2, 8, 8, 3), np.uint8), None, 0)
+    with pytest.warns(DeprecationWarning, match="film: is now called video"):
+        assert np.array_equal(shown.film(), shown.video())
+    monkeypatch.setattr(rollout, "videos_from_nothing", lambda *arguments, **options: (arguments, options))
+    with pytest.warns(DeprecationWarning, match="films_from_nothing: is now called videos_from_nothing"):
+        assert rollout.films_from_nothing(1, 2, seed=3) == ((1, 2), {"seed": 3})
+    assert tyro.cli(DemoConfig, args=["--films", "3"]).videos == 3
