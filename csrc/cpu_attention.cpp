@@ -35,17 +35,22 @@ int64_t offset_of(const Rows& x, int64_t head, int64_t row) {
   return head / x.heads * x.batch_stride + head % x.heads * x.head_stride + row * x.row_stride;
 }
 
-// One row times `scale`, padded with zeros.
-void read_row(const Rows& x, int64_t at, int64_t n, int64_t width, float scale, float* __restrict to) {
-  if (x.type == Type::f32) {
-    const float* from = static_cast<const float*>(x.data) + at;
-    for (int64_t i = 0; i < n; ++i) to[i] = from[i] * scale;
-  } else {
-    const uint16_t* from = static_cast<const uint16_t*>(x.data) + at;
-    if (x.type == Type::bf16) for (int64_t i = 0; i < n; ++i) to[i] = widen_bf16(from[i]) * scale;
-    else for (int64_t i = 0; i < n; ++i) to[i] = widen_f16(from[i]) * scale;
+// Rows [first, first + count) of a head, times `scale`, each padded with zeros to `width` numbers.
+void read_rows(const Rows& x, int64_t head, int64_t first, int64_t count, int64_t n, int64_t width, float scale,
+               float* __restrict to) {
+  const int64_t at = offset_of(x, head, first), whole = x.type == Type::f32 ? n / kLanes * kLanes : 0;
+  for (int64_t i = 0; i < count; ++i, to += width) {
+    if (x.type == Type::f32) {
+      const float* from = static_cast<const float*>(x.data) + at + i * x.row_stride;
+      for (int64_t d = 0; d < whole; d += kLanes) store(to + d, load(from + d) * splat(scale));
+      for (int64_t d = whole; d < n; ++d) to[d] = from[d] * scale;
+    } else {
+      const uint16_t* from = static_cast<const uint16_t*>(x.data) + at + i * x.row_stride;
+      if (x.type == Type::bf16) for (int64_t d = 0; d < n; ++d) to[d] = widen_bf16(from[d]) * scale;
+      else for (int64_t d = 0; d < n; ++d) to[d] = widen_f16(from[d]) * scale;
+    }
+    for (int64_t d = n; d < width; ++d) to[d] = 0;
   }
-  for (int64_t i = n; i < width; ++i) to[i] = 0;
 }
 
 void write_row(const Rows& x, int64_t at, int64_t n, const float* __restrict from) {
@@ -60,19 +65,18 @@ void write_row(const Rows& x, int64_t at, int64_t n, const float* __restrict fro
 }
 
 // Rows [first, first + count) of a key head as a panel: to[d * kPanel + j] is element d of row first + j, else zero.
-void pack_panel(const Attention& a, const Rows& x, int64_t head, int64_t first, int64_t count, float* __restrict to) {
-  constexpr int64_t kStrip = 64;
-  float rows[kLanes][kStrip];
-  for (int64_t j = 0; j < kPanel; j += kLanes)
-    for (int64_t d = 0; d < a.dim; d += kStrip) {
-      const int64_t n = at_most(kStrip, a.dim - d);
-      for (int64_t i = 0; i < kLanes; ++i) {
-        if (j + i < count) read_row(x, offset_of(x, head, first + j + i) + d, n, n, 1.0f, rows[i]);
-        else for (int64_t e = 0; e < n; ++e) rows[i][e] = 0;
-      }
-      for (int64_t e = 0; e < n; ++e)
-        for (int64_t i = 0; i < kLanes; ++i) to[(d + e) * kPanel + j + i] = rows[i][e];
-    }
+// `rows` is room for kLanes rows.
+void pack_panel(const Attention& a, const Rows& x, int64_t head, int64_t first, int64_t count, float* __restrict rows,
+                float* __restrict to) {
+  for (int64_t j = 0; j < kPanel; j += kLanes, to += kLanes) {
+    const int64_t held = at_least(0, at_most(kLanes, count - j));
+    read_rows(x, head, first + j, held, a.dim, a.width, 1.0f, rows);
+    for (int64_t i = held * a.width; i < kLanes * a.width; ++i) rows[i] = 0;
+    int64_t d = 0;
+    for (; d + 4 <= a.dim; d += 4) store_columns(rows + d, a.width, to + d * kPanel, kPanel);
+    for (; d < a.dim; ++d)
+      for (int64_t i = 0; i < kLanes; ++i) to[d * kPanel + i] = rows[i * a.width + d];
+  }
 }
 
 Range tile_rows(const Attention& a, int64_t tile) {
@@ -96,13 +100,12 @@ void scores(const Attention& a, int64_t m, const float* from, int64_t from_row, 
 
 // ---- forward
 
-void pack_keys(const Attention& a, int64_t key_head, int64_t part) {
+void pack_keys(const Attention& a, int64_t key_head, int64_t part, float* scratch) {
   const int64_t first = part * kPackKeys, last = at_most(first + kPackKeys, a.keys);
   float* panels = a.panels + (key_head * ceil_div(a.keys, kPanel) * kPanel + first) * a.dim;
   for (int64_t j = first; j < last; j += kPanel, panels += kPanel * a.dim)
-    pack_panel(a, a.k, key_head, j, at_most(kPanel, last - j), panels);
-  for (int64_t j = first; j < last; ++j)
-    read_row(a.v, offset_of(a.v, key_head, j), a.dim, a.width, 1.0f, a.values + (key_head * a.keys + j) * a.width);
+    pack_panel(a, a.k, key_head, j, last - j, scratch, panels);
+  read_rows(a.v, key_head, first, last - first, a.dim, a.width, 1.0f, a.values + (key_head * a.keys + first) * a.width);
 }
 
 // Keys [begin, end) whose scores begin at a column; those of whole vectors, so lane begin % kLanes holds the first.
@@ -184,10 +187,8 @@ void attend(const Attention& a, int64_t head, int64_t stream, int64_t row_tile, 
   // q carries the sign of the scale, so that the largest score has the largest weight; it is zero where that is.
   const float sign = static_cast<float>((a.scale > 0) - (a.scale < 0)), scale = a.scale == 0 ? 1.0f : a.scale * sign;
   online.factor = static_cast<float>(scale * kLog2e);
-  for (int64_t i = 0; i < count; ++i) {
-    read_row(a.q, offset_of(a.q, head, first + i), a.dim, a.dim, sign, online.q + i * a.dim);
-    online.peaks[i] = -kInfinity;
-  }
+  read_rows(a.q, head, first, count, a.dim, a.dim, sign, online.q);
+  for (int64_t i = 0; i < count; ++i) online.peaks[i] = -kInfinity;
   for (int64_t i = 0; i < count * kLanes; ++i) online.sums[i] = 0;
   for (int64_t i = 0; i < count * a.width; ++i) online.out[i] = 0;
 
@@ -221,7 +222,7 @@ void attend(const Attention& a, int64_t head, int64_t stream, int64_t row_tile, 
   for (int64_t i = 0; i < count; ++i) {
     const float sum = total(load(online.sums + i * kLanes));
     float* const out = online.out + i * a.width;
-    for (int64_t d = 0; d < a.width; d += kLanes) store(out + d, load(out + d) / splat(sum));
+    for (int64_t d = 0; d < a.width; d += kLanes) store(out + d, load(out + d) * splat(1.0f / sum));
     write_row(a.out, offset_of(a.out, head, first + i), a.dim, out);
     a.lse[head * a.rows + first + i] = static_cast<float>(static_cast<double>(online.peaks[i]) * scale + log(static_cast<double>(sum)));
   }
@@ -229,68 +230,72 @@ void attend(const Attention& a, int64_t head, int64_t stream, int64_t row_tile, 
 
 // ---- backward
 
-void pack_rows(const Attention& a, int64_t head, int64_t stream, int64_t row_tile) {
-  const Range tile = tile_rows(a, row_tile);
-  const int64_t start = row_of(a.sequence, stream);
-  float* const out = a.dq_rows;
-  for (int64_t row = start + tile.begin; row < start + tile.end; ++row) {
-    const int64_t index = head * a.rows + row, at = index * a.width;
-    read_row(a.q, offset_of(a.q, head, row), a.dim, a.width, 1.0f, a.q_rows + at);
-    read_row(a.grad_out, offset_of(a.grad_out, head, row), a.dim, a.width, 1.0f, a.grad_rows + at);
-    read_row(a.out, offset_of(a.out, head, row), a.dim, a.width, 1.0f, out + at);
-    Vec sum = {};
-    for (int64_t d = 0; d < a.width; d += kLanes) {
-      sum = madd(load(out + at + d), load(a.grad_rows + at + d), sum);
-      store(out + at + d, Vec{});
-    }
-    a.delta[index] = total(sum);
-  }
-}
-
-// What a task backward holds of its keys, counted from the tile's first.
-struct KeyTile {
-  float *k_panels, *v_panels, *k_rows, *dk, *dv, *weights, *slopes;
+// What a task backward holds: its keys, counted from the tile's first, and the rows that meet them.
+struct Held {
+  float *k_panels, *v_panels, *k, *dk, *dv;          // (keys, width)
+  float *weights, *slopes, *q, *grad, *lse, *delta;  // (rows, kKeyTile) twice, (rows, width) twice, (rows) twice
 };
 
 // Scores and the products <grad_out, v> of one row to the weights and the gradients of the scores.
-void slope(const Attention& a, int64_t index, int64_t n, float* weights, float* slopes) {
-  const Vec scale = splat(a.scale), shift = splat(-a.lse[index]), delta = splat(a.delta[index]);
-  const Vec log2e = splat(static_cast<float>(kLog2e));
+void slope(const Attention& a, float lse, float delta, int64_t n, float* weights, float* slopes) {
+  const Vec scale = splat(a.scale), log2e = splat(static_cast<float>(kLog2e));
   for (int64_t j = 0; j < n; j += kLanes) {
     // The difference first: it is small where the weight is large.
-    const Vec weight = exp2(madd(load(weights + j), scale, shift) * log2e);
+    const Vec weight = exp2(madd(load(weights + j), scale, splat(-lse)) * log2e);
     store(weights + j, weight);
-    store(slopes + j, (load(slopes + j) - delta) * (weight * scale));
+    store(slopes + j, (load(slopes + j) - splat(delta)) * (weight * scale));
   }
 }
 
+void hold_rows(const Attention& a, const Held& held, int64_t head, int64_t first, int64_t count) {
+  read_rows(a.out, head, first, count, a.dim, a.width, 1.0f, held.q);
+  read_rows(a.grad_out, head, first, count, a.dim, a.width, 1.0f, held.grad);
+  for (int64_t i = 0; i < count; ++i) {
+    const float *out = held.q + i * a.width, *grad = held.grad + i * a.width;
+    Vec sum = {};
+    for (int64_t d = 0; d < a.width; d += kLanes) sum = madd(load(out + d), load(grad + d), sum);
+    held.delta[i] = total(sum);
+    held.lse[i] = a.lse[head * a.rows + first + i];
+  }
+  read_rows(a.q, head, first, count, a.dim, a.width, 1.0f, held.q);
+}
+
 // Rows of one tile meet the keys of another, where they see them. Tiles of keys add to dq in turn.
-void meet_backward(const Attention& a, const KeyTile& held, int64_t head, int64_t stream, int64_t row_tile, Range keys,
+void meet_backward(const Attention& a, const Held& held, int64_t head, int64_t stream, int64_t row_tile, Range keys,
                    int64_t turn, int64_t turns) {
   const Range tile = tile_rows(a, row_tile);
-  const int64_t first = head * a.rows + row_of(a.sequence, stream);  // of the stream, in all rows
-  int32_t* const done = a.turns + (head * (a.sequence.copies + 1) + stream) * ceil_div(a.sequence.tokens, kRowTile) +
-                        row_tile;
+  const int64_t first = row_of(a.sequence, stream) + tile.begin, count = tile.end - tile.begin;
+  const int64_t vectors = a.width / kLanes;
+  hold_rows(a, held, head, first, count);
+  float* const dq = a.dq_rows ? a.dq_rows + (head * a.rows + first) * a.width
+                              : static_cast<float*>(a.dq.data) + offset_of(a.dq, head, first);
+  const int64_t dq_row = a.dq_rows ? a.width : a.dq.row_stride;
+
+  const int64_t row_tiles = ceil_div(a.sequence.tokens, kRowTile);
+  int32_t* const done = a.turns + (head * (a.sequence.copies + 1) + stream) * row_tiles + row_tile;
   bool mine = false;
   const auto wait = [&] {
-    for (int spins = 0; !mine && __atomic_load_n(done, __ATOMIC_ACQUIRE) != turn; ++spins)
+    if (mine) return;
+    for (int spins = 0; __atomic_load_n(done, __ATOMIC_ACQUIRE) != turn; ++spins)
       if (spins >= 1000) sched_yield();
     mine = true;
+    for (int64_t i = 0; turn == 0 && i < count; ++i)
+      for (int64_t d = 0; d < a.width; d += kLanes) store(dq + i * dq_row + d, Vec{});
   };
   for_pieces(a.sequence, stream, tile, [&](const Piece& piece) {
-    const int64_t m = piece.rows.end - piece.rows.begin, in_tile = piece.rows.begin - tile.begin;
-    const int64_t row = first + piece.rows.begin;
-    const float *q = a.q_rows + row * a.width, *grad = a.grad_rows + row * a.width;
+    const int64_t m = piece.rows.end - piece.rows.begin, row = piece.rows.begin - tile.begin;
+    const float *q = held.q + row * a.width, *grad = held.grad + row * a.width;
     for (int r = 0; r < piece.count; ++r) {
       const int64_t begin = at_least(piece.keys[r].begin, keys.begin) - keys.begin;
       const int64_t end = at_most(piece.keys[r].end, keys.end) - keys.begin;
       if (begin >= end) continue;
-      const int64_t lead = begin % kLanes, n = end - begin, vectors = a.width / kLanes;
-      float* const weights = held.weights + in_tile * kKeyTile + begin - lead;
-      float* const slopes = held.slopes + in_tile * kKeyTile + begin - lead;
+      const int64_t lead = begin % kLanes, n = end - begin;
+      float* const weights = held.weights + row * kKeyTile + begin - lead;
+      float* const slopes = held.slopes + row * kKeyTile + begin - lead;
       scores(a, m, q, a.width, held.k_panels, begin, end, weights, kKeyTile);
       scores(a, m, grad, a.width, held.v_panels, begin, end, slopes, kKeyTile);
-      for (int64_t i = 0; i < m; ++i) slope(a, row + i, lead + n, weights + i * kKeyTile, slopes + i * kKeyTile);
+      for (int64_t i = 0; i < m; ++i)
+        slope(a, held.lse[row + i], held.delta[row + i], lead + n, weights + i * kKeyTile, slopes + i * kKeyTile);
       gemm<Order::columns>(n, vectors, m, weights + lead, kKeyTile, grad, a.width, held.dv + begin * a.width, a.width,
                            true);
       gemm<Order::columns>(n, vectors, m, slopes + lead, kKeyTile, q, a.width, held.dk + begin * a.width, a.width,
@@ -298,13 +303,12 @@ void meet_backward(const Attention& a, const KeyTile& held, int64_t head, int64_
       wait();
       for (int64_t j = 0; j < n; j += kDepth)
         gemm<Order::rows>(m, vectors, at_most(kDepth, n - j), slopes + lead + j, kKeyTile,
-                          held.k_rows + (begin + j) * a.width, a.width, a.dq_rows + row * a.width, a.width, true);
+                          held.k + (begin + j) * a.width, a.width, dq + row * dq_row, dq_row, true);
     }
   });
   wait();
-  if (turn == turns - 1)
-    for (int64_t row = first + tile.begin; row < first + tile.end; ++row)
-      write_row(a.dq, offset_of(a.dq, head, row - head * a.rows), a.dim, a.dq_rows + row * a.width);
+  if (a.dq_rows && turn == turns - 1)
+    for (int64_t i = 0; i < count; ++i) write_row(a.dq, offset_of(a.dq, head, first + i), a.dim, dq + i * dq_row);
   __atomic_store_n(done, static_cast<int32_t>(turn + 1), __ATOMIC_RELEASE);
 }
 
@@ -313,21 +317,29 @@ void attend_backward(const Attention& a, int64_t key_head, int64_t stream, int64
   const int64_t start = key_of(s, stream);
   const Range keys = {start + key_tile * kKeyTile, start + at_most((key_tile + 1) * kKeyTile, s.tokens)};
   const int64_t count = keys.end - keys.begin;
-  KeyTile held;
-  held.weights = scratch;
-  held.slopes = held.weights + kRowTile * kKeyTile;
-  held.k_panels = held.slopes + kRowTile * kKeyTile;
-  held.v_panels = held.k_panels + kKeyTile * a.dim;
-  held.k_rows = held.v_panels + kKeyTile * a.dim;
-  held.dk = held.k_rows + kKeyTile * a.width;
-  held.dv = held.dk + kKeyTile * a.width;
+  Held held;
+  const auto take = [&](int64_t size) {
+    float* const part = scratch;
+    scratch += size;
+    return part;
+  };
+  held.k_panels = take(kKeyTile * a.width);
+  held.v_panels = take(kKeyTile * a.width);
+  held.k = take(kKeyTile * a.width);
+  held.dk = take(kKeyTile * a.width);
+  held.dv = take(kKeyTile * a.width);
+  held.weights = take(kRowTile * kKeyTile);
+  held.slopes = take(kRowTile * kKeyTile);
+  held.q = take(kRowTile * a.width);
+  held.grad = take(kRowTile * a.width);
+  held.lse = take(kRowTile);
+  held.delta = take(kRowTile);
   for (int64_t j = 0; j < count; j += kPanel) {
-    pack_panel(a, a.k, key_head, keys.begin + j, at_most(kPanel, count - j), held.k_panels + j * a.dim);
-    pack_panel(a, a.v, key_head, keys.begin + j, at_most(kPanel, count - j), held.v_panels + j * a.dim);
+    pack_panel(a, a.k, key_head, keys.begin + j, count - j, held.dk, held.k_panels + j * a.dim);
+    pack_panel(a, a.v, key_head, keys.begin + j, count - j, held.dk, held.v_panels + j * a.dim);
   }
-  for (int64_t j = 0; j < count; ++j)
-    read_row(a.k, offset_of(a.k, key_head, keys.begin + j), a.dim, a.width, 1.0f, held.k_rows + j * a.width);
-  for (int64_t i = 0; i < 2 * kKeyTile * a.width; ++i) held.dk[i] = 0;
+  read_rows(a.k, key_head, keys.begin, count, a.dim, a.width, 1.0f, held.k);
+  for (int64_t i = 0; i < count * a.width; ++i) held.dk[i] = held.dv[i] = 0;
 
   const int64_t from = stream == 0 ? (s.noisy_rows_only ? 1 : 0) : stream, to = stream == 0 ? s.copies : stream;
   for (int64_t g = 0; g < a.group; ++g)
@@ -344,13 +356,15 @@ void attend_backward(const Attention& a, int64_t key_head, int64_t stream, int64
 }
 
 int64_t forward_scratch(const Attention& a) { return kRowTile * (kScores + kLanes + a.width + a.dim); }
-int64_t backward_scratch(const Attention& a) { return kKeyTile * (2 * kRowTile + 2 * a.dim + 3 * a.width); }
+int64_t backward_scratch(const Attention& a) {
+  return kKeyTile * (5 * a.width + 2 * kRowTile) + kRowTile * (2 * a.width + 2);
+}
 
 }  // namespace
 
 extern const AttentionKernels attention_kernels;
 const AttentionKernels attention_kernels = {kLanes, kPanel, forward_scratch, backward_scratch,
-                                            pack_keys, attend, pack_rows, attend_backward};
+                                            pack_keys, attend, attend_backward};
 
 }  // namespace SAE_ISA
 }  // namespace sae

@@ -30,8 +30,8 @@ struct Attention {
 
   // Forward: keys in panels, values in rows, of each (batch, key head).
   float *panels = nullptr, *values = nullptr;
-  // Backward: q, grad_out, and sums for dq in rows; <out, grad_out> of each row; of each (batch, query head).
-  float *q_rows = nullptr, *grad_rows = nullptr, *dq_rows = nullptr, *delta = nullptr;
+  // Backward: sums for dq in rows, of each (batch, query head); nullptr: dq itself takes them.
+  float* dq_rows = nullptr;
   int32_t* turns = nullptr;  // (batch, heads, row stream, row tile): tiles of keys done
 };
 
@@ -40,9 +40,8 @@ struct AttentionKernels {
   int64_t (*forward_scratch)(const Attention&);  // floats of a thread
   int64_t (*backward_scratch)(const Attention&);
   // Heads count (batch, head); streams are numbered clean, noisy 1..K, and tiles along a stream.
-  void (*pack_keys)(const Attention&, int64_t key_head, int64_t part);
+  void (*pack_keys)(const Attention&, int64_t key_head, int64_t part, float* scratch);
   void (*attend)(const Attention&, int64_t head, int64_t stream, int64_t row_tile, float* scratch);
-  void (*pack_rows)(const Attention&, int64_t head, int64_t stream, int64_t row_tile);
   void (*attend_backward)(const Attention&, int64_t key_head, int64_t stream, int64_t key_tile, float* scratch);
 };
 

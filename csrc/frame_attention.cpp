@@ -65,10 +65,9 @@ Sequence sequence_of(int64_t tokens, int64_t block, int64_t copies, bool noisy_f
 // Floats for all that a call keeps between tasks, from PyTorch's allocator; parts begin at multiples of 64 bytes.
 class Workspace {
  public:
-  float** add(float** part, int64_t size) {
+  void add(float** part, int64_t size) {
     parts_.push_back({part, total_});
     total_ += ceil_div(size, 16) * 16;
-    return part;
   }
   void allocate(const Tensor& like) {
     memory_ = torch::stable::new_empty(like, {total_ + 16}, torch::headeronly::ScalarType::Float);
@@ -135,7 +134,7 @@ void frame_attention_fwd_cpu(const Tensor& q, const Tensor& k, const Tensor& v, 
   const int64_t parts = ceil_div(a.keys, kPackKeys);
   run_in_order(key_heads, parts, tiles * streams * a.group, 2 * work_of(a), kernels.forward_scratch(a),
                [&](int64_t head, int64_t j, float* scratch) {
-                 if (j < parts) return kernels.pack_keys(a, head, j);
+                 if (j < parts) return kernels.pack_keys(a, head, j, scratch);
                  j -= parts;
                  const int64_t tile = tiles - 1 - j / (streams * a.group), rest = j % (streams * a.group);
                  kernels.attend(a, head * a.group + rest / streams, from + rest % streams, tile, scratch);
@@ -156,26 +155,18 @@ void frame_attention_bwd_cpu(const Tensor& grad_out, const Tensor& q, const Tens
   const AttentionKernels& kernels = *cpu_kernels().attention;
   const int64_t heads = a.batch * a.heads, key_heads = heads / a.group;
   if (key_heads * a.keys * a.dim == 0) return;
-  Workspace workspace;
-  for (float** rows : {&a.q_rows, &a.grad_rows, &a.dq_rows}) workspace.add(rows, heads * a.rows * a.width);
-  workspace.add(&a.delta, heads * a.rows);
   const int64_t row_tiles = ceil_div(tokens, kRowTile), key_tiles = ceil_div(tokens, kKeyTile);
+  Workspace workspace;
   float* turns;
   workspace.add(&turns, heads * (1 + copies) * row_tiles);
+  if (a.q.type != Type::f32 || a.width != a.dim) workspace.add(&a.dq_rows, heads * a.rows * a.width);
   workspace.allocate(q);
   a.turns = reinterpret_cast<int32_t*>(turns);
   std::fill_n(a.turns, heads * (1 + copies) * row_tiles, 0);
-  const int64_t from = noisy_queries_only ? 1 : 0, streams = 1 + copies - from;
-  const int64_t parts = row_tiles * streams * a.group;
-  run_in_order(key_heads, parts, key_tiles * (1 + copies), 5 * work_of(a), kernels.backward_scratch(a),
+  // Clean keys first, and the first of them, which most rows see.
+  run_in_order(key_heads, 0, key_tiles * (1 + copies), 5 * work_of(a), kernels.backward_scratch(a),
                [&](int64_t head, int64_t j, float* scratch) {
-                 if (j < parts) {
-                   const int64_t rest = j % (streams * a.group);
-                   return kernels.pack_rows(a, head * a.group + rest / streams, from + rest % streams,
-                                            j / (streams * a.group));
-                 }
-                 // Clean keys first, and the first of them, which most rows see.
-                 kernels.attend_backward(a, head, (j - parts) / key_tiles, (j - parts) % key_tiles, scratch);
+                 kernels.attend_backward(a, head, j / key_tiles, j % key_tiles, scratch);
                });
 }
 

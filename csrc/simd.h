@@ -79,6 +79,53 @@ SAE_INLINE Vec keep(Vec v, int64_t begin, int64_t end, float other) {
   return (lane >= from) & (lane < to) ? v : splat(other);
 }
 
+// Four columns of kLanes rows as four vectors: to[c * to_row + i] = from[i * from_row + c].
+SAE_INLINE void store_columns(const float* from, int64_t from_row, float* to, int64_t to_row) {
+#if defined(__x86_64__)
+#if defined(__AVX512F__)
+// Masked, for the plain ones make GCC 12 warn of its own header.
+#define SAE_UNPACK(half, kind, a, b) _mm512_maskz_unpack##half##_##kind(-1, a, b)
+  using Floats = __m512;
+  using Doubles = __m512d;
+#elif defined(__AVX2__)
+#define SAE_UNPACK(half, kind, a, b) _mm256_unpack##half##_##kind(a, b)
+  using Floats = __m256;
+  using Doubles = __m256d;
+#else
+#define SAE_UNPACK(half, kind, a, b) _mm_unpack##half##_##kind(a, b)
+  using Floats = __m128;
+  using Doubles = __m128d;
+#endif
+  // Vector i holds rows i, i + 4, ..., four numbers each; each quarter is then transposed by itself.
+  Floats rows[4];
+  for (int i = 0; i < 4; ++i) {
+    const float* const row = from + i * from_row;
+#if defined(__AVX512F__)
+    rows[i] = _mm512_castps128_ps512(_mm_loadu_ps(row));
+    rows[i] = _mm512_insertf32x4(rows[i], _mm_loadu_ps(row + 4 * from_row), 1);
+    rows[i] = _mm512_insertf32x4(rows[i], _mm_loadu_ps(row + 8 * from_row), 2);
+    rows[i] = _mm512_insertf32x4(rows[i], _mm_loadu_ps(row + 12 * from_row), 3);
+#elif defined(__AVX2__)
+    rows[i] = _mm256_insertf128_ps(_mm256_castps128_ps256(_mm_loadu_ps(row)), _mm_loadu_ps(row + 4 * from_row), 1);
+#else
+    rows[i] = _mm_loadu_ps(row);
+#endif
+  }
+  const Doubles low01 = (Doubles)SAE_UNPACK(lo, ps, rows[0], rows[1]);
+  const Doubles low23 = (Doubles)SAE_UNPACK(lo, ps, rows[2], rows[3]);
+  const Doubles high01 = (Doubles)SAE_UNPACK(hi, ps, rows[0], rows[1]);
+  const Doubles high23 = (Doubles)SAE_UNPACK(hi, ps, rows[2], rows[3]);
+  store(to, (Vec)SAE_UNPACK(lo, pd, low01, low23));
+  store(to + to_row, (Vec)SAE_UNPACK(hi, pd, low01, low23));
+  store(to + 2 * to_row, (Vec)SAE_UNPACK(lo, pd, high01, high23));
+  store(to + 3 * to_row, (Vec)SAE_UNPACK(hi, pd, high01, high23));
+#undef SAE_UNPACK
+#else
+  for (int c = 0; c < 4; ++c)
+    for (int i = 0; i < kLanes; ++i) to[c * to_row + i] = from[i * from_row + c];
+#endif
+}
+
 // 2^x for x <= 127 to one unit in the last place; below 2^-125 it is 0, and NaN stays NaN.
 SAE_INLINE Vec exp2(Vec x) {
   const Vec magic = splat(0x1.8p23f), shifted = x + magic, f = x - (shifted - magic);
