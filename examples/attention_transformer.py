@@ -1,4 +1,4 @@
-"""`frame_attention` in a transformer of one's own, trained with teacher forcing; needs sae_kernels alone.
+"""`frame_attention` in a transformer of your own, trained with teacher forcing; needs sae_kernels alone.
 
 Clips are blobs that move over a torus, a constant step per frame. The network sees each clip twice: clean, and noised
 by flow matching (x = (1 - s) x0 + s eps) with a level s of its own for each frame. Noisy frame i sees the clean frames
