@@ -8,8 +8,9 @@ import math
 
 import pytest
 import torch
+from sae_diffusion.diffusion.config import SamplerConfig
 from sae_diffusion.model import Denoiser, ModelConfig
-from sae_diffusion.presets import MODELS
+from sae_diffusion.presets import MODELS, PRESETS, read_run_settings, write_run_settings
 
 # (in, out): count of 3x3 causal convolutions, from the published shape list of the LunarLander network (finest level
 # first: first and last convolution, down, encoder, bottleneck, up, decoder).
@@ -76,3 +77,20 @@ def test_tiny_is_small():
 @pytest.mark.parametrize("name", MODELS)
 def test_presets_can_be_rebuilt_from_json(name):
     assert ModelConfig(**json.loads(json.dumps(dataclasses.asdict(MODELS[name])))) == MODELS[name]
+
+
+def test_run_files_of_earlier_versions_are_read(tmp_path):
+    """Written when the steps had another name, churn was a number and there were two solvers."""
+    old = (
+        '{"clips": {"frame_stride": 2, "clip_stride": null, "heldout_fraction": 0.1, "on_error": "skip"}, "sampler": '
+        '{"steps": 7, "sigma_min": 0.002, "sigma_max": 80.0, "rho": 7.0, "churn": 0.0, "churn_min": 0.0, '
+        '"churn_max": Infinity, "churn_noise": 1.0, "solver": "euler", "context_sigma": 0.05, "context_noise": 0.0, '
+        '"guidance": 1.5, "guidance_kind": "context"}}'
+    )
+    (tmp_path / "run.json").write_text(old, encoding="utf-8")
+    clips, sampler = read_run_settings(tmp_path)
+    assert clips.frame_stride == 2
+    assert sampler == SamplerConfig(sampling_steps=7, solver="euler", guidance=1.5, churn=0.0)
+    preset = dataclasses.replace(PRESETS["tiny"], sampler=SamplerConfig(solver="stochastic-heun"))
+    write_run_settings(tmp_path, preset)
+    assert read_run_settings(tmp_path) == (preset.clips, preset.sampler)

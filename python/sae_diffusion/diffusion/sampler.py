@@ -328,7 +328,7 @@ class _Run:
 
     def told(self, sigma: torch.Tensor) -> torch.Tensor:
         """Noise levels (1, F) as the network takes them."""
-        return sigma.to(self.device, self.dtype).repeat(self.batch, 1)
+        return sigma.to(self.device, self.dtype, non_blocking=True).repeat(self.batch, 1)
 
     def caused_by(self, frames: int) -> torch.Tensor | None:
         """The actions of the request's next frames."""

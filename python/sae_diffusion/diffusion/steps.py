@@ -43,7 +43,7 @@ class Sigma(Level):
         self.signal, self.noise = torch.ones_like(sigma), sigma
 
     def eps(self, x: torch.Tensor, x0: torch.Tensor) -> torch.Tensor:
-        return (x - x0) / expand_to(self.noise, x).to(x)
+        return (x - x0) / _like(self.noise, x)
 
     def raised(self, gamma: torch.Tensor) -> tuple[Level, torch.Tensor]:
         level = Sigma(self.noise * (1 + gamma))
@@ -171,4 +171,9 @@ class Churn:
 
 def times(factor: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
     """A factor for each token."""
-    return expand_to(factor, x).to(x) * x
+    return _like(factor, x) * x
+
+
+def _like(values: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+    """Values of tokens, ready to meet x; an accelerator does not wait for them."""
+    return expand_to(values, x).to(x, non_blocking=True)
