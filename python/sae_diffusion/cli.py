@@ -146,7 +146,7 @@ class Sample:
             `context`, the number of their first frames that were given.
         frames: new frames, fewer where clips of the data are shorter; "None" takes 28, or one per row of --actions.
         context: given frames.
-        samples: videos.
+        samples: how many videos.
         actions: told to the model for new frames: "recorded" ones, "random" ones, or those in a file (.npy, .csv or
             .json, a row for each new frame), the same for all videos.
         hold: frames that a random action is kept for.
