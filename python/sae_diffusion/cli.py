@@ -12,7 +12,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, cast
 
 import tyro
 
@@ -21,16 +21,17 @@ from .diffusion.cli import SchedulePlot
 from .diffusion.config import SamplerConfig
 from .images.cli import ImagesCommand
 from .model.config import ModelConfig
-from .presets import PRESETS, ClipConfig, Preset, PresetName, read_run_settings
+from .presets import PRESETS, ClipConfig, Preset, PresetName
 from .progress import progress_bar
 from .series.cli import SeriesCommand
+from .settings import read_config, read_run_settings
 from .train.config import TrainConfig
 
 RANK_0_SECONDS = 10.0
 USER_ERRORS = (ValueError, TypeError, OSError, ImportError, RuntimeError, FloatingPointError)
 OPTIONAL = (
-    "gymnasium", "av", "pillow", "pyarrow", "safetensors", "scikit-learn", "torchdiffeq", "tyro", "rich", "tensorboard",
-    "matplotlib", "ale-py",
+    "gymnasium", "av", "pillow", "pyarrow", "pyyaml", "safetensors", "scikit-learn", "torchdiffeq", "tyro", "rich",
+    "tensorboard", "matplotlib", "ale-py",
 )  # fmt: skip
 
 
@@ -82,9 +83,12 @@ class Collect:
 class Train:
     """Train a world model; the same command resumes, `torchrun -m sae_diffusion train ...` uses several devices.
 
-    Height, width, channels and actions of the model follow the data; images are resized to the preset's size.
+    Height, width, channels and actions of the model follow the data; images are resized to the preset's size. All
+    settings are written into the run folder as config.yaml, with which --config repeats the run.
 
     Args:
+        config: YAML file of options, nested as they are here: those without a dot at the top, `--model.window 8` as
+            `model: {window: 8}`. Options of the command line win over the file, the file over the preset.
         preset: where the defaults of all options below come from.
         train: the run.
         model: the network.
@@ -93,6 +97,7 @@ class Train:
         debug: show where an error came from.
     """
 
+    config: Path | None = None
     preset: PresetName = "tiny"
     train: Annotated[TrainConfig, tyro.conf.arg(name="")] = field(default_factory=TrainConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
@@ -105,7 +110,7 @@ class Train:
             raise ValueError("data: name the training data with --data FOLDER")
         from .runs import make_trainer, skipped_sources
 
-        trainer = make_trainer(Preset(self.model, self.train, self.sampler, self.clips))
+        trainer = make_trainer(Preset(self.model, self.train, self.sampler, self.clips), self.preset)
         if trainer.rank == 0:
             data = trainer.dataset
             for line in skipped_sources(data):
@@ -319,24 +324,30 @@ def package_version(package: str) -> str:
 
 
 def option(arguments: Sequence[str], name: str) -> str | None:
-    """The value of an option that sets the defaults of others, which --help shows, so it is looked for first."""
+    """The last value of an option that sets the defaults of others, which --help shows, so it is looked for first."""
+    value = None
     for i, argument in enumerate(arguments):
         if argument == name and i + 1 < len(arguments):
-            return arguments[i + 1]
+            value = arguments[i + 1]
         if argument.startswith(f"{name}="):
-            return argument.partition("=")[2]
-    return None
+            value = argument.partition("=")[2]
+    return value
 
 
 def parse(arguments: Sequence[str]) -> Any:
     """The command that the arguments describe; exits with code 2 when they describe none."""
-    name, run_dir = option(arguments, "--preset"), option(arguments, "--run-dir")
+    command = arguments[0] if arguments else ""
+    name, run_dir = cast(PresetName | None, option(arguments, "--preset")), option(arguments, "--run-dir")
     if name is not None and name not in PRESETS:
         raise ValueError(f"preset: must be one of {', '.join(PRESETS)}, got {name!r}")
-    preset = PRESETS[name or Train.preset]
-    settings = read_run_settings(Path(run_dir)) if run_dir is not None and name is None else None
+    chosen, preset = name or Train.preset, PRESETS[name or Train.preset]
+    settings = None
+    if command == "train" and (file := option(arguments, "--config")) is not None:
+        chosen, preset = read_config(file, preset=name, default=Train.preset)
+    elif command == "sample" and run_dir is not None and name is None:
+        settings = read_run_settings(Path(run_dir))
     sampler = settings[1] if settings else preset.sampler
-    train = Train(train=preset.train, model=preset.model, clips=preset.clips, sampler=preset.sampler)
+    train = Train(preset=chosen, train=preset.train, model=preset.model, clips=preset.clips, sampler=preset.sampler)
     # A required field has no default; tyro takes the mark for one.
     sample = dataclasses.replace(Sample(run_dir=Path()), run_dir=tyro.MISSING, sampler=sampler)
     commands = (

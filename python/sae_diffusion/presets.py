@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import dataclasses
-import json
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Literal
 
 from .checks import check_integers, check_numbers
@@ -14,7 +11,6 @@ from .model import ModelConfig
 from .train.config import TrainConfig
 
 PresetName = Literal["tiny", "lunar-lander", "counter-strike"]
-RUN_FILE = "run.json"  # in a run folder: how its clips were cut and its sampler, for `sae sample`
 
 
 @dataclass(frozen=True)
@@ -124,22 +120,3 @@ PRESETS = {
         SamplerConfig(sampling_steps=64, sigma_min=0.4, rho=2.0),
     ),
 }  # fmt: skip
-
-
-def write_run_settings(run_dir: Path, preset: Preset) -> None:
-    """run.json of a run folder."""
-    run_dir.mkdir(parents=True, exist_ok=True)
-    settings = {"clips": dataclasses.asdict(preset.clips), "sampler": dataclasses.asdict(preset.sampler)}
-    (run_dir / RUN_FILE).write_text(json.dumps(settings, indent=1), encoding="utf-8")
-
-
-def read_run_settings(path: Path) -> tuple[ClipConfig, SamplerConfig] | None:
-    """What run.json of a run folder, or of a checkpoint's, holds; None where there is none."""
-    for folder in (path, path.parent):
-        if (folder / RUN_FILE).exists():
-            settings = json.loads((folder / RUN_FILE).read_text(encoding="utf-8"))
-            sampler = settings["sampler"]
-            if "steps" in sampler:  # its name until sampling_steps
-                sampler["sampling_steps"] = sampler.pop("steps")
-            return ClipConfig(**settings["clips"]), SamplerConfig(**sampler)
-    return None

@@ -14,8 +14,9 @@ from .data.readers import Episode, is_heldout, read_actions
 from .devices import pick_device
 from .media import write_png
 from .model import Denoiser, ModelConfig
-from .presets import ClipConfig, Preset, write_run_settings
+from .presets import ClipConfig, Preset, PresetName
 from .rollout import continue_clips
+from .settings import CONFIG_FILE, write_config
 from .train.trainer import Trainer
 
 
@@ -52,8 +53,12 @@ def spread(dataset: ClipDataset, count: int) -> list[int]:
     return [i * len(dataset) // count for i in range(count)]
 
 
-def make_trainer(preset: Preset) -> Trainer:
-    """Data, statistics, network and trainer of one run; writes run.json into its folder."""
+def make_trainer(preset: Preset, name: PresetName = "tiny") -> Trainer:
+    """Data, statistics, network and trainer of one run; writes config.yaml into its folder.
+
+    Args:
+        name: of the preset that `preset` was made from, for config.yaml.
+    """
     train, clips = preset.train, preset.clips
     pick_device(train.device)
     dataset = open_clips(
@@ -66,7 +71,8 @@ def make_trainer(preset: Preset) -> Trainer:
     heldout = dataset.cut(train.clip_length, others) if others else None
     trainer = Trainer(train, model, dataset, FrameStats.estimate(dataset), on_sample=on_sample, heldout=heldout)
     if trainer.rank == 0:
-        write_run_settings(Path(train.run_dir), preset)
+        fitted = dataclasses.replace(preset, model=model.config)
+        write_config(Path(train.run_dir) / CONFIG_FILE, name, fitted)
     return trainer
 
 

@@ -88,7 +88,7 @@ for arguments in calls:
             assert end.code == (2 if arguments[-1] != "--help" else 0), (arguments, end.code)
         else:
             raise AssertionError(arguments)
-heavy = "torch", "triton", "numpy", "gymnasium", "matplotlib", "PIL", "av", "safetensors", "sklearn", "sae_kernels"
+heavy = "torch", "triton", "numpy", "yaml", "gymnasium", "matplotlib", "PIL", "av", "safetensors", "sklearn", "sae_kernels"
 print(len(calls), [name for name in heavy if name in sys.modules])
 """
     result = subprocess.run(

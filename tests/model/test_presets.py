@@ -10,7 +10,8 @@ import pytest
 import torch
 from sae_diffusion.diffusion.config import SamplerConfig
 from sae_diffusion.model import Denoiser, ModelConfig
-from sae_diffusion.presets import MODELS, PRESETS, read_run_settings, write_run_settings
+from sae_diffusion.presets import MODELS, PRESETS
+from sae_diffusion.settings import read_run_settings, write_config
 
 # (in, out): count of 3x3 causal convolutions, from the published shape list of the LunarLander network (finest level
 # first: first and last convolution, down, encoder, bottleneck, up, decoder).
@@ -92,5 +93,5 @@ def test_run_files_of_earlier_versions_are_read(tmp_path):
     assert clips.frame_stride == 2
     assert sampler == SamplerConfig(sampling_steps=7, solver="euler", guidance=1.5, churn=0.0)
     preset = dataclasses.replace(PRESETS["tiny"], sampler=SamplerConfig(solver="stochastic-heun"))
-    write_run_settings(tmp_path, preset)
+    write_config(tmp_path / "config.yaml", "tiny", preset)
     assert read_run_settings(tmp_path) == (preset.clips, preset.sampler)

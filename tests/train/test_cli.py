@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import json
 
@@ -11,6 +12,7 @@ from PIL import Image
 from sae_diffusion import cli
 from sae_diffusion.lock import RunLock
 from sae_diffusion.presets import PRESETS
+from sae_diffusion.settings import read_config
 
 
 def words(line: str) -> list[str]:
@@ -112,18 +114,29 @@ def test_debug_shows_the_traceback(tmp_path):
 def test_train_writes_checkpoint_strip_and_how_clips_were_cut(trained):
     state = json.loads((trained / "step-0000002" / "state.json").read_text())
     assert state["step"] == 2 and state["model_config"]["num_actions"] == 4 and state["model_config"]["height"] == 16
-    settings = json.loads((trained / "run.json").read_text())
-    assert settings["clips"]["heldout_fraction"] == 0.5
+    name, settings = read_config(trained / "config.yaml")
+    assert name == "tiny" and settings.clips.heldout_fraction == 0.5 and settings.sampler.sampling_steps == 2
+    assert json.loads(json.dumps(dataclasses.asdict(settings.model))) == state["model_config"]
     # `sae sample` takes the run's sampler, unless a preset or an option says otherwise.
-    assert (
-        settings["sampler"]["sampling_steps"]
-        == cli.parse(["sample", f"--run-dir={trained}"]).sampler.sampling_steps
-        == 2
-    )
+    assert cli.parse(["sample", f"--run-dir={trained}"]).sampler.sampling_steps == 2
     assert cli.parse(words(f"sample --run-dir {trained}/step-0000002 --guidance 3")).sampler.sampling_steps == 2
     assert cli.parse(words(f"sample --run-dir {trained} --preset tiny")).sampler == PRESETS["tiny"].sampler
     assert Image.open(trained / "samples" / "step-0000002.png").size[0] > 16
     assert len((trained / "metrics.jsonl").read_text().splitlines()) == 2
+
+
+def test_a_run_from_the_settings_of_another_has_the_same(trained, tmp_path):
+    """config.yaml and the losses; run_dir is the one thing that the command line says otherwise."""
+    again = tmp_path / "again"
+    assert cli.main(["train", f"--config={trained / 'config.yaml'}", f"--run-dir={again}"]) == 0
+    first, second = ((run / "config.yaml").read_text() for run in (trained, again))
+    assert second == first.replace(f"run_dir: {trained}", f"run_dir: {again}") != first
+
+    def losses(run):
+        lines = (run / "metrics.jsonl").read_text().splitlines()
+        return [json.loads(line)["loss"] for line in lines][:2]
+
+    assert losses(again) == losses(trained)
 
 
 def test_training_goes_on_where_it_stopped(recorded, trained, capsys):

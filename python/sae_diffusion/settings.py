@@ -1,0 +1,182 @@
+"""A training run's settings as a YAML file: what `sae train --config` reads, and what is written beside the run.
+
+Its keys are the options of `sae train`: those of the training at the top, then `model`, `clips`, `sampler` and `noise`
+with theirs below them, and `preset`. What a file does not name is as in the preset.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import json
+import types
+import typing
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal, TypeVar, Union
+
+from .diffusion.config import SamplerConfig
+from .presets import PRESETS, ClipConfig, Preset, PresetName
+
+CONFIG_FILE = "config.yaml"  # in a run folder: all of its settings
+OLD_RUN_FILE = "run.json"  # of runs from before that: how clips were cut, and the sampler
+PARTS = ("model", "clips", "sampler")  # of a preset, each under its name; the training's options have none
+
+Config = TypeVar("Config")
+
+
+def read_config(
+    path: Path | str, *, preset: PresetName | None = None, default: PresetName = "tiny"
+) -> tuple[PresetName, Preset]:
+    """The settings in a YAML file, over those of a preset.
+
+    Args:
+        preset: taken instead of the one that the file names.
+        default: taken where neither says.
+
+    Raises:
+        ValueError: no YAML, an unknown or repeated key, a value of the wrong type or one that breaks its option's rule;
+            the message names file and key.
+        OSError: the file cannot be read.
+    """
+    values = _load(path)
+    named = values.pop("preset", default)
+    if not isinstance(named, str) or named not in PRESETS:
+        raise ValueError(f"{path}: preset: must be one of {', '.join(PRESETS)}, got {named!r}")
+    name = typing.cast(PresetName, preset or named)
+    base = PRESETS[name]
+    names = [field.name for field in dataclasses.fields(base.train)]
+    _check_keys(values, ["preset", *names, *PARTS], f"{path}: ")
+    parts = {part: _overlay(getattr(base, part), values.pop(part, {}), path, (part,)) for part in PARTS}
+    return name, Preset(train=_overlay(base.train, values, path, ()), **parts)
+
+
+def write_config(path: Path, name: PresetName, settings: Preset) -> None:
+    """All settings as YAML that `read_config` gives back as they are; the file appears whole or not at all."""
+    import yaml
+
+    from .data.format import atomic_path
+
+    class Dumper(yaml.SafeDumper):
+        pass
+
+    def in_one_line(dumper: Any, value: tuple[Any, ...]) -> Any:
+        return dumper.represent_sequence("tag:yaml.org,2002:seq", value, flow_style=True)
+
+    Dumper.add_representer(tuple, in_one_line)
+    values = {"preset": name, **dataclasses.asdict(settings.train)}
+    values |= {part: dataclasses.asdict(getattr(settings, part)) for part in PARTS}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with atomic_path(path) as temporary:
+        text = yaml.dump(values, Dumper=Dumper, sort_keys=False, allow_unicode=True)
+        temporary.write_text(text, encoding="utf-8")
+
+
+def read_run_settings(path: Path) -> tuple[ClipConfig, SamplerConfig] | None:
+    """How the clips of a run, named by its folder or a checkpoint in it, were cut, and its sampler; None if unknown."""
+    for folder in (path, path.parent):
+        if (folder / CONFIG_FILE).exists():
+            settings = read_config(folder / CONFIG_FILE)[1]
+            return settings.clips, settings.sampler
+        if (folder / OLD_RUN_FILE).exists():
+            old = json.loads((folder / OLD_RUN_FILE).read_text(encoding="utf-8"))
+            sampler = old["sampler"]
+            if "steps" in sampler:  # its name until sampling_steps
+                sampler["sampling_steps"] = sampler.pop("steps")
+            return ClipConfig(**old["clips"]), SamplerConfig(**sampler)
+    return None
+
+
+def _load(path: Path | str) -> dict[str, Any]:
+    """The mapping in a YAML file."""
+    import yaml
+
+    def mapping(loader: Any, node: Any) -> dict[str, Any]:
+        names = [loader.construct_object(key) for key, _ in node.value]
+        for name, (key, _) in zip(names, node.value):
+            if not isinstance(name, str):
+                raise ValueError(f"line {key.start_mark.line + 1}: keys must be names, got {name!r}")
+            if names.count(name) > 1:
+                raise ValueError(f"line {key.start_mark.line + 1}: {name}: must be named once")
+        return {name: loader.construct_object(value, deep=True) for name, (_, value) in zip(names, node.value)}
+
+    class Loader(yaml.SafeLoader):
+        pass
+
+    Loader.add_constructor("tag:yaml.org,2002:map", mapping)
+    with open(path, encoding="utf-8") as file:
+        try:
+            values = yaml.load(file, Loader)
+        except yaml.MarkedYAMLError as error:
+            line = f"line {error.problem_mark.line + 1}: " if error.problem_mark else ""
+            raise ValueError(f"{path}: {line}no YAML: {error.problem}") from error
+        except (ValueError, yaml.YAMLError) as error:
+            raise ValueError(f"{path}: {error}") from error
+    if not isinstance(values, dict | None):
+        raise ValueError(f"{path}: must be a mapping of options to values, got {type(values).__name__}")
+    return values or {}
+
+
+def _check_keys(values: Mapping[str, Any], known: list[str], where: str) -> None:
+    for key in values:
+        if key not in known:
+            near = difflib.get_close_matches(key.replace("-", "_"), known, n=1)
+            raise ValueError(f"{where}{key}: no such option{f'; did you mean {near[0]}?' if near else ''}")
+
+
+def _overlay(config: Config, values: Any, path: Path | str, keys: tuple[str, ...]) -> Config:
+    """A copy of a configuration with the fields that `values` names replaced."""
+    where = ".".join(keys)
+    if not isinstance(values, dict):
+        raise ValueError(f"{path}: {where}: must be a mapping of options to values, got {values!r}")
+    kinds = typing.get_type_hints(type(config))
+    start = "".join(f"{key}." for key in keys)
+    _check_keys(values, list(kinds), f"{path}: {start}")
+    new: dict[str, Any] = {}
+    for name, value in values.items():
+        if dataclasses.is_dataclass(kinds[name]):
+            new[name] = _overlay(getattr(config, name), value, path, (*keys, name))
+        else:
+            try:
+                new[name] = _value(value, kinds[name])
+            except TypeError as error:
+                raise ValueError(f"{path}: {start}{name}: must be {error}, got {value!r}") from None
+    try:
+        return dataclasses.replace(config, **new)  # type: ignore[type-var]
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{path}: {start}{error}") from error
+
+
+def _value(value: Any, kind: Any) -> Any:
+    """A value from YAML as a field of that type takes it; TypeError says what it must be."""
+    origin, parts = typing.get_origin(kind), typing.get_args(kind)
+    if origin in (Union, types.UnionType):
+        if value is None:
+            return None
+        kind = next(part for part in parts if part is not type(None))
+        try:
+            return _value(value, kind)
+        except TypeError as error:
+            raise TypeError(f"{error} or null") from None
+    if origin is Literal:
+        if value not in parts:
+            raise TypeError(" or ".join(map(str, parts)))
+        return value
+    if origin is tuple:
+        many = "" if parts[-1] is Ellipsis else f"{len(parts)} "
+        wanted = f"a list of {many}{'integers' if parts[0] is int else 'numbers'}"
+        if not isinstance(value, list) or (many and len(value) != len(parts)):
+            raise TypeError(wanted)
+        try:
+            return tuple(_value(item, parts[0]) for item in value)
+        except TypeError:
+            raise TypeError(wanted) from None
+    if kind is float:
+        try:  # YAML takes 1e-2, without a point, for a word
+            return float("true" if isinstance(value, bool) else value)
+        except (TypeError, ValueError, OverflowError):
+            raise TypeError("a number") from None
+    names = {int: "an integer", bool: "true or false", str: "text"}
+    if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
+        raise TypeError(names[kind])
+    return value
