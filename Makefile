@@ -17,8 +17,10 @@ setup: .venv/ready
 demo: setup
 	$(BIN)/python -m sae_diffusion.demo --out $(OUT)
 
+# In a random order, which SEED gives again.
+SEED ?= $(shell date +%s)
 test: setup
-	$(BIN)/python -m pytest -q -n 2 --dist worksteal
+	$(BIN)/python -m pytest -q -n 2 --dist worksteal --randomly-seed=$(SEED)
 
 check: setup
 	$(BIN)/ruff check .

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 import itertools
+from collections import Counter
 
 import torch
 
@@ -24,15 +25,15 @@ def native_ops() -> list[str]:
     return sorted(op for op in ops if has(f"{_extension.NAMESPACE}::{op}", "CPU"))
 
 
-def watch(ops: list[str]) -> set[str]:
-    """The set to which an op adds its name when it is called."""
-    called: set[str] = set()
+def watch(ops: list[str]) -> Counter[str]:
+    """How often each op has been called."""
+    called: Counter[str] = Counter()
     namespace = getattr(torch.ops, _extension.NAMESPACE)
 
     def noting(op: str, function):
         @functools.wraps(function)
         def call(*arguments, **options):
-            called.add(op)
+            called[op] += 1
             return function(*arguments, **options)
 
         return call
@@ -112,13 +113,16 @@ def frame_attention() -> None:
         layouts, (1, 8, 33, 64), (torch.float32, torch.bfloat16, torch.float16)
     ):
         heads, keys = (4, 2) if dim % 2 else (2, 2)
-        q = variants(torch.randn(2, heads, layout.sequence_length, dim).to(dtype))
         k = variants(torch.randn(2, keys, layout.sequence_length, dim).to(dtype))
-        for i in range(len(q)):
-            differentiate(
-                lambda *a: sae_kernels.frame_attention(*a, layout, return_lse=True, impl="cpp")[0],  # noqa: B023
-                q[i], k[(i + 1) % 4], k[(i + 2) % 4],
-            )  # fmt: skip
+        for noisy_only in (False, True)[: 1 + (layout.noisy_copies > 0)]:
+            rows = layout.sequence_length * (layout.noisy_copies if noisy_only else layout.streams) // layout.streams
+            q = variants(torch.randn(2, heads, rows, dim).to(dtype))
+            options = {"noisy_queries_only": noisy_only, "return_lse": True, "impl": "cpp"}
+            for i in range(len(q)):
+                differentiate(
+                    lambda *a: sae_kernels.frame_attention(*a, layout, **options)[0],  # noqa: B023
+                    q[i], k[(i + 1) % 4], k[(i + 2) % 4],
+                )  # fmt: skip
 
 
 def main() -> None:
@@ -132,10 +136,10 @@ def main() -> None:
     for exercise in (token_noise, edm_loss, normalize_weights, frame_attention):
         exercise()
         print(exercise.__name__, flush=True)
-    missing = sorted(set(ops) - called)
+    missing = sorted(set(ops) - set(called))
     if missing:
         raise SystemExit(f"not called, add them to exercise.py: {', '.join(missing)}")
-    print(f"called {', '.join(ops)}")
+    print(f"{called.total()} calls of {len(ops)} ops: {', '.join(ops)}")
 
 
 if __name__ == "__main__":

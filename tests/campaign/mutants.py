@@ -1,8 +1,8 @@
 """Apply each mutant of mutant_list.py in a copy of the tree and run its tests: one that no test notices is a survivor.
 
-    python tests/campaign/mutants.py [--jobs N] [--only TEXT] [--trust] [--record FILE]
+    python tests/campaign/mutants.py [--jobs N] [--only TEXT] [--new] [--trust]
 
-Exit status 1 if a mutant survives, or if the tests fail without one. --record writes the counts as JSON.
+Exit status 1 if a mutant survives, or if the tests fail without one. mutants.json keeps the test that noticed each.
 """
 
 from __future__ import annotations
@@ -41,6 +41,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 from mutant_list import DATA, DIFFUSION, ENTRIES, KERNELS, MODELS, TRAINING  # noqa: E402
 
 AREAS = {"kernels": KERNELS, "model": MODELS, "diffusion": DIFFUSION, "training": TRAINING, "data": DATA}
+RECORD = Path(__file__).with_name("mutants.json")
 # A mutant that makes a test wait for ever is noticed, too.
 LIMIT_S = 900
 
@@ -67,6 +68,16 @@ class Mutant:
             return "it changes nothing"
         missing = [test for test in test_files(self.tests) if not (root / test).is_file()]
         return f"there is no {missing[0]}" if missing else None
+
+
+def recorded() -> dict[str, str]:
+    """The listed mutants that were noticed, and by which test."""
+    noticed_by = json.loads(RECORD.read_text(encoding="utf-8")) if RECORD.exists() else {}
+    return {str(m): noticed_by[str(m)] for m in all_mutants() if str(m) in noticed_by}
+
+
+def record(noticed_by: dict[str, str]) -> None:
+    RECORD.write_text(json.dumps(noticed_by, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def test_files(tests: str) -> list[str]:
@@ -133,12 +144,9 @@ def _become_pytest(tree: Path, tests: str, output: int) -> None:
 
 def build(tree: Path) -> None:
     done = subprocess.run(
-        [sys.executable, "setup.py", "-q", "build_ext", "--inplace"],
-        cwd=tree,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+        [sys.executable, "setup.py", "-q", "build_ext", "--inplace"], cwd=tree, capture_output=True, text=True,
+        check=False, env=os.environ | {"SAE_CPU_FLAGS": "-O1", "SAE_SKIP_CUDA": "1"},
+    )  # fmt: skip
     if json.loads((tree / "sae_kernels" / "_build.json").read_text())["cpu"] is not None:
         raise RuntimeError(f"the C++ library is not built:\n{(done.stdout + done.stderr)[-2000:]}")
 
@@ -188,15 +196,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--jobs", type=int, default=1, help="mutants tried at a time (default 1)")
     parser.add_argument("--only", default="", help="only mutants whose file or text contains this")
     parser.add_argument("--trust", action="store_true", help="do not run the tests without a mutant first")
-    parser.add_argument("--record", type=Path, help="write the counts to this JSON file")
+    parser.add_argument("--new", action="store_true", help="only mutants that mutants.json does not have")
     options = parser.parse_args(argv)
-    chosen = [m for m in all_mutants() if options.only in str(m)]
+    known = recorded()
+    chosen = [m for m in all_mutants() if options.only in str(m) and not (options.new and str(m) in known)]
     broken = [f"{m}: {problem}" for m in chosen if (problem := m.problem())]
     if broken or not chosen:
-        print(*broken or [f"no mutant contains {options.only!r}"], sep="\n")
-        return 1
+        print(*broken or ["no mutants to try"], sep="\n")
+        return 1 if broken else 0
     begun = time.monotonic()
-    survivors, failures = [], []
+    survivors, failures, tried = [], [], {}
     context = multiprocessing.get_context("fork")
     with tempfile.TemporaryDirectory() as folder:
         results = context.SimpleQueue()
@@ -212,14 +221,12 @@ def main(argv: Sequence[str] | None = None) -> int:
                 failures.append(error)
             elif test is None:
                 survivors.append(mutant)
+            tried[str(mutant)] = test
             outcome = "FAILED" if error else "SURVIVES" if test is None else f"noticed by {test}"
             print(f"{done}/{len(chosen)}  {mutant}  {outcome}", flush=True)
     print(f"{len(chosen)} mutants, {len(survivors)} survivors, {time.monotonic() - begun:.0f} s")
     print(*(f"survivor: {mutant}" for mutant in survivors), *dict.fromkeys(failures), sep="\n")
-    if options.record is not None and not failures:
-        areas = {name: len(all_mutants(entries)) for name, entries in AREAS.items()}
-        record = {"mutants": len(chosen), "survivors": [str(m) for m in survivors], "areas": areas}
-        options.record.write_text(json.dumps(record, indent=1) + "\n")
+    record({name: test for name, test in (recorded() | tried).items() if test is not None})
     return 1 if survivors or failures else 0
 
 

@@ -11,6 +11,7 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).parent))
 
+import counts
 import mutants
 
 
@@ -54,3 +55,13 @@ for old, new in (("2 * x", "3 * x"), ("# 2", "# 3")):
     printed = subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parent, capture_output=True, text=True)
     assert printed.stdout.split() == ["tests/test_doubling.py::test_twice", "None"], printed.stderr
     assert (tmp_path / "doubling.py").read_text() == "def twice(x):\n    return 2 * x  # 2\n"
+
+
+def test_the_page_claims_no_more_than_is_there():
+    page = counts.PAGE.read_text(encoding="utf-8")
+    noticed, listed = map(int, re.search(r"\| one-line faults noticed \| (\d+) of (\d+) listed", page).groups())
+    assert 60 <= noticed <= len(mutants.recorded()) and listed <= len(mutants.all_mutants())
+    (calls,) = re.findall(r"\| drawn calls of ops against fp64, at least \| ([\d,]+) \|", page)
+    assert int(calls.replace(",", "")) <= counts.fuzz_calls()
+    for name in re.findall(r"`(tests/[\w/.*]+)`", page):
+        assert list(mutants.ROOT.glob(name)), name

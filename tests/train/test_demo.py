@@ -31,7 +31,7 @@ def finished(tmp_path_factory):
     config = DemoConfig(
         out=tmp_path_factory.mktemp("demo"),
         episodes=8,
-        seconds=20.0,
+        seconds=2000.0,
         context=2,
         frames=3,
         videos=2,

@@ -250,8 +250,17 @@ def test_normaliser_starts_at_one_fits_on_time_and_keeps_the_last_pairs():
     # 20 pairs through 10 slots: those of records 3 (two), 4 and 5 remain
     assert sorted(normalizer.losses.tolist()) == [3.0] * 2 + [4.0] * 4 + [5.0] * 4
     many = LossNormalizer(10, 1)
-    many.record(spread_sigmas(25), torch.arange(25.0))
-    assert sorted(many.losses.tolist()) == list(range(15, 25))
+    many.record(torch.arange(1.0, 26.0), torch.arange(25.0))
+    assert sorted(zip(many.losses.tolist(), many.sigmas.tolist())) == [(i, i + 1) for i in range(15, 25)]
+
+
+def test_normaliser_takes_a_loss_of_nothing_for_the_least_it_knows():
+    """log10 of 1e-8, so that one frame of a constant image does not draw the fit to minus infinity."""
+    normalizer = LossNormalizer(400, 1, ridge=1e-12)
+    normalizer.record(spread_sigmas(400), torch.zeros(400))
+    least = torch.tensor([-16.0, 0, 0, 0, 0, 0, 0], dtype=torch.float64)
+    torch.testing.assert_close(normalizer.coefficients, least, rtol=0, atol=1e-5)
+    assert normalizer.expected_loss(torch.ones(1)).item() == pytest.approx(1e-4)  # fits end at four decades
 
 
 def test_normaliser_has_no_gradient_and_leaves_out_what_is_not_finite():

@@ -438,6 +438,7 @@ def test_ranks_share_the_order_of_one_process(world_size):
     for step in range(4):
         assert [shares[m % world_size][step][m // world_size] for m in range(6)] == alone[step]
     assert draw(24, 0, 1, 2) == alone[2:]
+    assert list(itertools.chain(*itertools.chain(*alone))) == [clip_index(p, 13, 5) for p in range(4 * 12)]
 
 
 def test_workers_change_nothing(uninterrupted, tmp_path):
