@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING
 from ._lazy import lazy_names
 
 if TYPE_CHECKING:
+    from .data.dataset import ClipDataset, open_dataset
+    from .data.episodes import Clip
     from .data.format import DataError
-    from .data.readers import Clip, ClipDataset, open_dataset
     from .data.record import collect
     from .data.stats import FrameStats
     from .diffusion.noise import NoiseConfig
@@ -53,8 +54,8 @@ __getattr__ = lazy_names(
     __name__,
     {
         "PRESETS": "presets",
-        "Clip": "data.readers",
-        "ClipDataset": "data.readers",
+        "Clip": "data.episodes",
+        "ClipDataset": "data.dataset",
         "DataError": "data.format",
         "Denoiser": "model.denoiser",
         "FrameStats": "data.stats",
@@ -72,7 +73,7 @@ __getattr__ = lazy_names(
         "generate": "diffusion.sampler",
         "latest_checkpoint": "train.checkpoint",
         "load_denoiser": "train.checkpoint",
-        "open_dataset": "data.readers",
+        "open_dataset": "data.dataset",
     },
 )
 

@@ -10,7 +10,9 @@ from pathlib import Path
 import torch
 
 from .data import Clip, ClipDataset, FrameStats, open_dataset
-from .data.readers import Episode, is_heldout, read_actions
+from .data.actions import read_actions
+from .data.dataset import is_heldout
+from .data.episodes import Episode
 from .devices import pick_device
 from .media import write_png
 from .model import Denoiser, ModelConfig

@@ -456,7 +456,7 @@ TRAINING: list[Entry] = [
 
 DATA: list[Entry] = [
     (
-        "python/sae_diffusion/data/readers.py",
+        "python/sae_diffusion/data/dataset.py",
         "tests/data/test_readers.py",
         [
             ("< fraction * 2**64", "< fraction * 2**63"),
@@ -466,7 +466,7 @@ DATA: list[Entry] = [
         ],
     ),
     (
-        "python/sae_diffusion/data/readers.py",
+        "python/sae_diffusion/data/dataset.py",
         "tests/data/test_readers.py -k changes_under",
         [
             ("same = self._reader.stamp(episode) == episode.stamp", "same = True"),

@@ -20,7 +20,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from sae_diffusion.data import Clip, DataError, collate, collect, open_dataset
-from sae_diffusion.data.readers import is_heldout
+from sae_diffusion.data.dataset import is_heldout
 
 RNG = np.random.default_rng(0)
 

@@ -11,7 +11,7 @@ import pytest
 import tyro
 from PIL import Image
 from sae_diffusion import cli, rollout
-from sae_diffusion.data.readers import is_heldout
+from sae_diffusion.data.dataset import is_heldout
 from sae_diffusion.demo import DemoConfig
 from sae_diffusion.media import SCREEN, fit_grid, write_mp4
 

@@ -7,8 +7,9 @@ from typing import TYPE_CHECKING
 from .._lazy import lazy_names
 
 if TYPE_CHECKING:
+    from .dataset import ClipDataset, collate, open_dataset
+    from .episodes import Clip
     from .format import DataError
-    from .readers import Clip, ClipDataset, collate, open_dataset
     from .record import Collected, collect
     from .stats import FrameStats
 
@@ -17,13 +18,13 @@ __all__ = ["Clip", "ClipDataset", "Collected", "DataError", "FrameStats", "colla
 __getattr__ = lazy_names(
     __name__,
     {
-        "Clip": "readers",
-        "ClipDataset": "readers",
+        "Clip": "episodes",
+        "ClipDataset": "dataset",
         "Collected": "record",
         "DataError": "format",
         "FrameStats": "stats",
-        "collate": "readers",
+        "collate": "dataset",
         "collect": "record",
-        "open_dataset": "readers",
+        "open_dataset": "dataset",
     },
 )

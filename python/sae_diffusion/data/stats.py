@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 if TYPE_CHECKING:
-    from .readers import ClipDataset
+    from .dataset import ClipDataset
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,303 @@
+"""Clips of video with actions, from recorded episodes, folders of video files, or npz files."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from bisect import bisect_right
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from .arrays import NpzReader
+from .episodes import Clip, Episode, Reader, file_version
+from .format import DataError, resize_frames
+from .recorded import RecordedReader
+from .videos import VIDEO_SUFFIXES, VideoReader
+
+
+class ClipDataset(torch.utils.data.Dataset):
+    """Clips of fixed length; `ds[i]` -> Clip depends on i and the files only. Made by `open_dataset`.
+
+    frame_shape (Y, X, C); is_latent; num_actions (discrete, 0 = none); action_dim (continuous, 0 = none); fps or None;
+    episodes; others, the usable ones that are not in the split; skipped: list of (source, reason). Can be pickled, and
+    used after a fork.
+    """
+
+    def __init__(
+        self,
+        reader: Reader,
+        episodes: Sequence[Episode],
+        skipped: Sequence[tuple[str, str]],
+        clip_length: int,
+        *,
+        size: tuple[int, int] | None,
+        frame_stride: int,
+        clip_stride: int | None,
+        num_actions: int,
+        fps: float | None = None,
+        others: Sequence[Episode] = (),
+    ) -> None:
+        self._reader, self.episodes, self.skipped = reader, list(episodes), list(skipped)
+        self.clip_length, self.size, self.frame_stride = clip_length, size, frame_stride
+        self._span = (clip_length - 1) * frame_stride + 1
+        self._chosen_stride, self.clip_stride = clip_stride, clip_stride or self._span
+        first = self.episodes[0]
+        self.frame_shape = (*(size or first.frame_shape[:2]), first.frame_shape[2])
+        self.is_latent = first.dtype == "float32"
+        self.num_actions = num_actions
+        self.action_dim = first.actions.shape[1] if first.actions is not None and first.actions.ndim == 2 else 0
+        self.fps, self.others = fps, list(others)
+        counts = [(episode.length - self._span) // self.clip_stride + 1 for episode in self.episodes]
+        self._ends = np.cumsum(counts).tolist()
+        self._versions: dict[str, tuple[int, int]] = {}  # of files whose time changed and whose content did not
+
+    def __len__(self) -> int:
+        return self._ends[-1]
+
+    def frames_of(self, episode: Episode) -> int:
+        """Length of the longest clip of an episode."""
+        return (episode.length - 1) // self.frame_stride + 1
+
+    def cut(self, clip_length: int, episodes: Sequence[Episode]) -> ClipDataset:
+        """Clips of another length from some of the episodes; those too short for one are left out, not all may be."""
+        return ClipDataset(
+            self._reader,
+            [episode for episode in episodes if self.frames_of(episode) >= clip_length],
+            self.skipped,
+            clip_length,
+            size=self.size,
+            frame_stride=self.frame_stride,
+            clip_stride=self._chosen_stride,
+            num_actions=self.num_actions,
+            fps=self.fps,
+        )
+
+    def locate(self, index: int) -> tuple[Episode, range]:
+        """The episode of clip `index` and the frames of it that the clip takes."""
+        if not -len(self) <= index < len(self):
+            raise IndexError(f"index: must be below {len(self)}, got {index}")
+        index %= len(self)
+        which = bisect_right(self._ends, index)
+        start = (index - (self._ends[which - 1] if which else 0)) * self.clip_stride
+        return self.episodes[which], range(start, start + self._span, self.frame_stride)
+
+    def __getitem__(self, index: int) -> Clip:
+        episode, indices = self.locate(int(index))
+        try:
+            frames = self._reader.frames(episode, indices)
+        finally:  # what could not be read may be so because it changed
+            self._check_unchanged(episode)
+        wanted = (self.clip_length, *episode.frame_shape)
+        if frames.shape != wanted or frames.dtype != episode.dtype:
+            raise DataError(
+                episode.source, f"frames must be {episode.dtype} {wanted}, are {frames.dtype} {frames.shape}"
+            )
+        if self.size is not None:
+            frames = resize_frames(frames, self.size)
+        return Clip(frames, _into_frames(episode.actions, indices), f"{episode.source}, frame {indices.start}")
+
+    def _check_unchanged(self, episode: Episode) -> None:
+        """A touched or copied file, or a folder that `collect` adds to, passes: the content decides.
+
+        Raises:
+            DataError: the file is gone, or holds something else than when the data set was opened.
+        """
+        version = file_version(episode.file)
+        if version == self._versions.get(episode.source, episode.version):
+            return
+        try:
+            same = self._reader.stamp(episode) == episode.stamp
+        except Exception:  # whatever a broken file provokes
+            same = False
+        if not same:
+            sizes = f"{episode.version[0]} bytes then, {version[0]} now"
+            raise DataError(episode.source, f"has changed since it was opened ({sizes})")
+        self._versions[episode.source] = version
+
+    def fingerprint(self) -> str:
+        """A hash of the episodes' identity, length and content, to be kept with a checkpoint."""
+        digest = hashlib.sha256()
+        for episode in self.episodes:
+            digest.update(f"{episode.identity}\0{episode.length}\0{episode.stamp}\0".encode())
+            if episode.actions is not None:
+                digest.update(episode.actions.tobytes())
+        return digest.hexdigest()
+
+
+def _into_frames(actions: np.ndarray | None, indices: range) -> np.ndarray | None:
+    """The action that caused each frame: the one taken at the frame before it, one stride earlier, if there is one."""
+    if actions is None:
+        return None
+    if actions.ndim == 1:
+        unknown: Any = np.int64(-1)
+    else:
+        unknown = np.full(actions.shape[1], np.nan, np.float32)
+    return np.stack([actions[i - indices.step] if i >= indices.step else unknown for i in indices])
+
+
+def is_heldout(identity: str, fraction: float) -> bool:
+    """A fixed draw per episode: adding data never moves an episode to the other side."""
+    return int.from_bytes(hashlib.sha256(identity.encode()).digest()[:8], "big") < fraction * 2**64
+
+
+def detect(path: Path) -> Reader:
+    """Of a folder of `collect`, of videos or of npz files, or of one such file."""
+    if not path.exists():
+        raise DataError(path, "does not exist")
+    if path.is_file():
+        files = [path]
+    elif (path / "dataset.json").exists():
+        return RecordedReader(path)
+    else:
+        files = sorted(f for f in path.rglob("*") if f.is_file() and not f.name.startswith("."))
+    videos = [f for f in files if f.suffix.lower() in VIDEO_SUFFIXES]
+    arrays = [f for f in files if f.suffix.lower() == ".npz"]
+    if bool(videos) == bool(arrays):
+        what = "both videos and npz files" if videos else "neither dataset.json, nor videos, nor npz files"
+        raise DataError(path, f"has {what}")
+    root = path if path.is_dir() else path.parent
+    return VideoReader(root, videos) if videos else NpzReader(root, arrays)
+
+
+def scan(reader: Reader, size: tuple[int, int] | None, *, verify: bool) -> Iterator[Episode | DataError]:
+    """Every episode, or why it cannot be used: unreadable, or it does not go together with the first usable one.
+
+    Args:
+        size: that images will be resized to.
+        verify: read all of the content.
+    """
+    first = None
+    for file in reader.files():
+        try:
+            version = file_version(file)
+            for episode in reader.scan(file, verify):
+                if isinstance(episode, DataError):
+                    yield episode
+                elif problem := _unlike(episode, first, size):
+                    yield DataError(episode.source, problem)
+                else:
+                    first = first or episode
+                    yield replace(episode, version=version)
+        except DataError as error:
+            yield error
+
+
+def open_dataset(
+    path: str | os.PathLike[str],
+    clip_length: int,
+    *,
+    size: tuple[int, int] | None = None,
+    frame_stride: int = 1,
+    clip_stride: int | None = None,
+    on_error: str = "raise",
+    split: str = "all",
+    heldout_fraction: float = 0.1,
+) -> ClipDataset:
+    """Open a folder of `collect`, a folder (or one file) of videos, or a folder (or one file) of npz, whichever it is.
+
+    A clip is `clip_length` frames, every `frame_stride`-th; clips start every `clip_stride` frames (default: where the
+    one before ends, no overlap). With a stride the action into a frame is the one taken at the clip's frame before it.
+    `size` (Y, X) resizes images by area. `split`: "train" | "heldout" by a hash of each episode's identity.
+    A file that changes afterwards is a DataError when a clip of it is read.
+    What cannot be used (corrupt, of another shape, other actions, too short) raises DataError (a ValueError) naming
+    file and reason, or with on_error="skip" is listed in `.skipped`. Skipping verifies all of the content at once;
+    raising verifies recorded shards as they are read, the others at once as well.
+    """
+    for name, value in (("clip_length", clip_length), ("frame_stride", frame_stride), ("clip_stride", clip_stride)):
+        if value is not None and value < 1:
+            raise ValueError(f"{name}: must be at least 1, got {value}")
+    if on_error not in ("raise", "skip"):
+        raise ValueError(f"on_error: must be 'raise' or 'skip', got {on_error!r}")
+    if split not in ("all", "train", "heldout"):
+        raise ValueError(f"split: must be 'all', 'train' or 'heldout', got {split!r}")
+    if not 0 <= heldout_fraction <= 1:
+        raise ValueError(f"heldout_fraction: must be in [0, 1], got {heldout_fraction}")
+    if size is not None and (len(size) != 2 or min(size) < 1):
+        raise ValueError(f"size: must be (Y, X) >= 1, got {size!r}")
+
+    reader = detect(Path(path))
+    found: list[Episode] = []
+    skipped: list[tuple[str, str]] = []
+
+    def refuse(error: DataError) -> None:
+        if on_error == "raise":
+            raise error
+        skipped.append((error.source, error.reason))
+
+    for source in scan(reader, size, verify=on_error == "skip"):
+        if isinstance(source, DataError):
+            refuse(source)
+        else:
+            found.append(source)
+
+    description = getattr(reader, "description", {})
+    num_actions = description.get("action_space", {}).get("n", 0)
+    if not num_actions:
+        discrete = [e.actions for e in found if e.actions is not None and e.actions.ndim == 1]
+        num_actions = max((int(a.max(initial=-1)) + 1 for a in discrete), default=0)
+    used: list[Episode] = []
+    others: list[Episode] = []
+    for e in found:
+        mine = split == "all" or is_heldout(e.identity, heldout_fraction) == (split == "heldout")
+        (used if mine else others).append(e)
+    span = (clip_length - 1) * frame_stride + 1
+    long_enough = []
+    for episode in used:
+        if episode.length >= span:
+            long_enough.append(episode)
+        else:
+            strided = f" (a clip of {clip_length}, every {frame_stride}th)" if frame_stride > 1 else ""
+            refuse(DataError(episode.source, f"has {episode.length} frames, needs {span}{strided}"))
+    if not long_enough:
+        reasons = Counter(reason for _, reason in skipped).most_common(3)
+        raise DataError(
+            str(path),
+            f"nothing to read: {len(found)} usable episodes, {len(used)} of them in split {split!r}, {len(skipped)} "
+            f"skipped {[f'{n} x {reason}' for reason, n in reasons]}",
+        )
+    return ClipDataset(
+        reader,
+        long_enough,
+        skipped,
+        clip_length,
+        size=(size[0], size[1]) if size else None,
+        frame_stride=frame_stride,
+        clip_stride=clip_stride,
+        num_actions=num_actions,
+        fps=description.get("fps"),
+        others=others,
+    )
+
+
+def _unlike(episode: Episode, first: Episode | None, size: tuple[int, int] | None) -> str:
+    """Why an episode does not go together with the first one, or with the size asked for; or ""."""
+    if size is not None and episode.dtype != "uint8":
+        return f"size={tuple(size)} resizes images only, frames are {episode.dtype} latents"
+    if first is None:
+        return ""
+    if episode.dtype != first.dtype:
+        return f"frames are {episode.dtype}, those of {first.source} are {first.dtype}"
+    shown = slice(2, 3) if size is not None else slice(0, 3)
+    if episode.frame_shape[shown] != first.frame_shape[shown]:
+        hint = "" if size is not None else "; give a size to resize both"
+        return f"frames are {episode.frame_shape}, those of {first.source} are {first.frame_shape}{hint}"
+    if episode.action_kind != first.action_kind:
+        return f"has {episode.action_kind}, {first.source} has {first.action_kind}"
+    return ""
+
+
+def collate(clips: Sequence[Clip]) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Clips -> frames (B, T, Y, X, C), and actions (B, T) int64 or (B, T, A) float32, or None."""
+    frames = torch.from_numpy(np.stack([clip.frames for clip in clips]))
+    actions = [clip.actions for clip in clips if clip.actions is not None]
+    if not actions:
+        return frames, None
+    if len(actions) != len(clips):
+        raise ValueError(f"clips: all or none must have actions, got {len(actions)} of {len(clips)}")
+    return frames, torch.from_numpy(np.stack(actions))
