@@ -24,7 +24,8 @@ if TYPE_CHECKING:
     from .rollout import Rollout, continue_clips
     from .train.checkpoint import latest_checkpoint, load_denoiser
     from .train.config import TrainConfig
-    from .train.trainer import Trainer, TrainResult
+    from .train.loop import TrainResult
+    from .train.trainer import Trainer
 
 __all__ = [
     "PRESETS",
@@ -66,7 +67,7 @@ __getattr__ = lazy_names(
         "Rollout": "rollout",
         "SamplerConfig": "diffusion.sampler",
         "TrainConfig": "train.config",
-        "TrainResult": "train.trainer",
+        "TrainResult": "train.loop",
         "Trainer": "train.trainer",
         "collect": "data.record",
         "continue_clips": "rollout",

@@ -398,19 +398,19 @@ TRAINING: list[Entry] = [
         ],
     ),
     (
-        "python/sae_diffusion/train/trainer.py",
+        "python/sae_diffusion/train/loop.py",
         TRAINER,
         [
-            ("self.clips_seen += config.batch_size", "self.clips_seen += config.micro_size"),
-            ("self.micro_batches_seen += config.micro_batches", "self.micro_batches_seen += 1"),
-            ("self.ema.clips_seen = self.clips_seen", "self.ema.clips_seen = 0"),
+            ("self.clips_seen += settings.batch_size", "self.clips_seen += 1"),
+            ("self.micro_batches_seen += settings.micro_batches", "self.micro_batches_seen += 1"),
+            ("self.ema.clips_seen = self.task.age(self)", "self.ema.clips_seen = 0"),
         ],
     ),
     (
-        "python/sae_diffusion/train/trainer.py",
+        "python/sae_diffusion/train/loop.py",
         "tests/train/test_trainer.py -k spoilt",
         [
-            ("checked = 3 if self.scaler.is_enabled() else 4", "checked = 3"),
+            ("checked = -1 if self.scaler.is_enabled() else None", "checked = -1"),
         ],
     ),
     (

@@ -11,17 +11,14 @@ import pytest
 import torch
 from sae_diffusion.train import checkpoint
 from sae_diffusion.train.checkpoint import (
-    check_header,
     find_checkpoint,
-    flatten_optimizer,
     latest_checkpoint,
     list_checkpoints,
-    load_into,
     read_state,
-    restore_optimizer,
     save_checkpoint,
     verify_checkpoint,
 )
+from sae_diffusion.train.files import check_header, flatten_optimizer, load_into, restore_optimizer
 from safetensors.torch import load_file, save_file
 from torch import nn
 

@@ -37,7 +37,7 @@ NUMBERS = {
     TrainConfig: (
         "lr", "eps", "weight_decay", "grad_clip", "action_dropout", "clean_frames", "max_seconds", "betas", "ema_stds",
     ),
-    NoiseConfig: ("mean", "std", "context_sigma_max", "context_sigma_min", "context_sigma_label"),
+    NoiseConfig: ("mean", "std", "context_sigma_max", "context_sigma_min"),
     SamplerConfig: (
         "sigma_min", "sigma_max", "rho", "churn", "churn_min", "churn_noise", "context_sigma", "context_noise", "guidance",
     ),

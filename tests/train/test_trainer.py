@@ -276,7 +276,7 @@ def gradients_of_one_step(run_dir, **options) -> tuple[Trainer, list[torch.Tenso
 
 def test_gradient_is_that_of_the_mean_over_the_global_batch(tmp_path, monkeypatch):
     """Against one backward pass through the mean of all frames' losses of the four micro-batches."""
-    from sae_diffusion.train import trainer as module
+    from sae_diffusion.train import objectives as module
 
     calls = []
 
@@ -300,7 +300,7 @@ def test_gradient_is_that_of_the_mean_over_the_global_batch(tmp_path, monkeypatc
 
 
 def test_takes_the_loss_from_the_raw_output_where_the_model_gives_it(tmp_path, monkeypatch):
-    from sae_diffusion.train import trainer as module
+    from sae_diffusion.train import objectives as module
 
     asked = []
 
@@ -318,7 +318,7 @@ def test_takes_the_loss_from_the_raw_output_where_the_model_gives_it(tmp_path, m
 
 def test_accumulation_equals_one_large_batch(tmp_path, monkeypatch):
     """With noise that is a function of the clip alone, 4 micro-batches of 1 clip, 2 of 2 and 1 of 4 give one gradient."""
-    from sae_diffusion.train import trainer as module
+    from sae_diffusion.train import objectives as module
 
     def loss_by_clip(denoiser, x0, actions, sigmas, **options):
         sigma = 0.1 + x0.abs().mean(dim=(2, 3, 4)).repeat(1, 3)
@@ -480,12 +480,12 @@ def test_every_knob_reaches_the_arithmetic(uninterrupted, tmp_path):
 def test_actions_are_dropped_by_clip_and_never_invented(tmp_path):
     t = trainer(tmp_path)
     actions = torch.tensor([[-1, 0, 2], [-1, 1, 1]])
-    assert torch.equal(t._actions(actions, torch.tensor([False, True])), torch.tensor([[-1, 0, 2], [-1, -1, -1]]))
-    floats = t._actions(torch.ones(2, 3, 4), torch.tensor([True, False]))
+    assert torch.equal(t.task.actions(actions, torch.tensor([False, True])), torch.tensor([[-1, 0, 2], [-1, -1, -1]]))
+    floats = t.task.actions(torch.ones(2, 3, 4), torch.tensor([True, False]))
     assert floats[0].isnan().all() and (floats[1] == 1).all()
-    assert t._actions(None, torch.tensor([False])) is None
+    assert t.task.actions(None, torch.tensor([False])) is None
     plain = trainer(tmp_path / "plain", model_config=StubConfig(num_actions=0))
-    assert plain._actions(actions, torch.tensor([False, False])) is None
+    assert plain.task.actions(actions, torch.tensor([False, False])) is None
     assert plain.train().step == 6
 
 
@@ -512,14 +512,14 @@ def test_fp16_skips_a_step_that_overflows_and_goes_on(tmp_path):
 
 def test_a_loss_that_is_not_finite_stops_training_and_spoils_no_checkpoint(tmp_path):
     t = trainer(tmp_path, steps=6, checkpoint_every=1, log_every=0)
-    real = t._train_step
+    real = t.train_step
 
-    def spoil(batches):
+    def spoil():
         if t.step == 3:
             t.model.out.weight.data.fill_(math.nan)
-        real(batches)
+        real()
 
-    t._train_step = spoil
+    t.train_step = spoil
     with pytest.raises(FloatingPointError, match="not finite any more at step 4"):
         t.train()
     assert latest_checkpoint(tmp_path).name == "step-0000003"
@@ -602,7 +602,7 @@ def test_steps_that_fp16_skips_may_be_saved_and_resumed(tmp_path):
 def test_resume_passes_over_a_checkpoint_that_is_not_finite(uninterrupted, tmp_path, monkeypatch):
     """As an older version wrote it; every hash holds."""
     from sae_diffusion.train import checkpoint
-    from sae_diffusion.train import trainer as module
+    from sae_diffusion.train import loop as module
 
     trainer(tmp_path, steps=2).train()
     with monkeypatch.context() as patch:
@@ -641,13 +641,13 @@ def test_a_full_disk_stops_the_run_in_one_line(tmp_path, monkeypatch):
         )
         assert latest_checkpoint(tmp_path).name == "step-0000002" and not list(tmp_path.rglob("*tmp*"))
     t = trainer(tmp_path, steps=3)
-    real = t._train_step
+    real = t.train_step
 
-    def step(batches):
-        real(batches)
+    def step():
+        real()
         monkeypatch.setattr(t.reporter, "_file", open("/dev/full", "a"))  # noqa: SIM115 - the reporter closes it
 
-    t._train_step = step
+    t.train_step = step
     with pytest.raises(OSError, match=f"^{re.escape(str(tmp_path))}: metrics could not be written .No space left"):
         t.train()
 

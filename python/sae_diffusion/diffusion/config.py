@@ -23,7 +23,6 @@ class NoiseConfig:
         context_sigma_max: the clean copy of a clip carries noise of one level drawn from U(0, context_sigma_max), and
             the network is told that level, so that it learns to live with its own imperfect frames.
         context_sigma_min: the lowest level the network is told for context (its logarithm must be finite).
-        context_sigma_label: the level the network is told at inference for context frames, which get no noise then.
 
     Raises:
         ValueError: a field breaks its rule; the message names field, rule and value.
@@ -33,12 +32,11 @@ class NoiseConfig:
     std: float = 2.0
     context_sigma_max: float = 0.5
     context_sigma_min: float = 0.002
-    context_sigma_label: float = 0.05
 
     def __post_init__(self) -> None:
         check_numbers(self, "finite", "mean")
         check_numbers(self, "at least 0", "std", "context_sigma_max")
-        check_numbers(self, "positive", "context_sigma_min", "context_sigma_label")
+        check_numbers(self, "positive", "context_sigma_min")
         # squares of sigma stay finite in fp32 for all draws that will ever come
         if abs(self.mean) + 6 * self.std > 40:
             raise ValueError(f"mean, std: must have |mean| + 6 std <= 40, got {self.mean} and {self.std}")

@@ -7,7 +7,9 @@ from typing import Any
 
 import torch
 
-from .loss import denoising_loss
+from sae_kernels import FrameLayout, edm_loss, token_noise
+
+from .loss import weighted_error
 from .noise import NoiseConfig, sample_sigmas
 
 
@@ -40,6 +42,7 @@ def forcing_loss(
     *,
     seed: int,
     offset: int = 0,
+    spatial_only: bool = False,
     sigma_data: float = 1.0,
     raw: bool | None = None,
 ) -> torch.Tensor:
@@ -48,11 +51,11 @@ def forcing_loss(
     The noise is that of the noisy copy in `denoising_loss` with the same seed, and so is the weight.
 
     Args:
-        denoiser: called as denoiser(x, sigma, actions, noisy_copies=0).
+        denoiser: called as denoiser(x, sigma, actions, noisy_copies=0), or with spatial_only=True in its place.
         x0: (B, T, C, Y, X) normalised clips.
         actions: (B, T) int64, (B, T, A) float or None.
         sigmas: (B, T), a level for each frame.
-        seed, offset, sigma_data, raw: as in `denoising_loss`.
+        seed, offset, spatial_only, sigma_data, raw: as in `denoising_loss`.
 
     Returns:
         (B, T) in fp32 (fp64 where the denoiser's output is).
@@ -64,14 +67,14 @@ def forcing_loss(
         raise ValueError(
             f"sigmas: must have shape (B, T) of x0 (B, T, C, Y, X), got {tuple(sigmas.shape)} and {tuple(x0.shape)}"
         )
-
-    def sequence(x: torch.Tensor, levels: torch.Tensor, told: torch.Tensor | None, **options: Any) -> torch.Tensor:
-        return denoiser(x, levels, told, noisy_copies=0, **{k: v for k, v in options.items() if k != "spatial_only"})
-
     if raw is None:
         raw = getattr(denoiser, "gives_raw_output", False)
-    # The spatial route of the loss hands over the noisy frames alone; how they see each other is up to the denoiser.
-    return denoising_loss(
-        sequence, x0, actions, torch.cat([sigmas, sigmas], dim=1), noisy_copies=1,
-        seed=seed, offset=offset, spatial_only=True, sigma_data=sigma_data, raw=raw,
-    )  # fmt: skip
+    frames, tokens = x0.shape[1], x0.shape[-2] * x0.shape[-1]
+    layout = FrameLayout(frames=frames, tokens_per_frame=tokens, noisy_copies=1)
+    levels = torch.cat([sigmas, sigmas], dim=1)
+    x: Any = token_noise(x0.contiguous(), torch.ones_like(levels), levels, layout, seed=seed, offset=offset)
+    options: dict[str, Any] = {"spatial_only": True} if spatial_only else {"noisy_copies": 0}
+    if raw:
+        output = denoiser(x[:, frames:], sigmas, actions, raw=True, **options)
+        return edm_loss(output, x0, sigmas, layout, seed=seed, offset=offset, sigma_data=sigma_data)
+    return weighted_error(denoiser(x[:, frames:], sigmas, actions, **options), x0, sigmas, sigma_data)

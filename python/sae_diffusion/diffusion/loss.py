@@ -78,10 +78,15 @@ def denoising_loss(
         denoised = denoiser(x, sigmas, actions, noisy_copies=noisy_copies, **options)[:, frames:]
     if raw:
         return edm_loss(denoised, x0, noisy_sigmas, layout, seed=seed, offset=offset, sigma_data=sigma_data)
+    return weighted_error(denoised, x0, noisy_sigmas, sigma_data)
+
+
+def weighted_error(denoised: torch.Tensor, x0: torch.Tensor, sigmas: torch.Tensor, sigma_data: float) -> torch.Tensor:
+    """loss_weight(sigma) * mean over C, Y, X of (D - x0)^2, (B, K T), of denoised copies (B, K T, C, Y, X)."""
     if denoised.dtype != torch.float64:
         denoised = denoised.float()
-    error = denoised.unflatten(1, (noisy_copies, frames)) - x0.unsqueeze(1)
-    return loss_weight(noisy_sigmas, sigma_data) * error.square().mean(dim=(-3, -2, -1)).flatten(1)
+    error = denoised.unflatten(1, (-1, x0.shape[1])) - x0.unsqueeze(1)
+    return loss_weight(sigmas, sigma_data) * error.square().mean(dim=(-3, -2, -1)).flatten(1)
 
 
 def _basis(sigma: torch.Tensor) -> torch.Tensor:

@@ -24,14 +24,12 @@ from ..lock import RunLock
 from ..train.checkpoint import (
     STATE,
     find_checkpoint,
-    flatten_optimizer,
     latest_checkpoint,
-    load_into,
     read_state,
-    restore_optimizer,
     save_checkpoint,
 )
 from ..train.ema import PowerEMA
+from ..train.files import flatten_optimizer, load_into, restore_optimizer
 from .components import Whitened, check_basis
 from .config import ImageTrainConfig
 from .data import ImageSet, middle

@@ -24,15 +24,12 @@ from ..diffusion.schedules import Schedule, scales_of
 from ..lock import RunLock
 from ..train.checkpoint import (
     STATE,
-    check_header,
     find_checkpoint,
-    flatten_optimizer,
     latest_checkpoint,
-    load_into,
     read_state,
-    restore_optimizer,
     save_checkpoint,
 )
+from ..train.files import check_header, flatten_optimizer, load_into, restore_optimizer
 from ..train.metrics import Reporter
 from .config import ScheduleConfig, SeriesModelConfig, SeriesTrainConfig, Source
 from .data import SeriesStats, read_series, split_series

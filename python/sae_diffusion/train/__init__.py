@@ -9,13 +9,14 @@ from .config import TrainConfig
 
 if TYPE_CHECKING:
     from .checkpoint import latest_checkpoint, load_denoiser
-    from .trainer import Trainer, TrainResult
+    from .loop import TrainResult
+    from .trainer import Trainer
 
 __all__ = ["TrainConfig", "TrainResult", "Trainer", "latest_checkpoint", "load_denoiser"]
 __getattr__ = lazy_names(
     __name__,
     {
-        "TrainResult": "trainer",
+        "TrainResult": "loop",
         "Trainer": "trainer",
         "latest_checkpoint": "checkpoint",
         "load_denoiser": "checkpoint",

@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import os
 import warnings
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,8 +21,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
 
-from .checkpoint import check_header, fsync_path
 from .config import MAX_STD
+from .files import check_header, fsync_path
 
 
 def gamma_from_std(std: float) -> float:
@@ -48,47 +49,52 @@ def decay(std: float, clips_before: int, clips_seen: int) -> float:
     return (clips_before / clips_seen) ** (gamma_from_std(std) + 1)
 
 
-class PowerEMA:
-    """Averages of a model's parameters, one for each relative width in `stds`."""
+class WeightAverage(ABC):
+    """Averages of a network's parameters, one for each width.
 
-    def __init__(self, model: nn.Module, stds: Sequence[float] = (0.05, 0.10)) -> None:
-        self.gammas = {float(std): gamma_from_std(std) for std in stds}
-        if len(self.gammas) != len(stds):
-            raise ValueError(f"stds: must be distinct, got {tuple(stds)}")
+    Attributes:
+        averages: width -> parameter name -> tensor.
+        clips_seen: when they were last updated, in the unit of `update`.
+    """
+
+    def __init__(self, model: nn.Module, widths: Sequence[float]) -> None:
         self.clips_seen = 0
-        self.averages = {std: {name: p.detach().clone() for name, p in model.named_parameters()} for std in self.gammas}
+        trained = {name: p for name, p in model.named_parameters() if self.takes(p)}
+        self.averages = {float(w): {name: p.detach().clone() for name, p in trained.items()} for w in widths}
 
-    @property
-    def stds(self) -> tuple[float, ...]:
-        return tuple(self.gammas)
+    def takes(self, parameter: torch.Tensor) -> bool:
+        return True
+
+    @abstractmethod
+    def keep(self, width: float, clips_seen: int) -> float:
+        """The factor of the average so far, beta."""
 
     @torch.no_grad()
     def update(self, model: nn.Module, clips_seen: int) -> None:
         """Take in the weights reached after `clips_seen` clips in total."""
         weights = {name: p.detach() for name, p in model.named_parameters()}
-        for std, average in self.averages.items():
-            beta = decay(std, self.clips_seen, clips_seen)
-            names = list(average)
-            torch._foreach_lerp_([average[n] for n in names], [weights[n] for n in names], 1.0 - beta)
+        for width, average in self.averages.items():
+            beta = self.keep(width, clips_seen)
+            torch._foreach_lerp_(list(average.values()), [weights[name] for name in average], 1.0 - beta)
         self.clips_seen = clips_seen
 
     @torch.no_grad()
-    def copy_to(self, model: nn.Module, std: float) -> None:
+    def copy_to(self, model: nn.Module, width: float) -> None:
         """Overwrite the model's parameters with the average of this width."""
-        average = self.averages[std]
-        for name, p in model.named_parameters():
-            p.copy_(average[name])
+        parameters = dict(model.named_parameters())
+        for name, average in self.averages[width].items():
+            parameters[name].copy_(average)
 
     def save_snapshot(self, directory: str | os.PathLike[str]) -> list[Path]:
         """One safetensors file per width, named by clips and width, each put in place by a rename."""
         directory = Path(directory)
         directory.mkdir(parents=True, exist_ok=True)
         paths = []
-        for std, average in self.averages.items():
-            path = directory / f"{self.clips_seen:012d}-{std:.6g}.safetensors"
+        for width, average in self.averages.items():
+            path = directory / f"{self.clips_seen:012d}-{width:.6g}.safetensors"
             temporary = directory / f".{path.name}.tmp"
             try:
-                save_average(temporary, average, std, self.clips_seen)
+                save_average(temporary, average, self.metadata(width))
                 os.replace(temporary, path)
             finally:
                 temporary.unlink(missing_ok=True)
@@ -96,18 +102,55 @@ class PowerEMA:
         fsync_path(directory)
         return paths
 
+    @abstractmethod
+    def metadata(self, width: float) -> dict[str, str]:
+        """Header of a saved average."""
+
+
+class DecayEMA(WeightAverage):
+    """Of trained parameters, with a constant decay per update, and like a plain mean at first."""
+
+    def __init__(self, model: nn.Module, decay: float) -> None:
+        super().__init__(model, (decay,))
+
+    def takes(self, parameter: torch.Tensor) -> bool:
+        return parameter.requires_grad
+
+    def keep(self, width: float, clips_seen: int) -> float:
+        # an average that starts from noise forgets it at first as fast as a plain mean would
+        return min(width, clips_seen / (clips_seen + 9))
+
+    def metadata(self, width: float) -> dict[str, str]:
+        return {"average": json.dumps({"decay": width, "steps": self.clips_seen})}
+
+
+class PowerEMA(WeightAverage):
+    """Averages of a model's parameters, one for each relative width in `stds`."""
+
+    def __init__(self, model: nn.Module, stds: Sequence[float] = (0.05, 0.10)) -> None:
+        self.gammas = {float(std): gamma_from_std(std) for std in stds}
+        if len(self.gammas) != len(stds):
+            raise ValueError(f"stds: must be distinct, got {tuple(stds)}")
+        super().__init__(model, stds)
+
+    @property
+    def stds(self) -> tuple[float, ...]:
+        return tuple(self.gammas)
+
+    def keep(self, width: float, clips_seen: int) -> float:
+        return decay(width, self.clips_seen, clips_seen)
+
+    def metadata(self, width: float) -> dict[str, str]:
+        return average_metadata(width, self.clips_seen)
+
 
 def average_metadata(std: float, clips_seen: int) -> dict[str, str]:
     """Header of a saved average. One key only: safetensors writes several in random order."""
     return {"average": json.dumps({"std": float(std), "clips_seen": clips_seen})}
 
 
-def save_average(path: Path, average: dict[str, torch.Tensor], std: float, clips_seen: int) -> None:
-    save_file(
-        {name: t.detach().cpu().contiguous() for name, t in average.items()},
-        path,
-        metadata=average_metadata(std, clips_seen),
-    )
+def save_average(path: Path, average: dict[str, torch.Tensor], metadata: dict[str, str]) -> None:
+    save_file({name: t.detach().cpu().contiguous() for name, t in average.items()}, path, metadata=metadata)
     fsync_path(path)
 
 

@@ -11,11 +11,11 @@ import torch
 from torch import nn
 
 from ..data import collate
-from ..diffusion.forcing import forcing_loss, forcing_sigmas
-from ..diffusion.loss import denoising_loss, loss_weight
-from ..diffusion.noise import derive_seed, sample_sigmas
+from ..diffusion.loss import loss_weight
+from ..diffusion.noise import derive_seed
 from ..diffusion.sampler import SamplerConfig, generate
 from .config import TrainConfig
+from .objectives import make_objective
 
 HELDOUT = 100  # purpose of derived seeds, apart from those of training
 
@@ -119,24 +119,15 @@ def heldout_loss(
         dataset: clips of config.clip_length frames; `clips` of them are taken, evenly.
         config: of the training, whose objective and noise levels are taken.
     """
-    device = next(denoiser.parameters()).device
-    total, frames_per_block = 0.0, denoiser.config.frames_per_block
+    device, objective, total = next(denoiser.parameters()).device, make_objective(config, denoiser), 0.0
     indices = _spread(dataset, clips)
     with _evaluating(denoiser):
         for number, (x0, actions) in enumerate(_batches(denoiser, dataset, stats, indices, batch_size, device)):
             generator = torch.Generator().manual_seed(derive_seed(config.seed, HELDOUT, number))
-            batch, frames = x0.shape[:2]
-            seed = derive_seed(config.seed, HELDOUT, number, 1)
-            options: dict[str, Any] = {"seed": seed, "sigma_data": denoiser.config.sigma_data}
-            levels: dict[str, Any] = {"generator": generator, "frames_per_block": frames_per_block}
-            if config.objective == "forcing":
-                sigmas = forcing_sigmas(config.noise, batch, frames, clean_frames=config.clean_frames, **levels)
-                losses = forcing_loss(denoiser, x0, actions, sigmas.to(device), **options)
-            else:
-                sigmas = sample_sigmas(config.noise, batch, frames, config.noisy_copies, **levels)
-                losses = denoising_loss(
-                    denoiser, x0, actions, sigmas.to(device), noisy_copies=config.noisy_copies, **options
-                )
+            levels = objective.levels(x0.shape[0], x0.shape[1], generator).to(device)
+            _, losses = objective.losses(
+                denoiser, x0, actions, levels, seed=derive_seed(config.seed, HELDOUT, number, 1)
+            )
             total += losses.double().mean(1).sum().item()
     return total / len(indices)
 

@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from ..progress import Progress
-from .checkpoint import fsync_path, naming_write_errors
+from .checkpoint import naming_write_errors
+from .files import fsync_path
 
 FILE = "metrics.jsonl"
 

@@ -1,0 +1,169 @@
+"""What a `Loop` trains: a network, its batches, its loss, and what a resumed run must have in common with its past."""
+
+from __future__ import annotations
+
+import dataclasses
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import torch
+
+if TYPE_CHECKING:
+    from .ema import WeightAverage
+    from .loop import Loop
+
+# fields of configurations that older checkpoints hold; nothing read them
+REMOVED = ("context_sigma_label",)
+
+
+class Task(ABC):
+    """Attributes that a task sets, and methods that it may replace.
+
+    Attributes:
+        network: what is trained.
+        config: its settings, a dataclass.
+        config_field: their name in state.json.
+        state_fields: what state.json must hold, with types.
+        fixed_on_resume: settings that a resumed run must share; None = all but `free_on_resume`.
+        free_on_resume: settings that enter no arithmetic.
+        kinds: names of the kinds of steps; sums for the metrics are kept for each.
+        metrics: how many numbers `record` gives.
+        leaves_parameters_out: some steps give some parameters no gradient.
+    """
+
+    network: Any
+    config: Any
+    config_field = "config"
+    state_fields: ClassVar[dict[str, Any]]
+    fixed_on_resume: tuple[str, ...] | None = None
+    free_on_resume: tuple[str, ...] = ()
+    kinds: tuple[str, ...] = ("all",)
+    metrics = 1
+    leaves_parameters_out = False
+
+    # ---- the network
+
+    def to(self, device: torch.device) -> None:
+        """Move to the device."""
+        self.device = device
+        self.network = self.network.to(device)
+
+    @abstractmethod
+    def make_optimizer(self) -> torch.optim.Optimizer: ...
+
+    @abstractmethod
+    def make_average(self) -> WeightAverage: ...
+
+    @abstractmethod
+    def average_name(self, width: float) -> str:
+        """File in a checkpoint of the average of this width, without its ending."""
+
+    def age(self, loop: Loop) -> int:
+        """The time that averages count in."""
+        return loop.step
+
+    @abstractmethod
+    def lr(self, step: int) -> float:
+        """Learning rate of optimizer step `step`, counted from 1."""
+
+    # ---- one step
+
+    def kind(self, step: int) -> str:
+        return self.kinds[0]
+
+    def before_step(self) -> None:  # noqa: B027 - nothing, unless replaced
+        """Before the network is used."""
+
+    def batches(self, loop: Loop) -> Iterator[Any]:
+        """Endless micro-batches of this rank, from the loop's step on."""
+        while True:
+            yield self.batch(loop.step + 1)
+
+    def batch(self, step: int) -> Any:
+        """All that optimizer step `step` is trained on."""
+        raise NotImplementedError
+
+    @abstractmethod
+    def losses(
+        self, module: Callable[..., torch.Tensor], batch: Any, kind: str, step: int, index: int
+    ) -> tuple[torch.Tensor, ...]:
+        """What `minimised` and `record` are taken of, tensors of one shape; `index` counts micro-batches of the run.
+
+        `module` is the network, as it is to be called: compiled, or shared among processes.
+        """
+
+    def minimised(self, kind: str, *parts: torch.Tensor) -> torch.Tensor:
+        """The scalar whose gradient is taken."""
+        return parts[0].mean()
+
+    def record(self, kind: str, *parts: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """The step's metrics, scalars, of the `losses` of all its micro-batches and ranks; first what is minimised."""
+        return (self.minimised(kind, *parts),)
+
+    def summary(self, sums: dict[str, list[float]]) -> dict[str, float]:
+        """Numbers of a line of metrics.jsonl from each kind's [steps, sum of each metric, sum of gradient norms]."""
+        count, total, _ = sums[self.kinds[0]]
+        return {"loss": total / count}
+
+    def measure_heldout(self) -> dict[str, float]:
+        """Numbers about data that are not trained on."""
+        return {}
+
+    # ---- saving and resuming
+
+    def loss_state(self) -> dict[str, torch.Tensor]:
+        """Tensors of the loss that change in training, to be put back by `load_loss_state`."""
+        return {}
+
+    def load_loss_state(self, tensors: dict[str, torch.Tensor]) -> None:  # noqa: B027
+        """Put back what `loss_state` gave."""
+
+    def constants(self) -> dict[str, dict[str, torch.Tensor]]:
+        """Further files of a checkpoint, which a resumed run has anyway."""
+        return {}
+
+    @abstractmethod
+    def state(self, loop: Loop) -> dict[str, Any]:
+        """The content of state.json."""
+
+    def check_state(self, path: Path, state: dict[str, Any]) -> None:  # noqa: B027
+        """Raises ValueError where a checkpoint's state is of another kind of run, or of other data."""
+
+    def identity(self, saved: dict[str, Any], state: dict[str, Any]) -> list[tuple[str, Any, Any]]:
+        """(name, in the checkpoint, now) of what else must be the same."""
+        return []
+
+    def is_fixed(self, name: str) -> bool:
+        fixed = self.fixed_on_resume
+        return name not in self.free_on_resume if fixed is None else name in fixed
+
+
+def json_fields(value: Any) -> Any:
+    """A dataclass as JSON would give it back: tuples become lists, paths strings."""
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        value = dataclasses.asdict(value)
+    if isinstance(value, dict):
+        return {k: json_fields(v) for k, v in value.items()}
+    if isinstance(value, Path):
+        return str(value)
+    return [json_fields(v) for v in value] if isinstance(value, (list, tuple)) else value
+
+
+def saved_fields(config: Any, saved: dict[str, Any]) -> dict[str, Any]:
+    """A saved configuration with the fields of today.
+
+    A field that it does not know was added since, and its default is what was trained; `REMOVED` ones are left out.
+    """
+    fields = {}
+    for f in dataclasses.fields(config):
+        factory = f.default_factory
+        default = factory() if factory is not dataclasses.MISSING else f.default
+        fields[f.name] = None if default is dataclasses.MISSING else json_fields(default)
+    fields |= {name: value for name, value in saved.items() if name not in REMOVED}
+    for name, value in fields.items():
+        now = getattr(config, name, None)
+        if isinstance(value, dict) and dataclasses.is_dataclass(now):
+            fields[name] = saved_fields(now, value)
+    return fields

@@ -1,0 +1,67 @@
+"""Checkpoints as the three trainers wrote them before they shared a loop: today's code takes them up to the bit.
+
+old_checkpoints/ holds step 3 of each kind of run.
+"""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from sae_diffusion.train import Trainer
+from safetensors.torch import load_file
+from train_stubs import STATS, Stub, StubClips, StubConfig, config
+
+OLD = Path(__file__).with_name("old_checkpoints")
+
+
+def tensors(path: Path) -> dict[str, torch.Tensor]:
+    return {f"{f.name}:{name}": t for f in sorted(path.glob("*.safetensors")) for name, t in load_file(f).items()}
+
+
+def assert_same(got: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
+    assert got.keys() == expected.keys()
+    for name, value in expected.items():
+        assert torch.equal(got[name], value), name
+
+
+def resume_and_go_on(make, tmp_path: Path, kind: str, added: tuple[str, ...] = ()) -> list[str]:
+    """Take up the old checkpoint, write it again, and go on from both; metrics' lines of the first."""
+    old, new = tmp_path / "old", tmp_path / "new"
+    shutil.copytree(OLD / kind, old)
+    first = make(old)
+    first.resume()
+    assert first.step == 3
+    first.run_dir, first._saved_step = new, None
+    first.save()
+    first.run_dir = old
+    written = tensors(new / "step-0000003")
+    assert_same(
+        {k: v for k, v in written.items() if k.partition(":")[0] not in added}, tensors(OLD / kind / "step-0000003")
+    )
+    first.train()
+    first.close()
+    second = make(new)
+    second.train()
+    second.close()
+    assert first.step == second.step == 6
+    assert_same(tensors(old / "step-0000006"), tensors(new / "step-0000006"))
+    return (old / "metrics.jsonl").read_text().splitlines()
+
+
+def video(run_dir: Path, objective: str) -> Trainer:
+    settings = config(
+        run_dir, log_every=4, checkpoint_every=3, normalizer_size=40, objective=objective, keep_checkpoints=0,
+        spatial_every=2 if objective == "teacher" else 0,
+    )  # fmt: skip
+    return Trainer(settings, Stub(StubConfig(width=4)), StubClips(), STATS)
+
+
+@pytest.mark.parametrize("objective", ["teacher", "forcing"])
+def test_video(tmp_path, capsys, objective):
+    lines = resume_and_go_on(lambda folder: video(folder, objective), tmp_path, objective)
+    # settings that were dropped since are no change
+    assert "resuming" in (out := capsys.readouterr().out) and "changed since" not in out
+    assert ['"step": 4' in line for line in lines] == [False, True, False]
