@@ -17,6 +17,7 @@ from typing import Annotated, Any, Literal, cast
 import tyro
 
 from .__main__ import INSTALL
+from .data.cli import DataCommand
 from .diffusion.cli import SchedulePlot
 from .diffusion.config import SamplerConfig
 from .images.cli import ImagesCommand
@@ -355,6 +356,7 @@ def parse(arguments: Sequence[str]) -> Any:
         | Annotated[Train, tyro.conf.subcommand("train", default=train)]
         | Annotated[Sample, tyro.conf.subcommand("sample", default=sample)]
         | Annotated[SchedulePlot, tyro.conf.subcommand("schedule")]
+        | Annotated[DataCommand, tyro.conf.subcommand("data")]
         | Annotated[Series, tyro.conf.subcommand("series")]
         | Annotated[Images, tyro.conf.subcommand("images")]
         | Annotated[Info, tyro.conf.subcommand("info")]
@@ -363,14 +365,17 @@ def parse(arguments: Sequence[str]) -> Any:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one command; errors that a user can mend are one line on stderr and exit code 2."""
+    """Run one command; errors that a user can mend are one line on stderr and exit code 2.
+
+    Exit code 1 is what a command found out, such as bad data.
+    """
     arguments = sys.argv[1:] if arguments is None else arguments
     if list(arguments) == ["--version"]:
         print(f"sae {version()}")
         return 0
     debug = "--debug" in arguments or bool(os.environ.get("SAE_DEBUG"))
     try:
-        parse(arguments).run()
+        code = parse(arguments).run() or 0
     except USER_ERRORS as error:
         if debug:
             raise
@@ -384,7 +389,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("sae: interrupted", file=sys.stderr)
         return 130
-    return 0
+    return int(code)
 
 
 if __name__ == "__main__":

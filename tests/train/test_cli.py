@@ -50,7 +50,7 @@ def trained(recorded, tmp_path_factory):
     return run
 
 
-COMMANDS = """collect; train; sample; info; schedule; series train; series sample; series plot; series study;
+COMMANDS = """collect; train; sample; info; schedule; data check; series train; series sample; series plot; series study;
     images train; images sample; images evaluate; images compare"""
 
 

@@ -19,7 +19,7 @@ import sae_kernels
 
 ROOT = Path(__file__).parents[2]
 COMMANDS = (
-    "collect", "train", "sample", "info", "schedule", "series train", "series sample", "series plot", "series study",
+    "collect", "train", "sample", "info", "schedule", "data check", "series train", "series sample", "series plot", "series study",
     "images train", "images sample", "images evaluate", "images compare",
 )  # fmt: skip
 
@@ -56,7 +56,9 @@ def help_of(command: str, capsys) -> str:
 @pytest.mark.parametrize("command", COMMANDS)
 def test_every_option_has_a_help_of_its_own(command, capsys):
     shown = letters(help_of(command, capsys))
+    shown += letters(help_of("data", capsys)) if command == "data check" else ""  # what is given is not shown again
     required = ["--run-dir=x"] if "sample" in command or "evaluate" in command else []
+    required += ["x"] if command == "data check" else []
     required += ["--out=x"] if command == "collect" else []
     parsed = cli.parse([*command.split(), *required])
     of = type(getattr(parsed, "command", parsed))
@@ -73,7 +75,7 @@ def test_an_option_means_one_thing(capsys):
         trains = command in ("train", "series train", "images train", "series study", "images compare")
         assert bool(re.search(r"--(train\.)?steps ", shown)) == trains, command
         assert not re.search(r"--sampler\.steps ", shown), command
-        assert ("sampling-steps " in shown) == (command not in ("collect", "info", "schedule", "series plot", "series train",
+        assert ("sampling-steps " in shown) == (command not in ("collect", "info", "schedule", "data check", "series plot", "series train",
                                                               "images train", "images evaluate", "images compare")), command  # fmt: skip
 
 
