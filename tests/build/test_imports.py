@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import ast
+import importlib.util
 import os
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import torch
+
+import sae_kernels
 
 ROOT = Path(__file__).parents[2]
 KERNELS = sorted((ROOT / "sae_kernels").rglob("*.py"))
@@ -50,6 +54,12 @@ def test_rooms(path):
         assert set(own) <= {"ops", "reference"}, f"{path} imports {own}"
     others = [name.split(".")[0] for level, name in imports(path) if level == 2]
     assert not (set(others) & OPS), f"{path} reaches into another op: {others}"
+
+
+def test_calls_look_for_no_package(monkeypatch):
+    q = torch.zeros(1, 1, 4, 8)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *_: pytest.fail(f"looks for {name}"))
+    sae_kernels.frame_attention(q, q, q, sae_kernels.FrameLayout(2, 1))
 
 
 def test_kernels_need_nothing_else_installed():
