@@ -95,6 +95,8 @@ class Train:
         model: the network.
         clips: how clips are cut from the data.
         sampler: for the strips written every --sample-every steps.
+        dry_run: open the data, say what would be trained, measure the memory and the time of a step, and stop; nothing
+            is written.
         debug: show where an error came from.
     """
 
@@ -104,36 +106,53 @@ class Train:
     model: ModelConfig = field(default_factory=ModelConfig)
     clips: ClipConfig = field(default_factory=ClipConfig)
     sampler: SamplerConfig = field(default_factory=SamplerConfig)
+    dry_run: bool = False
     debug: bool = False
 
     def run(self) -> None:
         if not self.train.data:
             raise ValueError("data: name the training data with --data FOLDER")
-        from .runs import make_trainer, skipped_sources
+        from .runs import make_trainer, open_run
 
-        trainer = make_trainer(Preset(self.model, self.train, self.sampler, self.clips), self.preset)
+        settings = Preset(self.model, self.train, self.sampler, self.clips)
+        if self.dry_run:
+            from .dry_run import measure
+
+            parts = open_run(settings)
+            needs = measure(self.train, parts.model, parts.dataset, parts.stats)
+            if os.environ.get("RANK", "0") == "0":
+                self.introduce(parts.model, parts.dataset, needs.device)
+                for line in needs.lines():
+                    print(line)
+            return
+        trainer = make_trainer(settings, self.preset)
         if trainer.rank == 0:
-            data = trainer.dataset
-            for line in skipped_sources(data):
-                print(line, file=sys.stderr)
-            if not data.others:
-                print(
-                    f"warning: none of {len(data.episodes)} episodes is held out (--clips.heldout-fraction "
-                    f"{self.clips.heldout_fraction:g}): nothing tells learning from memorising, and `sae sample` will "
-                    "continue clips the network has seen",
-                    file=sys.stderr,
-                )
-            print(
-                f"{len(data)} clips of {self.train.clip_length} frames"
-                + (f", {len(data.skipped)} sources skipped" if data.skipped else "")
-                + f"; {trainer.model.num_parameters() / 1e6:.2f} M parameters on {trainer.device}"
-            )
+            self.introduce(trainer.model, trainer.dataset, trainer.device)
         try:
             result = trainer.train()
         finally:
             trainer.close()
         if trainer.rank == 0:
             print(f"{result.checkpoint}: step {result.step}, stopped by: {result.reason}")
+
+    def introduce(self, model: Any, data: Any, device: Any) -> None:
+        """Say what will be trained on what."""
+        from .runs import skipped_sources
+
+        for line in skipped_sources(data):
+            print(line, file=sys.stderr)
+        if not data.others:
+            print(
+                f"warning: none of {len(data.episodes)} episodes is held out (--clips.heldout-fraction "
+                f"{self.clips.heldout_fraction:g}): nothing tells learning from memorising, and `sae sample` will "
+                "continue clips the network has seen",
+                file=sys.stderr,
+            )
+        print(
+            f"{len(data)} clips of {self.train.clip_length} frames"
+            + (f", {len(data.skipped)} sources skipped" if data.skipped else "")
+            + f"; {model.num_parameters() / 1e6:.2f} M parameters on {device}"
+        )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -46,15 +46,16 @@ class Progress:
         elapsed = time.monotonic() - self._began
         if left is None and self.done > self.start:
             left = elapsed / (self.done - self.start) * (self.total - self.done)
-        parts = [f"{int(self.done)}/{self.total} {self.unit}", self.note, f"{_clock(elapsed)} elapsed"]
-        return ", ".join([part for part in parts if part] + ([f"{_clock(left)} left"] if left is not None else []))
+        parts = [f"{int(self.done)}/{self.total} {self.unit}", self.note, f"{clock(elapsed)} elapsed"]
+        return ", ".join([part for part in parts if part] + ([f"{clock(left)} left"] if left is not None else []))
 
     def close(self) -> None:
         if self._bar is not None:
             self._bar.stop()
 
 
-def _clock(seconds: float) -> str:
+def clock(seconds: float) -> str:
+    """ "1:02:03", or "2:03" below an hour."""
     minutes, seconds = divmod(int(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02d}:{seconds:02d}" if hours else f"{minutes}:{seconds:02d}"

@@ -55,12 +55,18 @@ def spread(dataset: ClipDataset, count: int) -> list[int]:
     return [i * len(dataset) // count for i in range(count)]
 
 
-def make_trainer(preset: Preset, name: PresetName = "tiny") -> Trainer:
-    """Data, statistics, network and trainer of one run; writes config.yaml into its folder.
+@dataclass(frozen=True)
+class Parts:
+    """What a run is made of; `heldout` are clips that are not trained on."""
 
-    Args:
-        name: of the preset that `preset` was made from, for config.yaml.
-    """
+    model: Denoiser
+    dataset: ClipDataset
+    stats: FrameStats
+    heldout: ClipDataset | None
+
+
+def open_run(preset: Preset) -> Parts:
+    """The data, and the network that goes with them."""
     train, clips = preset.train, preset.clips
     pick_device(train.device)
     dataset = open_clips(
@@ -68,12 +74,22 @@ def make_trainer(preset: Preset, name: PresetName = "tiny") -> Trainer:
     )
     torch.manual_seed(train.seed)
     model = Denoiser(fit_to_data(preset.model, dataset))
-    on_sample = strip_writer(preset) if train.sample_every else None
     others = [episode for episode in dataset.others if dataset.frames_of(episode) >= train.clip_length]
     heldout = dataset.cut(train.clip_length, others) if others else None
-    trainer = Trainer(train, model, dataset, FrameStats.estimate(dataset), on_sample=on_sample, heldout=heldout)
+    return Parts(model, dataset, FrameStats.estimate(dataset), heldout)
+
+
+def make_trainer(preset: Preset, name: PresetName = "tiny") -> Trainer:
+    """The trainer of one run; writes config.yaml into its folder.
+
+    Args:
+        name: of the preset that `preset` was made from, for config.yaml.
+    """
+    parts, train = open_run(preset), preset.train
+    on_sample = strip_writer(preset) if train.sample_every else None
+    trainer = Trainer(train, parts.model, parts.dataset, parts.stats, on_sample=on_sample, heldout=parts.heldout)
     if trainer.rank == 0:
-        fitted = dataclasses.replace(preset, model=model.config)
+        fitted = dataclasses.replace(preset, model=parts.model.config)
         write_config(Path(train.run_dir) / CONFIG_FILE, name, fitted)
     return trainer
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import json
+import re
 
 import numpy as np
 import pytest
@@ -137,6 +138,27 @@ def test_a_run_from_the_settings_of_another_has_the_same(trained, tmp_path):
         return [json.loads(line)["loss"] for line in lines][:2]
 
     assert losses(again) == losses(trained)
+
+
+def test_a_dry_run_measures_and_writes_nothing(recorded, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    before = sorted(recorded.rglob("*"))
+    arguments = ["train", f"--data={recorded}", "--run-dir=run", "--steps=7", "--micro-batch=1", *MICRO]
+    assert cli.main([*arguments, "--dry-run"]) == 0
+    out = capsys.readouterr().out.splitlines()
+    assert "clips of 4 frames" in out[0] and out[0].endswith(" M parameters on cpu")
+    assert re.fullmatch(r"memory on cpu: [\d.]+ MiB for weights, gradients, optimizer and 2 averages, [\d.]+ MiB for the "
+                        r"backward pass of a micro-batch of 1 clip", out[1])  # fmt: skip
+    assert re.match(r"time: [\d.e-]+ s a step, 7 steps take about \d+:\d\d; reading the clips of a step takes ", out[2])
+    assert len(out) == 3 and not list(tmp_path.iterdir()) and sorted(recorded.rglob("*")) == before
+    # what is there already stays as it is, and is not asked
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "config.yaml").write_text("not: ours")
+    assert cli.main([*arguments, "--dry-run"]) == 0
+    assert [p.name for p in (tmp_path / "run").iterdir()] == ["config.yaml"]
+    assert (tmp_path / "run" / "config.yaml").read_text() == "not: ours"
+    assert "needs 40" in fails([*arguments, "--dry-run", "--clip-length=40", "--clips.on-error=raise"], capsys)
+    assert "lr" in fails([*arguments, "--dry-run", "--lr=-1"], capsys)
 
 
 def test_training_goes_on_where_it_stopped(recorded, trained, capsys):

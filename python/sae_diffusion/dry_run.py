@@ -1,0 +1,126 @@
+"""What a training run will need, measured on its own network and data without its folder."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from .data import ClipDataset, collate
+from .model import Denoiser
+from .progress import clock
+from .train.config import TrainConfig
+from .train.loop import Loop, LoopConfig
+from .train.trainer import VideoTask
+
+
+@dataclass(frozen=True)
+class Needs:
+    """Seconds, and bytes on the device, of each process.
+
+    Attributes:
+        state: weights, gradients, optimizer and averages.
+        backward: what a micro-batch keeps for its backward pass; None where `peak` was measured.
+        peak: the largest amount allocated in a step, on CUDA.
+        step: seconds of an optimizer step, its clips being read already.
+        read: seconds for reading the clips of a micro-batch, in one process.
+    """
+
+    config: TrainConfig
+    device: torch.device
+    processes: int
+    state: int
+    backward: int | None
+    peak: int | None
+    step: float
+    read: float
+
+    def lines(self) -> list[str]:
+        """For people."""
+        config = self.config
+        clips = f"{config.micro_size} clip{'s' * (config.micro_size > 1)}"
+        memory = f"{_gib(self.state)} for weights, gradients, optimizer and {len(config.ema_stds)} averages, "
+        if self.peak is not None:
+            memory += f"{_gib(self.peak)} at most in a step of micro-batches of {clips}"
+        else:
+            memory += f"{_gib(self.backward or 0)} for the backward pass of a micro-batch of {clips}"
+        reading = self.read * config.micro_batches / self.processes
+        beside = f"shared by {config.num_workers} workers" if config.num_workers else "before each step"
+        return [
+            f"memory on {self.device}: {memory}",
+            f"time: {self.step:.3g} s a step, {config.steps} steps take about {clock(self.step * config.steps)}; "
+            f"reading the clips of a step takes {reading:.3g} s, {beside}",
+        ]
+
+
+class _Probe(VideoTask):
+    """The same micro-batch again and again; `saved` is what the last one kept for its backward pass."""
+
+    def __init__(self, *arguments: Any) -> None:
+        super().__init__(*arguments)
+        self.saved: dict[int, int] = {}
+        self.read = 0.0
+
+    def batches(self, loop: Loop) -> Iterator[Any]:
+        start = time.monotonic()
+        batch = collate([self.dataset[i % len(self.dataset)] for i in range(self.config.micro_size)])
+        self.read = time.monotonic() - start
+        return itertools.repeat(batch)
+
+    def losses(
+        self, module: Callable[..., torch.Tensor], batch: Any, kind: str, step: int, index: int
+    ) -> tuple[torch.Tensor, ...]:
+        self.saved.clear()
+        return super().losses(module, batch, kind, step, index)
+
+
+def measure(config: TrainConfig, model: Denoiser, dataset: ClipDataset, stats: Any) -> Needs:
+    """Take two steps, the first to warm up. The network is no longer what it was; nothing is written.
+
+    Raises:
+        FloatingPointError: the loss is not finite.
+        ValueError, RuntimeError: the run could not begin, as from `Trainer`.
+    """
+    task = _Probe(config, model, dataset, stats)
+    loop = Loop(task, dataclasses.replace(LoopConfig.of(config), run_dir=None))
+    on_gpu = loop.device.type == "cuda"
+    try:
+        loop.network.train()
+        weights = {p.untyped_storage().data_ptr() for p in loop.network.parameters()}
+
+        def count(tensor: torch.Tensor) -> torch.Tensor:
+            storage = tensor.untyped_storage()
+            if storage.data_ptr() not in weights:
+                task.saved[storage.data_ptr()] = storage.nbytes()
+            return tensor
+
+        if on_gpu:
+            torch.cuda.reset_peak_memory_stats(loop.device)
+            _check(loop.train_step())
+        else:
+            with torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor):
+                _check(loop.train_step())
+        backward = None if on_gpu else sum(task.saved.values())
+        start = time.monotonic()
+        _check(loop.train_step())
+        seconds = time.monotonic() - start
+        size = sum(p.numel() * p.element_size() for p in loop.network.parameters())
+        peak = torch.cuda.max_memory_allocated(loop.device) if on_gpu else None
+        state = size * (4 + len(config.ema_stds))  # AdamW keeps two numbers for each weight
+        return Needs(config, loop.device, loop.world_size, state, backward, peak, seconds, task.read)
+    finally:
+        loop.close()
+
+
+def _check(loss: torch.Tensor) -> None:
+    if not torch.isfinite(loss):  # waits for the device
+        raise FloatingPointError(f"the loss of the first steps is not finite: {loss.item()}")
+
+
+def _gib(size: int) -> str:
+    return f"{size / 2**30:.3g} GiB" if size >= 2**30 else f"{size / 2**20:.3g} MiB"
