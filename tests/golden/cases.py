@@ -24,7 +24,7 @@ from sae_diffusion.images.model import NetConfig
 from sae_diffusion.images.train import ImageTrainConfig, ImageTrainer
 from sae_diffusion.model import Denoiser, ModelConfig
 from sae_diffusion.rollout import continue_clips, videos_from_nothing
-from sae_diffusion.series.data import Source
+from sae_diffusion.series import Source
 from sae_diffusion.series.model import SeriesModelConfig
 from sae_diffusion.series.sampling import generate as generate_series
 from sae_diffusion.series.train import ScheduleConfig, SeriesTrainConfig, SeriesTrainer

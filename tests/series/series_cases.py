@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from sae_diffusion.series.data import Source
+from sae_diffusion.series import Source
 from sae_diffusion.series.model import SeriesModelConfig
 from sae_diffusion.series.train import ScheduleConfig, SeriesTrainConfig
 

@@ -9,9 +9,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import tyro
+from sae_diffusion.series import Source
 from sae_diffusion.series import study as study_module
 from sae_diffusion.series.cli import SeriesCommand, SeriesPlot, SeriesSample, SeriesStudy, SeriesTrain
-from sae_diffusion.series.data import Source
 from sae_diffusion.series.sampling import error_quartiles
 from sae_diffusion.series.study import OWN, SHARED, Line, StudyConfig, run_study, summarise, table
 from series_cases import TINY, tiny

@@ -7,9 +7,9 @@ import pyarrow as pa
 import pyarrow.csv
 import pyarrow.parquet
 import pytest
+from sae_diffusion.series import Source
 from sae_diffusion.series.data import (
     SeriesStats,
-    Source,
     gen,
     gen_dataset,
     permutation,

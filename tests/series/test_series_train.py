@@ -11,11 +11,11 @@ import pytest
 import torch
 from sae_diffusion.diffusion import schedules
 from sae_diffusion.diffusion.solvers import sample, start, to_x0
-from sae_diffusion.series.data import SeriesStats, Source
+from sae_diffusion.series import Source
+from sae_diffusion.series.data import SeriesStats
 from sae_diffusion.series.model import SeriesDenoiser, SeriesModelConfig
 from sae_diffusion.series.sampling import error_quartiles, generate, negative_log_likelihood
 from sae_diffusion.series.train import (
-    Mixed,
     ScheduleConfig,
     SeriesTrainConfig,
     SeriesTrainer,
@@ -29,9 +29,13 @@ from sae_diffusion.train.checkpoint import save_checkpoint
 from series_cases import TINY, tiny
 
 
+def average_of(trainer):
+    return trainer.ema.averages[trainer.config.ema]
+
+
 def state_of(trainer):
     tensors = {f"model.{k}": v for k, v in trainer.model.state_dict().items()}
-    tensors |= {f"average.{i}": v for i, v in enumerate(trainer.average)}
+    tensors |= {f"average.{k}": v for k, v in average_of(trainer).items()}
     for i, state in trainer.optimizer.state_dict()["state"].items():
         tensors |= {f"optimizer.{i}.{k}": v for k, v in state.items()}
     return {k: v.clone() for k, v in tensors.items()}
@@ -143,7 +147,7 @@ def test_losses_are_their_formulas(kind):
 def test_mixed_rows_follow_their_windows():
     config = ScheduleConfig(kind="mixed", windows=(1, 4, math.inf), window=4.0)
     mixed = config.build_training(6)
-    assert isinstance(mixed, Mixed)
+    assert isinstance(mixed, schedules.Mixed)
     t = draw_times(9, None, 0, 0)
     for k, window in enumerate((1, 4, math.inf)):
         part = schedules.Staggered(6, window, schedules.LogLinear())
@@ -242,7 +246,7 @@ def test_a_state_that_is_not_of_series_is_named(tmp_path):
 def test_resume_refuses_other_settings(tmp_path):
     config = tiny(tmp_path, steps=1)
     SeriesTrainer(config).train()
-    with pytest.raises(ValueError, match=r"other settings: lr was 0\.002, now 0\.1"):
+    with pytest.raises(ValueError, match=r"lr: .* was trained with 0\.002, this run has 0\.1"):
         SeriesTrainer(dataclasses.replace(config, lr=0.1)).train()
 
 
@@ -268,7 +272,8 @@ def test_loading_gives_the_average_or_the_weights(tmp_path):
     trained, _, _ = load_series_model(config.run_dir, average=False)
     assert loaded == config == config_from_json(config.to_json())
     np.testing.assert_array_equal(stats.std, trainer.stats.std)
-    for p, q, mean, raw in zip(averaged.parameters(), trained.parameters(), trainer.average, trainer.parameters):
+    own = trainer.task.parameters
+    for p, q, mean, raw in zip(averaged.parameters(), trained.parameters(), average_of(trainer).values(), own):
         assert torch.equal(p, mean) and torch.equal(q, raw)
     assert any(not torch.equal(p, q) for p, q in zip(averaged.parameters(), trained.parameters()))
     file = next((tmp_path / "run").glob("step-*")) / "ema.safetensors"
@@ -283,10 +288,12 @@ def test_own_data_are_split_before_statistics(tmp_path):
     path = tmp_path / "x.npz"
     np.savez(path, series=Source("mixture", 6).sample(40, 0).repeat(2, axis=2))
     trainer = SeriesTrainer(tiny(tmp_path, data=path, heldout_fraction=0.25, source=Source()))
-    assert trainer.data.shape == (30, 6, 2) and trainer.heldout.shape == (10, 6, 2)
-    np.testing.assert_array_equal(trainer.stats.mean, trainer.data.mean(axis=0))
-    assert trainer.batch(1).shape == (8, 6, 2)
-    assert not torch.equal(trainer.batch(1), trainer.batch(2)) and torch.equal(trainer.batch(1), trainer.batch(1))
+    assert trainer.task.data.shape == (30, 6, 2) and trainer.task.heldout.shape == (10, 6, 2)
+    np.testing.assert_array_equal(trainer.stats.mean, trainer.task.data.mean(axis=0))
+    assert trainer.task.batch(1).shape == (8, 6, 2)
+    assert not torch.equal(trainer.task.batch(1), trainer.task.batch(2)) and torch.equal(
+        trainer.task.batch(1), trainer.task.batch(1)
+    )
     trainer.train_step()
 
 

@@ -5,11 +5,14 @@ old_checkpoints/ holds step 3 of each kind of run.
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 
 import pytest
 import torch
+from sae_diffusion.series import SeriesModelConfig, Source
+from sae_diffusion.series.train import ScheduleConfig, SeriesTrainConfig, SeriesTrainer
 from sae_diffusion.train import Trainer
 from safetensors.torch import load_file
 from train_stubs import STATS, Stub, StubClips, StubConfig, config
@@ -64,4 +67,19 @@ def test_video(tmp_path, capsys, objective):
     lines = resume_and_go_on(lambda folder: video(folder, objective), tmp_path, objective)
     # settings that were dropped since are no change
     assert "resuming" in (out := capsys.readouterr().out) and "changed since" not in out
-    assert ['"step": 4' in line for line in lines] == [False, True, False]
+    assert [json.loads(line)["step"] for line in lines] == [3, 4, 6]
+
+
+def series(run_dir: Path) -> SeriesTrainer:
+    settings = SeriesTrainConfig(
+        run_dir=run_dir, source=Source(length=5), schedule=ScheduleConfig(kind="independent"),
+        model=SeriesModelConfig(width=8, layers=1, heads=2, expansion=2), steps=6, batch=8, warmup=2, log_every=2,
+        checkpoint_every=3, keep=0, tensorboard=False, device="cpu",
+    )  # fmt: skip
+    return SeriesTrainer(settings)
+
+
+def test_series(tmp_path, capsys):
+    lines = resume_and_go_on(series, tmp_path, "series", added=("loss.safetensors",))
+    assert "changed since" not in capsys.readouterr().out
+    assert [json.loads(line)["step"] for line in lines] == [2, 4, 6]

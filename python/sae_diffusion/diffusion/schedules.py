@@ -20,8 +20,8 @@ from .curves import EDM, Cosine, Curve, Flow, LogLinear, VPLinear
 
 __all__ = [
     "EDM", "SCALINGS", "Columns", "ComponentLinear", "Cosine", "Curve", "Flow", "Given", "Independent", "LogLinear",
-    "PerPixel", "Rolling", "Rows", "Schedule", "Staggered", "Together", "Triangular", "VPLinear", "check_schedule",
-    "expand_to", "fraction_to_window", "sampling_times", "scales_of", "window_to_fraction",
+    "Mixed", "PerPixel", "Rolling", "Rows", "Schedule", "Staggered", "Together", "Triangular", "VPLinear",
+    "check_schedule", "expand_to", "fraction_to_window", "sampling_times", "scales_of", "window_to_fraction",
 ]  # fmt: skip
 
 SCALINGS = ("vp", "ve", "flow")
@@ -449,6 +449,25 @@ class Given(Schedule):
 
     def times(self, steps: int) -> torch.Tensor:
         return self.schedule.times(steps)
+
+
+class Mixed(Schedule):
+    """For training: series b of a batch follows parts[b % len(parts)]. With stratified times each part's are too."""
+
+    def __init__(self, parts: Sequence[Schedule]) -> None:
+        self.parts, self.shape, self.scaling = parts, parts[0].shape, parts[0].scaling
+
+    def log_snr(self, t: torch.Tensor) -> torch.Tensor:
+        return self._by_row(t, "log_snr")
+
+    def log_snr_slope(self, t: torch.Tensor) -> torch.Tensor:
+        return self._by_row(t, "log_snr_slope")
+
+    def _by_row(self, t: torch.Tensor, name: str) -> torch.Tensor:
+        out = t.new_empty(len(t), *self.shape)
+        for k, part in enumerate(self.parts):
+            out[k :: len(self.parts)] = getattr(part, name)(t[k :: len(self.parts)])
+        return out
 
 
 def window_to_fraction(window: float, tokens: int) -> float:

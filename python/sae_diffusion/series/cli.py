@@ -36,7 +36,7 @@ class SeriesTrain:
         from .train import SeriesTrainer
 
         trainer = SeriesTrainer(self.train)
-        given = "fresh series" if trainer.data is None else f"{len(trainer.data)} series"
+        given = "fresh series" if trainer.task.data is None else f"{len(trainer.task.data)} series"
         print(
             f"{given} of {trainer.model.length} points and {trainer.model.channels} channels; "
             f"{trainer.model.num_parameters() / 1e3:.0f} k parameters on {trainer.device}"

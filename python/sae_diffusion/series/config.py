@@ -10,29 +10,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from ..checks import check_integers, check_numbers
+from .orders import CHAINS, KINDS, Kind, Order, check_order
 
 if TYPE_CHECKING:
     import numpy as np
 
     from ..diffusion import schedules
-
-CHAINS = ("logistic", "stochastic", "one-minus-x")
-KINDS = (*CHAINS, "mixture", "white-noise")
-ORDERS = ("natural", "backward", "swaps", "block-shuffle", "shuffled")
-Kind = Literal["logistic", "stochastic", "one-minus-x", "mixture", "white-noise"]
-Order = Literal["natural", "backward", "swaps", "block-shuffle", "shuffled"]
-
-
-def check_order(order: str, length: int, step: int) -> None:
-    """ValueError for an order of series that `data.permutation` does not know."""
-    if order not in ORDERS:
-        raise ValueError(f"order: must be one of {', '.join(ORDERS)}, got {order!r}")
-    if length < 2:
-        raise ValueError(f"length: must be at least 2, got {length}")
-    if not 1 <= step <= length:
-        raise ValueError(f"step: must be in [1, {length}], got {step}")
-    if order == "block-shuffle" and length % step:
-        raise ValueError(f"step: must divide the length {length} for block-shuffle, got {step}")
 
 
 @dataclass(frozen=True)
@@ -174,12 +157,11 @@ class ScheduleConfig:
     def build_training(self, length: int) -> schedules.Schedule:
         """The schedule that the network is trained on."""
         from ..diffusion import schedules
-        from .train import Mixed
 
         if self.kind == "independent":
             return schedules.Independent((length,), self._curve())
         if self.kind == "mixed":
-            return Mixed([schedules.Staggered(length, window, self._curve()) for window in self.windows])
+            return schedules.Mixed([schedules.Staggered(length, window, self._curve()) for window in self.windows])
         return self.build(length)
 
     def _curve(self) -> schedules.Curve:

@@ -8,13 +8,16 @@ from __future__ import annotations
 import zipfile
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 
 from ..diffusion.noise import derive_seed
-from .config import CHAINS, Source, check_order
+from .orders import CHAINS, check_order
+
+if TYPE_CHECKING:
+    from .config import Source
 
 LOGISTIC_RATE = 3.993
 MIXTURE_RATE = 3.9993

@@ -71,13 +71,13 @@ def run_line(config: StudyConfig, out: Path, line: Line, deadline: float | None 
         began = time.process_time()
         trainer = SeriesTrainer(config.training(line, window))
         trainer.model.load_state_dict(base)
-        trainer.average = [p.detach().clone() for p in trainer.parameters]
-        trainer.stats = source_stats(trainer.config.source, line.seed)  # those of the base
+        trainer.ema = trainer.task.make_average()
+        trainer.task.stats = source_stats(trainer.config.source, line.seed)  # those of the base
         steps = config.steps if line.training == OWN else 0
         losses = [trainer.train_step().item() for _ in range(steps)]
         trained = time.process_time()
         x = generate(
-            trainer.averaged(), trainer.stats, trainer.schedule, config.samples,
+            trainer.averaged(), trainer.stats, trainer.task.schedule, config.samples,
             steps=config.sampling_steps, seed=derive_seed(line.seed, _SAMPLE), batch=128,
         )  # fmt: skip
         cell = {

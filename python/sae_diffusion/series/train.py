@@ -1,36 +1,25 @@
-"""Training of a series network: one process, one file of settings, resumable to the bit.
-
-Every random number is a function of (seed, purpose, step), so a resumed run draws what the whole run would have drawn.
-"""
+"""Training of a series network. Every random number is a function of (seed, purpose, step)."""
 
 from __future__ import annotations
 
+import copy
 import math
-import signal
-import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
 
 from sae_kernels import FrameLayout, token_noise
 
-from ..devices import pick_device
 from ..diffusion.noise import derive_seed
 from ..diffusion.schedules import Schedule, scales_of
-from ..lock import RunLock
-from ..train.checkpoint import (
-    STATE,
-    find_checkpoint,
-    latest_checkpoint,
-    read_state,
-    save_checkpoint,
-)
-from ..train.files import check_header, flatten_optimizer, load_into, restore_optimizer
-from ..train.metrics import Reporter
+from ..train.checkpoint import STATE, find_checkpoint, read_state
+from ..train.ema import DecayEMA
+from ..train.files import check_header, load_into
+from ..train.loop import Loop, LoopConfig
+from ..train.task import Task
 from .config import ScheduleConfig, SeriesModelConfig, SeriesTrainConfig, Source
 from .data import SeriesStats, read_series, split_series
 from .model import SeriesDenoiser
@@ -39,25 +28,6 @@ from .model import SeriesDenoiser
 _BATCH, _TIME, _NOISE, _STATS, _HELDOUT = 10, 11, 12, 13, 14
 STATE_FIELDS = {"config": dict, "length": int, "channels": int, "scaling": str, "stats": dict}  # of state.json
 STATS_SERIES = 16384  # generated series that means and deviations are estimated from
-
-
-class Mixed(Schedule):
-    """For training: series b of a batch follows parts[b % len(parts)]. With stratified times each part's are too."""
-
-    def __init__(self, parts: list[Schedule]) -> None:
-        self.parts, self.shape, self.scaling = parts, parts[0].shape, parts[0].scaling
-
-    def log_snr(self, t: torch.Tensor) -> torch.Tensor:
-        return self._by_row(t, "log_snr")
-
-    def log_snr_slope(self, t: torch.Tensor) -> torch.Tensor:
-        return self._by_row(t, "log_snr_slope")
-
-    def _by_row(self, t: torch.Tensor, name: str) -> torch.Tensor:
-        out = t.new_empty(len(t), *self.shape)
-        for k, part in enumerate(self.parts):
-            out[k :: len(self.parts)] = getattr(part, name)(t[k :: len(self.parts)])
-        return out
 
 
 def learning_rate(config: SeriesTrainConfig, step: int) -> float:
@@ -124,12 +94,15 @@ def series_loss(
     return (error * changing).sum() / changing.sum().clamp(min=1)
 
 
-class SeriesTrainer:
-    """Trains one network. `average` holds the EMA of the parameters; `step` counts optimizer steps done."""
+class SeriesTask(Task):
+    """Series of a file or a generator, with the loss of the configuration."""
+
+    state_fields: ClassVar = STATE_FIELDS
+    # how a run reports and where it stands
+    free_on_resume = ("run_dir", "checkpoint_every", "log_every", "keep", "tensorboard", "device")
 
     def __init__(self, config: SeriesTrainConfig) -> None:
         self.config = config
-        self.device = pick_device(config.device)
         self.data: np.ndarray | None = None
         self.heldout: np.ndarray | None = None
         if config.data is not None:
@@ -142,15 +115,27 @@ class SeriesTrainer:
         self.schedule = config.schedule.build_training(length)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(derive_seed(config.seed, 0))
-            self.model = SeriesDenoiser(config.model, length, channels, self.schedule.scaling).to(self.device)
-        self.parameters: list[torch.Tensor] = [p for p in self.model.parameters() if p.requires_grad]
-        self.optimizer = torch.optim.AdamW(
+            self.network = SeriesDenoiser(config.model, length, channels, self.schedule.scaling)
+        self._noise_seed = derive_seed(config.seed, _NOISE)
+
+    @property
+    def parameters(self) -> list[torch.Tensor]:
+        return [p for p in self.network.parameters() if p.requires_grad]
+
+    def make_optimizer(self) -> torch.optim.Optimizer:
+        config = self.config
+        return torch.optim.AdamW(
             self.parameters, lr=config.lr, betas=(0.9, config.beta2), weight_decay=config.weight_decay, fused=True
         )
-        self.average = [p.detach().clone() for p in self.parameters]
-        self.step = 0
-        self._noise_seed = derive_seed(config.seed, _NOISE)
-        self._stop: str | None = None
+
+    def make_average(self) -> DecayEMA:
+        return DecayEMA(self.network, self.config.ema)
+
+    def average_name(self, width: float) -> str:
+        return "ema"
+
+    def lr(self, step: int) -> float:
+        return learning_rate(self.config, step)
 
     def batch(self, step: int) -> torch.Tensor:
         """The series of optimizer step `step`, normalised, (batch, length, channels)."""
@@ -161,150 +146,63 @@ class SeriesTrainer:
             x = self.data[np.random.default_rng(seed).integers(len(self.data), size=self.config.batch)]
         return self.stats.normalize(x).to(self.device)
 
-    def train_step(self) -> torch.Tensor:
-        """One optimizer step; its loss, a scalar tensor."""
-        config, step = self.config, self.step + 1
-        x = self.batch(step)
-        tokens = x.shape[1] if config.schedule.kind == "independent" else None
+    def losses(
+        self, module: Callable[..., torch.Tensor], batch: Any, kind: str, step: int, index: int
+    ) -> tuple[torch.Tensor, ...]:
+        config = self.config
+        tokens = batch.shape[1] if config.schedule.kind == "independent" else None
         t = draw_times(config.batch, tokens, config.seed, step).to(self.device)
         loss = series_loss(
-            self.model, x, self.schedule, t,
+            self.network, batch, self.schedule, t,
             loss=config.loss, space=config.loss_space, seed=self._noise_seed, offset=step,
         )  # fmt: skip
-        for group in self.optimizer.param_groups:
-            group["lr"] = learning_rate(config, step)
-        self.optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(self.parameters, config.clip)
-        self.optimizer.step()
-        # an average that starts from noise forgets it at first as fast as a plain mean would
-        torch._foreach_lerp_(self.average, self.parameters, 1 - min(config.ema, step / (step + 9)))
-        self.step = step
-        return loss.detach()
+        return (loss[None],)
 
-    def train(self) -> str:
-        """Go on from the latest checkpoint until `steps`, SIGTERM or Ctrl-C; "done" or the signal's name.
-
-        Raises:
-            FloatingPointError: the loss or the state is no longer finite; the last checkpoint stands.
-            OSError: the run folder cannot be written; the last checkpoint stands.
-            RuntimeError: another process trains in the run folder.
-        """
-        with RunLock(self.config.run_dir, "training in"):
-            return self._train()
-
-    def _train(self) -> str:
-        config = self.config
-        self.resume()
-        reporter = Reporter(
-            Path(config.run_dir), start_step=self.step, total_steps=config.steps, tensorboard=config.tensorboard
-        )
-        total, counted, since, seconds = torch.zeros((), device=self.device), 0, time.perf_counter(), 0.0
-        try:
-            with self._signals():
-                while self.step < config.steps and self._stop is None:
-                    total += self.train_step()
-                    counted += 1
-                    reporter.advance(self.step)
-                    if self.step % config.log_every == 0 or self.step == config.steps:
-                        loss = total.item() / counted
-                        if not math.isfinite(loss):
-                            raise FloatingPointError(f"loss: must be finite, got {loss} at step {self.step}")
-                        lap = time.perf_counter() - since
-                        seconds += lap
-                        record = {
-                            "step": self.step, "loss": loss, "lr": learning_rate(config, self.step),
-                            "seconds": round(seconds, 3), "clips_per_second": counted * config.batch / lap,
-                        }  # fmt: skip
-                        reporter.log(record, (config.steps - self.step) * lap / counted)
-                        total, counted, since = torch.zeros_like(total), 0, time.perf_counter()
-                    if self.step % config.checkpoint_every == 0 and self.step < config.steps:
-                        reporter.flush()
-                        self.save()
-            reporter.flush()
-            self.save()
-        finally:
-            reporter.close()
-        return self._stop or "done"
-
-    @contextmanager
-    def _signals(self) -> Iterator[None]:
-        """SIGTERM and the first Ctrl-C end training after the current step; a second Ctrl-C ends it at once."""
-
-        def handler(number: int, _frame: Any) -> None:
-            if self._stop is not None and number == signal.SIGINT:
-                raise KeyboardInterrupt
-            self._stop = signal.Signals(number).name
-
-        try:
-            previous = {s: signal.signal(s, handler) for s in (signal.SIGTERM, signal.SIGINT)}
-        except ValueError:  # not the main thread
-            previous = {}
-        try:
-            yield
-        finally:
-            for s, old in previous.items():
-                signal.signal(s, old)
-
-    def save(self) -> Path:
-        """A checkpoint of the current step, complete or absent."""
-        names = [name for name, p in self.model.named_parameters() if p.requires_grad]
-        files = {
-            "model": dict(self.model.state_dict()),
-            "ema": dict(zip(names, self.average, strict=True)),
-            "optimizer": flatten_optimizer(self.model, self.optimizer),
-        }
-        state = {
+    def state(self, loop: Loop) -> dict[str, Any]:
+        network = self.network
+        return {
             "config": self.config.to_json(),
-            "length": self.model.length,
-            "channels": self.model.channels,
-            "scaling": self.model.scaling,
+            "length": network.length,
+            "channels": network.channels,
+            "scaling": network.scaling,
             "stats": self.stats.to_json(),
         }
-        return save_checkpoint(self.config.run_dir, self.step, files, state, keep=self.config.keep)
 
-    def resume(self) -> bool:
-        """Take up the latest checkpoint of run_dir that verifies; False if there is none.
-
-        Raises:
-            ValueError: it was trained with other settings, which the message names, or on other series.
-        """
-        path = latest_checkpoint(self.config.run_dir)
-        if path is None:
-            return False
-        state = read_state(path, **STATE_FIELDS)
-        changed = _differences(state["config"], self.config.to_json())
-        if changed:
-            raise ValueError(f"run_dir: {path} was trained with other settings: {'; '.join(changed)}")
+    def check_data(self, path: Path, state: dict[str, Any]) -> None:
         if state["stats"] != self.stats.to_json():
             raise ValueError(f"data: {path} was trained on other series: their means or deviations differ")
-        load_into(path / "model.safetensors", self.model.state_dict())
-        names = [name for name, p in self.model.named_parameters() if p.requires_grad]
-        load_into(path / "ema.safetensors", dict(zip(names, self.average, strict=True)))
-        restore_optimizer(path / "optimizer.safetensors", self.model, self.optimizer)
-        self.step = state["step"]
-        return True
+
+
+class SeriesTrainer(Loop):
+    """Trains one network: the `Loop` with `SeriesTask`. Its folder is not touched before `train`, or `resume`."""
+
+    def __init__(self, config: SeriesTrainConfig) -> None:
+        settings = LoopConfig(
+            run_dir=config.run_dir, steps=config.steps, batch_size=config.batch, grad_clip=config.clip,
+            checkpoint_every=config.checkpoint_every, keep_checkpoints=config.keep, log_every=config.log_every,
+            device=config.device, tensorboard=config.tensorboard,
+        )  # fmt: skip
+        self.task: SeriesTask
+        self.config = config
+        super().__init__(SeriesTask(config), settings, resume=False)
+
+    @property
+    def model(self) -> SeriesDenoiser:
+        return self.network
+
+    @property
+    def stats(self) -> SeriesStats:
+        return self.task.stats
+
+    def train(self) -> str:
+        """Go on from the latest checkpoint, see `Loop.run`; "done", or the name of the signal that ended it."""
+        return self.run().reason
 
     def averaged(self) -> SeriesDenoiser:
         """A copy of the network with the averaged weights, in eval mode."""
-        like = self.model
-        model = SeriesDenoiser(like.config, like.length, like.channels, like.scaling).to(self.device)
-        with torch.no_grad():
-            for p, mean in zip((p for p in model.parameters() if p.requires_grad), self.average, strict=True):
-                p.copy_(mean)
+        model = copy.deepcopy(self.model)
+        self.ema.copy_to(model, self.config.ema)
         return model.eval()
-
-
-# How a run reports and where it stands may change between two starts of it.
-_FREE = ("run_dir", "checkpoint_every", "log_every", "keep", "tensorboard", "device")
-
-
-def _differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
-    return [
-        f"{name} was {old.get(name)}, now {new[name]}"
-        for name in new
-        if name not in _FREE and old.get(name) != new[name]
-    ]
 
 
 def source_stats(source: Source, seed: int) -> SeriesStats:

@@ -441,7 +441,7 @@ class Loop:
 
     def _check_same_run(self, path: Path, state: dict[str, Any]) -> None:
         task = self.task
-        task.check_state(path, state)
+        task.check_kind(path, state)
         saved, current = saved_fields(task.config, state[task.config_field]), json_fields(task.config)
         fields = task.identity(saved, state)
         fields += [(name, saved.get(name), current.get(name)) for name in {**saved, **current} if task.is_fixed(name)]
@@ -450,6 +450,7 @@ class Loop:
                 raise ValueError(
                     f"{name}: {path} was trained with {was!r}, this run has {now!r}; choose another run_dir"
                 )
+        task.check_data(path, state)
         changed = [k for k in current if k not in task.free_on_resume and saved.get(k) != current[k]]
         if changed and self.rank == 0:
             print(

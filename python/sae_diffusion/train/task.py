@@ -128,8 +128,11 @@ class Task(ABC):
     def state(self, loop: Loop) -> dict[str, Any]:
         """The content of state.json."""
 
-    def check_state(self, path: Path, state: dict[str, Any]) -> None:  # noqa: B027
-        """Raises ValueError where a checkpoint's state is of another kind of run, or of other data."""
+    def check_kind(self, path: Path, state: dict[str, Any]) -> None:  # noqa: B027
+        """Raises ValueError where a checkpoint's state is of another kind of run."""
+
+    def check_data(self, path: Path, state: dict[str, Any]) -> None:  # noqa: B027
+        """Raises ValueError where a checkpoint is of other data."""
 
     def identity(self, saved: dict[str, Any], state: dict[str, Any]) -> list[tuple[str, Any, Any]]:
         """(name, in the checkpoint, now) of what else must be the same."""

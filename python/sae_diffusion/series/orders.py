@@ -1,0 +1,23 @@
+"""Names of generated series and of the orders of their links; nothing heavy is imported."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+CHAINS = ("logistic", "stochastic", "one-minus-x")
+KINDS = (*CHAINS, "mixture", "white-noise")
+ORDERS = ("natural", "backward", "swaps", "block-shuffle", "shuffled")
+Kind = Literal["logistic", "stochastic", "one-minus-x", "mixture", "white-noise"]
+Order = Literal["natural", "backward", "swaps", "block-shuffle", "shuffled"]
+
+
+def check_order(order: str, length: int, step: int) -> None:
+    """ValueError for an order of series that `data.permutation` does not know."""
+    if order not in ORDERS:
+        raise ValueError(f"order: must be one of {', '.join(ORDERS)}, got {order!r}")
+    if length < 2:
+        raise ValueError(f"length: must be at least 2, got {length}")
+    if not 1 <= step <= length:
+        raise ValueError(f"step: must be in [1, {length}], got {step}")
+    if order == "block-shuffle" and length % step:
+        raise ValueError(f"step: must divide the length {length} for block-shuffle, got {step}")
