@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from .data.dataset import ClipDataset, open_dataset
     from .data.episodes import Clip
     from .data.format import DataError
-    from .data.record import collect
+    from .data.record import Timing, collect
     from .data.stats import FrameStats
     from .diffusion.noise import NoiseConfig
     from .diffusion.sampler import Request, SamplerConfig, generate
@@ -40,6 +40,7 @@ __all__ = [
     "Request",
     "Rollout",
     "SamplerConfig",
+    "Timing",
     "TrainConfig",
     "TrainResult",
     "Trainer",
@@ -66,6 +67,7 @@ __getattr__ = lazy_names(
         "Request": "diffusion.sampler",
         "Rollout": "rollout",
         "SamplerConfig": "diffusion.sampler",
+        "Timing": "data.record",
         "TrainConfig": "train.config",
         "TrainResult": "train.loop",
         "Trainer": "train.trainer",

@@ -69,12 +69,13 @@ class Collect:
     debug: bool = False
 
     def run(self) -> None:
-        from .data import collect
+        from .data import Timing, collect
 
+        timing = Timing(self.frame_skip, self.hold, self.skip_first, self.max_frames)
         with progress_bar("collect", self.episodes, "episodes") as bar:
             done = collect(
-                self.env, self.out, episodes=self.episodes, size=self.size, seed=self.seed, frame_skip=self.frame_skip,
-                hold=self.hold, max_frames=self.max_frames, skip_first=self.skip_first, num_workers=self.workers,
+                self.env, self.out, episodes=self.episodes, size=self.size, seed=self.seed, timing=timing,
+                num_workers=self.workers,
                 progress=lambda count, total, frames: bar.update(count, f"{frames} frames"),
             )  # fmt: skip
         print(f"{done.path}: {done.episodes} episodes, {done.frames} frames ({done.recorded} episodes new)")

@@ -22,7 +22,7 @@ import torch
 import tyro
 
 from .cli import USER_ERRORS
-from .data import ClipDataset, collect
+from .data import ClipDataset, Timing, collect
 from .presets import PRESETS, Preset
 from .progress import progress_bar
 from .rollout import Rollout, continue_clips
@@ -135,8 +135,8 @@ def stage(name: str, seconds: dict[str, float]) -> Iterator[None]:
 def record(config: DemoConfig, preset: Preset) -> Any:
     with progress_bar("record", config.episodes, "episodes") as bar:
         return collect(
-            config.env, preset.train.data, episodes=config.episodes, seed=config.seed, frame_skip=config.frame_skip,
-            hold=config.hold, size=(preset.model.height, preset.model.width),
+            config.env, preset.train.data, episodes=config.episodes, seed=config.seed,
+            timing=Timing(config.frame_skip, config.hold), size=(preset.model.height, preset.model.width),
             num_workers=min(config.workers, os.cpu_count() or 1),
             progress=lambda count, total, frames: bar.update(count),
         )  # fmt: skip

@@ -27,8 +27,6 @@ LARGE_FUNCTIONS = {
     "sae_kernels/frame_attention/ops.py": {"_backward", "_forward"},
     "sae_kernels/frame_attention/triton.py": {"backward", "plan_backward"},
     "sae_kernels/qk_prepare/api.py": {"_prepare", "qk_prepare"},
-    "python/sae_diffusion/data/record.py": {"collect"},
-    "python/sae_diffusion/diffusion/likelihood.py": {"log_likelihood"},
 }
 
 

@@ -19,7 +19,7 @@ import sae_toy_env
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from sae_diffusion.data import Clip, DataError, collate, collect, open_dataset
+from sae_diffusion.data import Clip, DataError, Timing, collate, collect, open_dataset
 from sae_diffusion.data.dataset import is_heldout
 
 RNG = np.random.default_rng(0)
@@ -56,9 +56,7 @@ def write_video(path, frames=40, size=(48, 64), key_every=8, codec="libx264"):
 def recorded() -> Path:
     """Five toy episodes in three shards, made once per process."""
     root = Path(tempfile.mkdtemp()) / "recorded"
-    collect(
-        "sae_toy_env:SaeToy-v0", root, episodes=5, size=sae_toy_env.SIZE, episodes_per_shard=2, frame_skip=1, hold=1
-    )
+    collect("sae_toy_env:SaeToy-v0", root, episodes=5, size=sae_toy_env.SIZE, episodes_per_shard=2, timing=Timing(1, 1))
     return root
 
 
@@ -475,7 +473,7 @@ def test_the_share_of_held_out_episodes(fraction):
 
 
 def test_recorded_identity_survives_moving_and_growing(tmp_path):
-    settings = {"size": sae_toy_env.SIZE, "frame_skip": 1, "hold": 1}
+    settings = {"size": sae_toy_env.SIZE, "timing": Timing(1, 1)}
     collect("sae_toy_env:SaeToy-v0", tmp_path / "x", episodes=9, episodes_per_shard=4, **settings)
     old = {e.identity: e.stamp for e in open_dataset(recorded(), 4).episodes}
     new = {e.identity: e.stamp for e in open_dataset(tmp_path / "x", 4).episodes}
@@ -534,8 +532,8 @@ def write_content(kind, folder, seed):
     elif kind == "recorded":
         shutil.rmtree(folder)
         collect(
-            "sae_toy_env:SaeToy-v0", folder, episodes=3, size=sae_toy_env.SIZE, episodes_per_shard=4, frame_skip=1,
-            hold=1, seed=seed,
+            "sae_toy_env:SaeToy-v0", folder, episodes=3, size=sae_toy_env.SIZE, episodes_per_shard=4,
+            timing=Timing(1, 1), seed=seed,
         )  # fmt: skip
         path = folder / "shard-00000.npz"
     else:
@@ -597,7 +595,7 @@ def test_the_same_content_under_another_time_passes(tmp_path, kind):
 
 
 def test_a_folder_that_grows_goes_on_being_read(tmp_path):
-    settings = {"size": sae_toy_env.SIZE, "frame_skip": 1, "hold": 1, "episodes_per_shard": 4}
+    settings = {"size": sae_toy_env.SIZE, "timing": Timing(1, 1), "episodes_per_shard": 4}
     collect("sae_toy_env:SaeToy-v0", tmp_path, episodes=2, **settings)
     clips = open_dataset(tmp_path, 2)
     fresh, before = pickle.loads(pickle.dumps(clips)), all_clips(clips)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import fcntl
 import importlib.util
 import json
@@ -14,13 +15,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 import sae_toy_env
-from sae_diffusion.data import DataError, collect, open_dataset
+from sae_diffusion.data import DataError, Timing, collect, open_dataset
 from sae_diffusion.data import format as storage
 
 TOY = "sae_toy_env:SaeToy-v0"
 
 
 def toy(out, episodes=5, **settings):
+    timing = {f.name: settings.pop(f.name) for f in dataclasses.fields(Timing) if f.name in settings}
+    settings["timing"] = Timing(**timing)
     return collect(TOY, out, **{"episodes": episodes, "size": sae_toy_env.SIZE, "episodes_per_shard": 2, **settings})
 
 
@@ -232,7 +235,9 @@ def test_own_policies_see_the_observation_and_are_recorded_by_name(tmp_path):
 
 def test_lunar_lander(tmp_path):
     for out in ("a", "b"):
-        result = collect("LunarLander-v3", tmp_path / out, episodes=2, size=(16, 24), seed=5, max_frames=12)
+        result = collect(
+            "LunarLander-v3", tmp_path / out, episodes=2, size=(16, 24), seed=5, timing=Timing(max_frames=12)
+        )
         assert (result.episodes, result.frames) == (2, 24)
     assert content(tmp_path / "a") == content(tmp_path / "b")
     clips = open_dataset(tmp_path / "a", 12)

@@ -8,6 +8,7 @@ import pytest
 import torch
 from sae_diffusion.diffusion.bases import DCT, PCA, Basis, Identity, component_moments, make_basis
 from sae_diffusion.diffusion.likelihood import (
+    Prior,
     bits_per_dim,
     dequantise,
     dequantise_log_det,
@@ -133,8 +134,7 @@ def test_exact_denoiser_gives_the_analytic_value(basis, shape, family):
         x,
         schedule,
         basis=gaussian.basis,
-        prior_mean=gaussian.component_mean.view(shape),
-        prior_covariance=gaussian.component_covariance,
+        prior=Prior(gaussian.component_mean.view(shape), covariance=gaussian.component_covariance),
     )
     want = gaussian.analytic(x, schedule)
     assert (bits_per_dim(got, gaussian.size) - bits_per_dim(want, gaussian.size)).abs().max() < 1e-3
@@ -168,7 +168,9 @@ def test_prior_of_noise_alone_is_off_by_its_own_ratio():
     noise = torch.sigmoid(torch.tensor(4.6, dtype=torch.float64))
     end = x[:, 0] * torch.sigmoid(torch.tensor(9.2, dtype=torch.float64)).sqrt()
     ratio = torch.distributions.Normal(0, noise.sqrt()).log_prob(end) - torch.distributions.Normal(0, 1).log_prob(end)
-    got = log_likelihood(unit_denoise, x, schedule, prior_variance=0.0) - log_likelihood(unit_denoise, x, schedule)
+    got = log_likelihood(unit_denoise, x, schedule, prior=Prior(variance=0.0)) - log_likelihood(
+        unit_denoise, x, schedule
+    )
     assert torch.allclose(got, ratio.double(), atol=1e-5)
 
 
@@ -183,7 +185,7 @@ def test_prior_from_component_moments_serves_independent_components():
 
     data = torch.randn(20_000, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64) * deviation + mean
     moments = component_moments(Identity((3,)), data)
-    got = log_likelihood(denoise, data[:4], schedule, prior_mean=moments[0], prior_variance=moments[1])
+    got = log_likelihood(denoise, data[:4], schedule, prior=Prior(*moments))
     smoothed = (deviation**2 + math.exp(-9.2)).sqrt()
     want = torch.distributions.Normal(mean, smoothed).log_prob(data[:4]).sum(1)
     assert torch.allclose(got, want, atol=2e-3)
@@ -312,7 +314,7 @@ def test_bound_at_high_log_snr_is_the_density_without_smoothing():
     x = gaussian.draw(1)
     draws = log_likelihood(
         gaussian.denoiser(schedule), x.expand(64, 4, 1), schedule, basis=gaussian.basis, data_end="bound",
-        prior_mean=gaussian.component_mean.view(SERIES), prior_covariance=gaussian.component_covariance,
+        prior=Prior(gaussian.component_mean.view(SERIES), covariance=gaussian.component_covariance),
     )  # fmt: skip
     want = gaussian.analytic(x, schedule, smoothed=False)
     assert abs(bits_per_dim(draws.mean(), 4) - bits_per_dim(want, 4)) < 1e-3 + 4 * bits_per_dim(draws, 4).std() / 8
@@ -396,8 +398,16 @@ X = torch.zeros(2, 3, dtype=torch.float64)
         (lambda s: log_likelihood(unit_denoise, X, s, basis=DCT((4,))), ValueError, "x: must have shape"),
         (lambda s: log_likelihood(unit_denoise, X, Staggered(4, 2.0)), ValueError, "x: must have shape"),
         (lambda s: log_likelihood(lambda x, _: x[:, :1], X, s), ValueError, "denoise: must return the shape of x"),
-        (lambda s: log_likelihood(unit_denoise, X, s, prior_variance=-1.0), ValueError, "prior_variance: must be >= 0"),
-        (lambda s: log_likelihood(unit_denoise, X, s, prior_covariance=X), ValueError, "prior_covariance: must be"),
+        (
+            lambda s: log_likelihood(unit_denoise, X, s, prior=Prior(variance=-1.0)),
+            ValueError,
+            "prior.variance: must be >= 0",
+        ),
+        (
+            lambda s: log_likelihood(unit_denoise, X, s, prior=Prior(covariance=X)),
+            ValueError,
+            "prior.covariance: must be",
+        ),
         (lambda s: bits_per_dim(X, 0), ValueError, "dims: must be at least 1"),
         (lambda s: dequantise(torch.tensor([256])), ValueError, "values: must be in 0 .. levels - 1 = 255, got 256"),
         (lambda s: dequantise(torch.tensor([0.5])), ValueError, "values: must be integers"),

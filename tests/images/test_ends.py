@@ -98,7 +98,7 @@ def test_joint_end_has_the_likelihood_of_standard_diffusion_in_pixels(name):
     schedule = make_schedule(ScheduleConfig(softness=1.0, start=6.0, end=-11.0, least=-11.0), basis)
     sigma = float((-0.5 * pixel_log_snr(basis, schedule.log_snr(torch.zeros(1, dtype=torch.float64)))).exp())
     x = mixture.means.view(2, *SHAPE) + 0.4
-    ours = log_likelihood(in_components(mixture, basis), x, schedule, basis=basis, rtol=1e-4, atol=1e-4)
+    ours = log_likelihood(in_components(mixture, basis), x, schedule, basis=basis, tolerance=1e-4)
     # nats per dimension
     assert (ours - mixture.log_density(x, sigma)).abs().max() < 1e-3 * D
 
@@ -189,6 +189,6 @@ def test_autoregressive_end_has_the_likelihood_of_the_chain_rule(name):
     order = basis.variance.flatten().argsort(descending=True).tolist()
     z = one_after_another(torch.randn(4, N, generator=torch.Generator().manual_seed(6), dtype=torch.float64), order)
     x = basis.inverse(z.view(4, *CHAIN))
-    ours = log_likelihood(gaussian_denoise, x, schedule, basis=basis, rtol=1e-6, atol=1e-6)
+    ours = log_likelihood(gaussian_denoise, x, schedule, basis=basis, tolerance=1e-6)
     expected = chain_rule(z, order) - basis.deviation.log().sum()
     assert (ours - expected).abs().max() < 1e-3 * N

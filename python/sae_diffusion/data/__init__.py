@@ -10,10 +10,20 @@ if TYPE_CHECKING:
     from .dataset import ClipDataset, collate, open_dataset
     from .episodes import Clip
     from .format import DataError
-    from .record import Collected, collect
+    from .record import Collected, Timing, collect
     from .stats import FrameStats
 
-__all__ = ["Clip", "ClipDataset", "Collected", "DataError", "FrameStats", "collate", "collect", "open_dataset"]
+__all__ = [
+    "Clip",
+    "ClipDataset",
+    "Collected",
+    "DataError",
+    "FrameStats",
+    "Timing",
+    "collate",
+    "collect",
+    "open_dataset",
+]
 # The processes that record need not import torch.
 __getattr__ = lazy_names(
     __name__,
@@ -23,6 +33,7 @@ __getattr__ = lazy_names(
         "Collected": "record",
         "DataError": "format",
         "FrameStats": "stats",
+        "Timing": "record",
         "collate": "dataset",
         "collect": "record",
         "open_dataset": "dataset",

@@ -171,6 +171,38 @@ def _positive(name: str, value: Any, minimum: int = 1) -> None:
         raise ValueError(f"{name}: must be an integer >= {minimum}, got {value!r}")
 
 
+@dataclass(frozen=True)
+class Timing:
+    """When frames are recorded and actions chosen, in steps of the environment.
+
+    Args:
+        frame_skip: steps between two frames.
+        hold: steps that an action is kept for, a multiple of frame_skip, so that each transition has one action.
+        skip_first: steps that are played before recording begins, likewise a multiple.
+        max_frames: an episode is cut after so many frames; None = played to its end.
+
+    Raises:
+        ValueError: a field breaks its rule; the message names field, rule and value.
+    """
+
+    frame_skip: int = 2
+    hold: int = 8
+    skip_first: int = 0
+    max_frames: int | None = None
+
+    def __post_init__(self) -> None:
+        _positive("frame_skip", self.frame_skip)
+        _positive("hold", self.hold)
+        _positive("skip_first", self.skip_first, 0)
+        if self.max_frames is not None:
+            _positive("max_frames", self.max_frames)
+        if self.hold % self.frame_skip or self.skip_first % self.frame_skip:
+            raise ValueError(
+                f"hold, skip_first: must be multiples of frame_skip = {self.frame_skip}, so that one action causes "
+                f"each frame, got {self.hold} and {self.skip_first}"
+            )
+
+
 def collect(
     env_id: str,
     out: str | os.PathLike[str],
@@ -179,10 +211,7 @@ def collect(
     size: tuple[int, int] = (64, 64),
     seed: int = 0,
     policy: str | Policy = "hold-random",
-    frame_skip: int = 2,
-    hold: int = 8,
-    max_frames: int | None = None,
-    skip_first: int = 0,
+    timing: Timing | None = None,
     num_workers: int = 1,
     env_kwargs: dict[str, Any] | None = None,
     episodes_per_shard: int = 16,
@@ -190,35 +219,25 @@ def collect(
 ) -> Collected:
     """Record `episodes` episodes of any gymnasium environment that renders rgb arrays into the folder `out`.
 
-    One frame every `frame_skip` environment steps, area-averaged to `size` (Y, X); a new action every `hold` steps
-    (a multiple of frame_skip, so that each transition has one action); the first `skip_first` steps (likewise a
-    multiple) are played and not recorded; an episode ends with its last frame when terminated or truncated, or after
-    `max_frames` frames. `policy`: "hold-random" or a function (observation, action_space, rng) -> action that can be
-    pickled. ALE environments have a frame skip of their own: env_kwargs={"frameskip": 1} turns it off.
+    Frames are area-averaged to `size` (Y, X); `timing` says when one is recorded and an action chosen (None =
+    `Timing()`); an episode ends with its last frame when terminated or truncated. `policy`: "hold-random" or a function
+    (observation, action_space, rng) -> action that can be pickled. ALE environments have a frame skip of their own:
+    env_kwargs={"frameskip": 1} turns it off.
 
     Calling again goes on where it stopped, a larger `episodes` adds to the folder; the bytes are those of a single
     uninterrupted call, with any num_workers. `progress(done, episodes, frames)` after each episode.
     Raises ValueError for settings (naming the first that differs from the folder's), ImportError for a missing package.
     """
+    timing = Timing() if timing is None else timing
     for name, value in (
         ("episodes", episodes),
-        ("frame_skip", frame_skip),
-        ("hold", hold),
         ("num_workers", num_workers),
         ("episodes_per_shard", episodes_per_shard),
     ):
         _positive(name, value)
     _positive("seed", seed, 0)
-    _positive("skip_first", skip_first, 0)
-    if max_frames is not None:
-        _positive("max_frames", max_frames)
     if len(size) != 2 or min(size) < 1:
         raise ValueError(f"size: must be (Y, X) >= 1, got {size!r}")
-    if hold % frame_skip or skip_first % frame_skip:
-        raise ValueError(
-            f"hold, skip_first: must be multiples of frame_skip = {frame_skip}, so that one action causes each frame, "
-            f"got {hold} and {skip_first}"
-        )
     if isinstance(policy, str):
         if policy != "hold-random":
             raise ValueError(f"policy: must be 'hold-random' or a function, got {policy!r}")
@@ -242,11 +261,11 @@ def collect(
             "seed": seed,
             "size": [int(size[0]), int(size[1])],
             "action_space": _action_space(env, env_id),
-            "policy": {"name": policy_name, "hold": hold},
-            "frame_skip": frame_skip,
-            "skip_first": skip_first,
-            "max_frames": max_frames,
-            "fps": rate / frame_skip,
+            "policy": {"name": policy_name, "hold": timing.hold},
+            "frame_skip": timing.frame_skip,
+            "skip_first": timing.skip_first,
+            "max_frames": timing.max_frames,
+            "fps": rate / timing.frame_skip,
             "autoreset": "disabled",  # every episode has an environment of its own, no reset transition is recorded
             "gymnasium": gymnasium.__version__,
             "episodes_per_shard": episodes_per_shard,

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -27,6 +28,21 @@ _INSIDE = 1e-9
 _SHORTEST_PIECE = 1e-3
 
 
+@dataclass(frozen=True)
+class Prior:
+    """Moments of the data's components, of which `log_likelihood` makes the marginal at t = 1.
+
+    Args:
+        mean: broadcast to a sample's shape.
+        variance: likewise, at least 0.
+        covariance: (D, D) of the flattened components, instead of the variance.
+    """
+
+    mean: Tensor | float = 0.0
+    variance: Tensor | float = 1.0
+    covariance: Tensor | None = None
+
+
 def log_likelihood(
     denoise: Callable[[Tensor, Tensor], Tensor],
     x: Tensor,
@@ -36,12 +52,9 @@ def log_likelihood(
     divergence: str = "exact",
     probes: int = 1,
     seed: int = 0,
-    prior_mean: Tensor | float = 0.0,
-    prior_variance: Tensor | float = 1.0,
-    prior_covariance: Tensor | None = None,
+    prior: Prior | None = None,
     data_end: str = "smoothed",
-    rtol: float | None = None,
-    atol: float | None = None,
+    tolerance: float | None = None,
     method: str = "dopri5",
     callback: Callable[[float], None] | None = None,
 ) -> Tensor:
@@ -50,9 +63,10 @@ def log_likelihood(
     The two ends of the flow, where log-SNR is finite:
 
     * t = 1: the marginal is taken as N(signal mean, signal^2 variance + noise^2) for each component, which is exact for
-      independent normal components and close where the signal is weak. The defaults are those of unit-variance data,
-      for which it is N(0, 1) under "vp"; `component_moments` gives better ones; prior_variance=0 is N(0, noise^2).
-      With prior_covariance it is N(signal mean, signal covariance signal + noise^2), exact for any normal data.
+      independent normal components and close where the signal is weak. The default is that of unit-variance data,
+      for which it is N(0, 1) under "vp"; `Prior(*component_moments(...))` is a better one; Prior(variance=0) is
+      N(0, noise^2). With a covariance it is N(signal mean, signal covariance signal + noise^2), exact for any normal
+      data.
     * t = 0, "smoothed": the density is that of the data with noise of deviation exp(-lambda(0)/2) on each component.
       "bound": a lower bound of the likelihood of the generative model that ends with one draw from
       N(x0_hat(x_0), exp(-lambda(0))): E over x_0 ~ q(x_0|c) of log p(x_0) + log p(c|x_0) - log q(x_0|c), with one draw.
@@ -69,10 +83,10 @@ def log_likelihood(
         divergence: "exact", a backward pass for each of the D components; "rademacher", unbiased, `probes` passes.
         probes: draws z of independent signs, E z z^T = 1; z^T J z is averaged over them.
         seed: of the probes and of the draw of the bound.
-        prior_mean, prior_variance: moments of the components, broadcast to `shape`.
-        prior_covariance: (D, D) of the flattened components, instead of prior_variance.
-        rtol, atol, method: of `torchdiffeq.odeint`, one of its adaptive methods. The tolerances are 1e-6 in fp64, which
-            gives Gaussians to some 1e-4 bits per dimension, and 1e-5 in fp32.
+        prior: moments of the components; None = `Prior()`.
+        tolerance: rtol and atol of `torchdiffeq.odeint`; None = 1e-6 in fp64, which gives Gaussians to some 1e-4 bits
+            per dimension, and 1e-5 in fp32.
+        method: one of its adaptive methods.
         callback: called with the time t reached on the way from 0 to 1.
 
     Raises:
@@ -83,8 +97,9 @@ def log_likelihood(
     if data_end not in ("smoothed", "bound"):
         raise ValueError(f"data_end: must be 'smoothed' or 'bound', got {data_end!r}")
     size = math.prod(x.shape[1:])
-    if prior_covariance is not None and tuple(prior_covariance.shape) != (size, size):
-        raise ValueError(f"prior_covariance: must be (D, D) = {(size, size)}, got {tuple(prior_covariance.shape)}")
+    prior = Prior() if prior is None else prior
+    if prior.covariance is not None and tuple(prior.covariance.shape) != (size, size):
+        raise ValueError(f"prior.covariance: must be (D, D) = {(size, size)}, got {tuple(prior.covariance.shape)}")
     if probes < 1:
         raise ValueError(f"probes: must be at least 1, got {probes}")
     if x.dtype not in (torch.float32, torch.float64):
@@ -99,11 +114,10 @@ def log_likelihood(
         flow = _Flow(denoise, schedule, components, divergence, probes, generator)
         flow.callback = callback
         start, start_term = _data_end(flow, components, data_end, generator)
-        tolerance = 1e-6 if x.dtype == torch.float64 else 1e-5
-        end, gained = flow.solve(
-            start, tolerance if rtol is None else rtol, tolerance if atol is None else atol, method
-        )
-        log_p = _prior_term(flow, end, prior_mean, prior_variance, prior_covariance) + gained + start_term
+        if tolerance is None:
+            tolerance = 1e-6 if x.dtype == torch.float64 else 1e-5
+        end, gained = flow.solve(start, tolerance, method)
+        log_p = _prior_term(flow, end, prior) + gained + start_term
         return log_p if basis is None else log_p + basis.log_det
 
 
@@ -203,7 +217,7 @@ class _Flow:
             raise ValueError(f"denoise: must return the shape of x = {tuple(self.shape)}, got {tuple(out.shape)}")
         return out
 
-    def solve(self, y: Tensor, rtol: float, atol: float, method: str) -> tuple[Tensor, Tensor]:
+    def solve(self, y: Tensor, tolerance: float, method: str) -> tuple[Tensor, Tensor]:
         """y at t = 1 and the integral (B,) of the divergence."""
         from torchdiffeq import odeint
 
@@ -212,7 +226,7 @@ class _Flow:
             if torch.equal(self.log_snr(begin), self.log_snr(end)):
                 continue  # nothing moves
             times = torch.tensor([begin, end], dtype=torch.float64, device=self.device)
-            path: Any = odeint(self._rate(begin, end), state, times, rtol=rtol, atol=atol, method=method)
+            path: Any = odeint(self._rate(begin, end), state, times, rtol=tolerance, atol=tolerance, method=method)
             state = (path[0][-1], path[1][-1])
         return state
 
@@ -271,21 +285,19 @@ def _data_end(flow: _Flow, components: Tensor, kind: str, generator: torch.Gener
     return y, term + 0.5 * (eps.square() - error).flatten(1).sum(1)
 
 
-def _prior_term(
-    flow: _Flow, y: Tensor, mean: Tensor | float, variance: Tensor | float, covariance: Tensor | None
-) -> Tensor:
+def _prior_term(flow: _Flow, y: Tensor, prior: Prior) -> Tensor:
     """log N(y; s mean, s covariance s + 1 - s^2), (B,)."""
     level = flow.full(flow.log_snr(1.0))[0].flatten()
     signal, noise_variance = torch.sigmoid(level).sqrt(), torch.sigmoid(-level)
-    mean = torch.as_tensor(mean, dtype=y.dtype, device=y.device).expand(y.shape[1:]).flatten()
+    mean = torch.as_tensor(prior.mean, dtype=y.dtype, device=y.device).expand(y.shape[1:]).flatten()
     offset = y.flatten(1) - signal * mean
-    if covariance is not None:
-        scaled = covariance.to(y) * signal[:, None] * signal
+    if prior.covariance is not None:
+        scaled = prior.covariance.to(y) * signal[:, None] * signal
         factor = torch.linalg.cholesky(scaled + noise_variance.diag())
         white = torch.linalg.solve_triangular(factor, offset.T, upper=False).T
         return -0.5 * (white.square() + math.log(2 * math.pi)).sum(1) - factor.diagonal().log().sum()
-    variance = torch.as_tensor(variance, dtype=y.dtype, device=y.device).expand(y.shape[1:]).flatten()
+    variance = torch.as_tensor(prior.variance, dtype=y.dtype, device=y.device).expand(y.shape[1:]).flatten()
     if not (variance >= 0).all():
-        raise ValueError(f"prior_variance: must be >= 0, got {variance.min().item()}")
+        raise ValueError(f"prior.variance: must be >= 0, got {variance.min().item()}")
     spread = signal.square() * variance + noise_variance
     return -0.5 * (offset.square() / spread + (2 * math.pi * spread).log()).sum(1)

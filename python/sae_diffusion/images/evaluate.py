@@ -101,8 +101,8 @@ def evaluate(
 
         log_density = log_likelihood(
             denoise, batch, _Smooth(model.schedule), basis=model.basis, divergence=config.divergence,
-            probes=config.probes, seed=derive_seed(config.seed, _PROBES, number), rtol=config.tolerance,
-            atol=config.tolerance, callback=report,
+            probes=config.probes, seed=derive_seed(config.seed, _PROBES, number), tolerance=config.tolerance,
+            callback=report,
         )  # fmt: skip
         bits.append(bits_per_dim(log_density, dims, dequantise_log_det(model.levels, dims)))
     return Bits(torch.cat(bits).cpu().numpy(), gaussian.numpy(), evaluations)

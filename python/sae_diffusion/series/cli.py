@@ -135,7 +135,7 @@ class SeriesSample:
             with progress_bar("likelihood", min(self.likelihood, len(true)), "series") as bar:
                 nats = negative_log_likelihood(
                     model, stats, schedule, true[: self.likelihood], divergence=self.divergence, seed=self.seed,
-                    rtol=self.tolerance, atol=self.tolerance, callback=bar.update,
+                    tolerance=self.tolerance, callback=bar.update,
                 )  # fmt: skip
             report["nll"] = {
                 "nats_per_series": float(nats.mean()),

@@ -98,8 +98,7 @@ def negative_log_likelihood(
     divergence: str = "exact",
     seed: int = 0,
     batch: int = 64,
-    rtol: float = 1e-4,
-    atol: float = 1e-4,
+    tolerance: float = 1e-4,
     data_end: str = "smoothed",
     callback: Callable[[float], None] | None = None,
 ) -> np.ndarray:
@@ -120,7 +119,7 @@ def negative_log_likelihood(
                 callback(done + t * size)
 
         log_p = log_likelihood(
-            model, part, schedule, divergence=divergence, seed=derive_seed(seed, number), rtol=rtol, atol=atol,
+            model, part, schedule, divergence=divergence, seed=derive_seed(seed, number), tolerance=tolerance,
             data_end=data_end, callback=report,
         )  # fmt: skip
         values.append(log_p.detach())
