@@ -85,7 +85,7 @@ def test_loss_of_the_untrained_network_is_its_expectation(times):
     """E of (eps_hat - eps)^2 of whitened components is signal^2 there, so the bound's loss is an integral of a sigmoid."""
     trainer = ImageTrainer(dataclasses.replace(TINY, times=times, schedule=ScheduleConfig(softness=0.25)), images())
     schedule, net = trainer.model.schedule, trainer.model.net
-    t, weight = trainer.draw_times(600, torch.Generator().manual_seed(3))
+    t, weight = trainer.task.draw_times(600, torch.Generator().manual_seed(3))
     z = torch.randn(600, 1, 8, 8, generator=torch.Generator().manual_seed(4))
     with torch.no_grad():
         loss = component_loss(net, z, schedule, t, seed=1, offset=2) * weight
@@ -131,7 +131,7 @@ def test_seed_decides_and_average_differs_from_the_last_weights(tmp_path):
 
 def test_other_runs_are_refused_by_name(tmp_path):
     ImageTrainer(TINY, images(), tmp_path).train(until=1)
-    with pytest.raises(ValueError, match=r"basis: the run in .* has 'pca', got 'haar'"):
+    with pytest.raises(ValueError, match=r"basis: .* was trained with 'pca', this run has 'haar'"):
         ImageTrainer(dataclasses.replace(TINY, basis="haar"), images(), tmp_path)
     other = ImageSet("digits", 17, images().train[1:], images().heldout)
     with pytest.raises(ValueError, match="trained on other images"):
@@ -314,7 +314,7 @@ def test_commands_from_training_to_bits(tmp_path, capsys):
     train = ("train", "--run-dir", run, "--steps", "4", "--batch-size", "4", "--basis", "haar", "--schedule.softness", "0.5",
              "--net.channels", "8", "--checkpoint-every", "2", "--device", "cpu")  # fmt: skip
     assert "1438 images of (1, 8, 8), 359 held out" in sae(*train)
-    assert sorted(p.name for p in run.iterdir()) == ["step-0000002", "step-0000004"]
+    assert sorted(p.name for p in run.iterdir()) == ["metrics.jsonl", "step-0000002", "step-0000004", "tensorboard"]
     assert "step 4" in sae(*train)
     assert "samples.png" in sae("sample", "--run-dir", run, "--count", "3", "--sampling-steps", "2", "--device", "cpu")
     assert "bits/dim on 4 held-out images" in sae(

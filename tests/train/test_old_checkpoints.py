@@ -9,8 +9,12 @@ import json
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from sae_diffusion.images.config import ImageTrainConfig, NetConfig
+from sae_diffusion.images.data import ImageSet
+from sae_diffusion.images.train import ImageTrainer
 from sae_diffusion.series import SeriesModelConfig, Source
 from sae_diffusion.series.train import ScheduleConfig, SeriesTrainConfig, SeriesTrainer
 from sae_diffusion.train import Trainer
@@ -83,3 +87,17 @@ def test_series(tmp_path, capsys):
     lines = resume_and_go_on(series, tmp_path, "series", added=("loss.safetensors",))
     assert "changed since" not in capsys.readouterr().out
     assert [json.loads(line)["step"] for line in lines] == [2, 4, 6]
+
+
+def images(run_dir: Path) -> ImageTrainer:
+    pixels = np.random.default_rng(0).integers(0, 16, (24, 1, 4, 4), dtype=np.uint8)
+    net = NetConfig(channels=8, channel_mult=(1,), groups=4, token_channels=4, heads=1, fourier=0)
+    settings = ImageTrainConfig(net=net, basis="dct", steps=6, batch_size=4, warmup=2)
+    return ImageTrainer(settings, ImageSet("noise", 16, pixels[:20], pixels[20:]), run_dir, log_every=2)
+
+
+def test_images(tmp_path, capsys):
+    lines = resume_and_go_on(images, tmp_path, "images", added=("loss.safetensors",))
+    assert "changed since" not in capsys.readouterr().out
+    assert [json.loads(line)["step"] for line in lines] == [4, 6]  # there were none before
+    assert list((tmp_path / "old" / "tensorboard").iterdir())

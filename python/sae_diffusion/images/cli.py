@@ -11,6 +11,7 @@ from typing import Annotated, Literal
 
 import tyro
 
+from ..checks import check_integers
 from ..progress import progress_bar
 from .config import EvaluateConfig, ImageTrainConfig, StudyConfig
 
@@ -23,9 +24,11 @@ class ImagesTrain:
     """Train on scikit-learn's digits, or on CIFAR-10 from its binary files; the same command resumes.
 
     Args:
-        run_dir: folder of checkpoints.
+        run_dir: folder for checkpoints, metrics and curves.
         train: the run.
-        checkpoint_every: steps.
+        checkpoint_every: steps between checkpoints; one more is written at the end.
+        log_every: steps between lines of metrics.jsonl.
+        tensorboard: also write TensorBoard curves.
         device: "auto" takes CUDA where there is one.
         debug: show where an error came from.
     """
@@ -33,28 +36,28 @@ class ImagesTrain:
     run_dir: Path = Path("runs/images")
     train: Annotated[ImageTrainConfig, tyro.conf.arg(name="")] = field(default_factory=ImageTrainConfig)
     checkpoint_every: int = 1000
+    log_every: int = 100
+    tensorboard: bool = True
     device: str = "auto"
     debug: bool = False
 
     def run(self) -> None:
-        if self.checkpoint_every < 0:
-            raise ValueError(f"checkpoint_every: must be at least 0, got {self.checkpoint_every}")
+        check_integers(self, 0, "checkpoint_every", "log_every")
         from ..devices import pick_device
         from .data import open_images
         from .train import ImageTrainer
 
         images = open_images(self.train.data, self.train.data_path)
-        trainer = ImageTrainer(self.train, images, self.run_dir, device=pick_device(self.device))
+        trainer = ImageTrainer(
+            self.train, images, self.run_dir, log_every=self.log_every, tensorboard=self.tensorboard,
+            device=pick_device(self.device),
+        )  # fmt: skip
         print(
             f"{len(images.train)} images of {images.shape}, {len(images.heldout)} held out; "
             f"{trainer.model.net.num_parameters() / 1e3:.0f} k parameters on {trainer.device}"
         )
-        with progress_bar("train", self.train.steps, "steps") as bar:
-            trainer.train(
-                checkpoint_every=self.checkpoint_every,
-                callback=lambda step, loss: bar.update(step, f"loss {loss:.4f}"),
-            )
-        print(f"{self.run_dir}: step {trainer.step} after {trainer.seconds:.0f} s of training")
+        reason = trainer.train(checkpoint_every=self.checkpoint_every).reason
+        print(f"{self.run_dir}: step {trainer.step} after {trainer.seconds:.0f} s of training, stopped by: {reason}")
 
 
 @dataclass(frozen=True, kw_only=True)

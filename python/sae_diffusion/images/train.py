@@ -1,14 +1,13 @@
-"""Training of a `ComponentUNet`. All randomness is a function of (seed, step): a resumed run repeats a whole one."""
+"""Training of a `ComponentUNet`. All randomness is a function of (seed, step)."""
 
 from __future__ import annotations
 
-import contextlib
+import dataclasses
 import math
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from safetensors.torch import load_file
@@ -20,16 +19,11 @@ from ..diffusion.likelihood import dequantise
 from ..diffusion.noise import derive_seed
 from ..diffusion.schedules import Schedule
 from ..diffusion.snr import SNRSampler
-from ..lock import RunLock
-from ..train.checkpoint import (
-    STATE,
-    find_checkpoint,
-    latest_checkpoint,
-    read_state,
-    save_checkpoint,
-)
+from ..train.checkpoint import STATE, find_checkpoint, read_state
 from ..train.ema import PowerEMA
-from ..train.files import flatten_optimizer, load_into, restore_optimizer
+from ..train.files import load_into
+from ..train.loop import Loop, LoopConfig, TrainResult
+from ..train.task import Task
 from .components import Whitened, check_basis
 from .config import ImageTrainConfig
 from .data import ImageSet, middle
@@ -118,8 +112,79 @@ def stratified_times(count: int, generator: torch.Generator) -> Tensor:
     return (torch.arange(count) + torch.rand((), generator=generator)) / count
 
 
-class ImageTrainer:
-    """One run in a folder, which it has to itself until `train` ends; the same call resumes it.
+class ImageTask(Task):
+    """Components of images that are drawn with replacement."""
+
+    state_fields: ClassVar = STATE_FIELDS
+    free_on_resume = ("data_path",)  # the place of the files may change, their content may not
+
+    def __init__(self, config: ImageTrainConfig, images: ImageSet) -> None:
+        self.config, self.images = config, images
+        self.model = new_model(config, images)
+        self.network = self.model.net
+        self._sampler = SNRSampler(self.model.schedule) if config.times == "snr" else None
+        self._pixels = torch.from_numpy(images.train)
+
+    def make_optimizer(self) -> torch.optim.Optimizer:
+        return torch.optim.Adam(self.network.parameters(), lr=self.config.lr, betas=(0.9, 0.99), foreach=True)
+
+    def make_average(self) -> PowerEMA:
+        return PowerEMA(self.network, (self.config.ema,))
+
+    def average_name(self, width: float) -> str:
+        return "average"
+
+    def lr(self, step: int) -> float:
+        return learning_rate(self.config, step - 1)
+
+    def draw_times(self, count: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+        """(t, weight), each (count,), with E[weight f(t)] the integral of f over [0, 1]."""
+        if self._sampler is not None:
+            return self._sampler.draw(count, generator)
+        t = stratified_times(count, generator)
+        return t, torch.ones_like(t)
+
+    def batch(self, step: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Dequantised images of optimizer step `step`, their times and the times' weights."""
+        config, done = self.config, step - 1
+        generator = torch.Generator().manual_seed(derive_seed(config.seed, _BATCH, done))
+        chosen = torch.randint(len(self._pixels), (config.batch_size,), generator=generator)
+        x = dequantise(self._pixels[chosen], self.images.levels, seed=derive_seed(config.seed, _PIXELS, done))
+        return x, *self.draw_times(config.batch_size, generator)
+
+    def losses(self, module: Callable[..., Tensor], batch: Any, kind: str, step: int, index: int) -> tuple[Tensor, ...]:
+        x, t, weight = batch
+        z = self.model.basis.forward(x.to(self.device))
+        loss = component_loss(
+            self.network, z, self.model.schedule, t,
+            seed=derive_seed(self.config.seed, _NOISE), offset=step - 1, weighting=self.config.weighting,
+        )  # fmt: skip
+        return (loss * weight.to(loss),)
+
+    def constants(self) -> dict[str, dict[str, Tensor]]:
+        return {"components": self.model.basis.tensors()}
+
+    def state(self, loop: Loop) -> dict[str, Any]:
+        return {
+            "kind": "images",
+            "config": self.config.to_json(),
+            "basis": self.model.basis.description(),
+            "levels": self.images.levels,
+            "images": self.images.fingerprint(),
+            "ema_seen": loop.ema.clips_seen,
+            "seconds": loop.seconds,
+        }
+
+    def check_kind(self, path: Path, state: dict[str, Any]) -> None:
+        check_kind(path, state)
+
+    def check_data(self, path: Path, state: dict[str, Any]) -> None:
+        if state["images"] != self.images.fingerprint():
+            raise ValueError(f"data: {path} was trained on other images")
+
+
+class ImageTrainer(Loop):
+    """One run: the `Loop` with `ImageTask`, in a folder or without one; the same call resumes it.
 
     Raises:
         RuntimeError: another process trains in the folder.
@@ -132,26 +197,19 @@ class ImageTrainer:
         images: ImageSet,
         run_dir: Path | None = None,
         *,
+        log_every: int = 100,
+        tensorboard: bool = True,
         device: torch.device | str = "cpu",
     ) -> None:
-        self.config, self.images, self.run_dir, self.device = config, images, run_dir, torch.device(device)
-        self.model = new_model(config, images)
-        net = self.model.net.to(self.device)
-        self.optimizer = torch.optim.Adam(net.parameters(), lr=config.lr, betas=(0.9, 0.99), foreach=True)
-        self.ema = PowerEMA(net, (config.ema,))
-        self.step = 0
-        self.seconds = 0.0
-        self._sampler = SNRSampler(self.model.schedule) if config.times == "snr" else None
-        self._pixels = torch.from_numpy(images.train)
-        self._lock = None if run_dir is None else RunLock(run_dir, "training in")
-        if self._lock is not None:
-            self._lock.acquire()
-            try:
-                if (path := latest_checkpoint(self._lock.folder)) is not None:
-                    self._load(path)
-            except BaseException:  # whose traceback may keep this object alive
-                self._lock.release()
-                raise
+        self.config = config
+        task = ImageTask(config, images)
+        self.model = task.model
+        self._callback: Callable[[int, float], None] | None = None
+        settings = LoopConfig(
+            run_dir=run_dir, steps=config.steps, batch_size=config.batch_size, grad_clip=config.clip,
+            log_every=log_every, device=str(device), tensorboard=tensorboard,
+        )  # fmt: skip
+        super().__init__(task, settings)
 
     def train(
         self,
@@ -159,35 +217,25 @@ class ImageTrainer:
         *,
         checkpoint_every: int = 0,
         callback: Callable[[int, float], None] | None = None,
-    ) -> None:
+    ) -> TrainResult:
         """Go on to step `until`, by default the last one; a checkpoint there and every `checkpoint_every` steps.
 
-        callback(step, loss) is called after each step.
-
-        Raises:
-            FloatingPointError: the loss or the state is no longer finite; the last checkpoint stays.
-            OSError: the run folder cannot be written; the last checkpoint stays.
-            RuntimeError: another process trains in the run folder.
+        callback(step, loss) is called after each step. See `Loop.run`.
         """
-        with contextlib.nullcontext() if self._lock is None else self._lock:
-            self._train(
-                self.config.steps if until is None else min(until, self.config.steps), checkpoint_every, callback
-            )
-
-    def _train(self, until: int, checkpoint_every: int, callback: Callable[[int, float], None] | None) -> None:
-        self.model.net.train()
-        while self.step < until:
-            start = time.perf_counter()
-            loss = self._one_step()
-            self.seconds += time.perf_counter() - start
-            if not math.isfinite(loss):
-                raise FloatingPointError(f"loss: became {loss} at step {self.step}; lower lr = {self.config.lr}")
-            if callback is not None:
-                callback(self.step, loss)
-            if checkpoint_every and self.step % checkpoint_every == 0:
-                self.save()
+        self.settings = dataclasses.replace(self.settings, checkpoint_every=checkpoint_every)
+        self._callback = callback
+        result = self.run(until)
         self.model.step = self.step
-        self.save()
+        return result
+
+    def train_step(self) -> Tensor:
+        loss = super().train_step()
+        value = loss.item()
+        if not math.isfinite(value):
+            raise FloatingPointError(f"loss: became {value} at step {self.step}; lower lr = {self.config.lr}")
+        if self._callback is not None:
+            self._callback(self.step, value)
+        return loss
 
     def averaged(self) -> ImageModel:
         """The model with its averaged weights, in place; training can go on only from a checkpoint then."""
@@ -195,73 +243,6 @@ class ImageTrainer:
             self.ema.copy_to(self.model.net, self.config.ema)
         self.model.net.eval().requires_grad_(False)
         return self.model
-
-    def draw_times(self, count: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-        """(t, weight), each (count,), with E[weight f(t)] the integral of f over [0, 1]."""
-        if self._sampler is not None:
-            return self._sampler.draw(count, generator)
-        t = stratified_times(count, generator)
-        return t, torch.ones_like(t)
-
-    def _one_step(self) -> float:
-        config = self.config
-        generator = torch.Generator().manual_seed(derive_seed(config.seed, _BATCH, self.step))
-        chosen = torch.randint(len(self._pixels), (config.batch_size,), generator=generator)
-        x = dequantise(self._pixels[chosen], self.images.levels, seed=derive_seed(config.seed, _PIXELS, self.step))
-        t, weight = self.draw_times(config.batch_size, generator)
-        z = self.model.basis.forward(x.to(self.device))
-        loss = component_loss(
-            self.model.net, z, self.model.schedule, t,
-            seed=derive_seed(config.seed, _NOISE), offset=self.step, weighting=config.weighting,
-        )  # fmt: skip
-        loss = (loss * weight.to(loss)).mean()
-        self.optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(self.model.net.parameters(), config.clip)
-        for group in self.optimizer.param_groups:
-            group["lr"] = learning_rate(config, self.step)
-        self.optimizer.step()
-        self.step += 1
-        self.ema.update(self.model.net, self.step)
-        return float(loss.detach())
-
-    def save(self) -> Path | None:
-        """A checkpoint in the run folder, whole or not at all."""
-        if self.run_dir is None:
-            return None
-        net = self.model.net
-        files = {
-            "model": net.state_dict(),
-            "average": self.ema.averages[self.config.ema],
-            "optimizer": flatten_optimizer(net, self.optimizer),
-            "components": self.model.basis.tensors(),
-        }
-        state = {
-            "kind": "images",
-            "config": self.config.to_json(),
-            "basis": self.model.basis.description(),
-            "levels": self.images.levels,
-            "images": self.images.fingerprint(),
-            "ema_seen": self.ema.clips_seen,
-            "seconds": self.seconds,
-        }
-        return save_checkpoint(self.run_dir, self.step, files, state)
-
-    def _load(self, path: Path) -> None:
-        state = read_state(path, **STATE_FIELDS)
-        check_kind(path, state)
-        mine, theirs = self.config.to_json(), state["config"]
-        for name in sorted(mine.keys() | theirs.keys()):
-            # the place of the files may change, their content may not
-            if name != "data_path" and mine.get(name) != theirs.get(name):
-                raise ValueError(f"{name}: the run in {path.parent} has {theirs.get(name)!r}, got {mine.get(name)!r}")
-        if state["images"] != self.images.fingerprint():
-            raise ValueError(f"data: the run in {path.parent} was trained on other images")
-        load_into(path / "model.safetensors", self.model.net.state_dict())
-        load_into(path / "average.safetensors", self.ema.averages[self.config.ema])
-        restore_optimizer(path / "optimizer.safetensors", self.model.net, self.optimizer)
-        self.ema.clips_seen = state["ema_seen"]
-        self.step, self.seconds = state["step"], state["seconds"]
 
 
 def learning_rate(config: ImageTrainConfig, step: int) -> float:
