@@ -50,7 +50,7 @@ class Needs:
         else:
             memory += f"{_gib(self.backward or 0)} for the backward pass of a micro-batch of {clips}"
         reading = self.read * config.micro_batches / self.processes
-        beside = f"shared by {config.num_workers} workers" if config.num_workers else "before each step"
+        beside = f"beside it with --num-workers {config.num_workers}" if config.num_workers else "before each step"
         return [
             f"memory on {self.device}: {memory}",
             f"time: {self.step:.3g} s a step, {config.steps} steps take about {clock(self.step * config.steps)}; "

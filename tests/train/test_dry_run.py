@@ -41,7 +41,7 @@ def test_time_and_memory_are_said_for_people():
         needs, config=replace(CONFIG, micro_batch=2, num_workers=2), backward=None, peak=1 << 30
     ).lines()
     assert memory.endswith("averages, 1 GiB at most in a step of micro-batches of 2 clips") and time.endswith(
-        "takes 0.25 s, shared by 2 workers"
+        "takes 0.25 s, beside it with --num-workers 2"
     )
 
 
