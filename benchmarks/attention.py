@@ -14,8 +14,8 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from sae_kernels import FrameLayout, _configs, frame_attention
-from sae_kernels.frame_attention import ops
+from sae_kernels import FrameLayout, frame_attention
+from sae_kernels.frame_attention import configs, ops
 
 from . import gate, measure
 from .gate import Inputs
@@ -122,17 +122,17 @@ def build(shape: Mapping[str, Any], device: str) -> Problem:
 
 def _through(call: Callable[[Inputs], Any], descriptors: bool) -> Callable[[Inputs], Any]:
     """The call with the shipped tiles, read through descriptors or through pointers."""
-    choose = _configs.attention_config
+    choose = configs.attention_config
 
-    def changed(*key: Any) -> _configs.AttentionConfig:
+    def changed(*key: Any) -> configs.AttentionConfig:
         return dataclasses.replace(choose(*key), descriptors=descriptors)
 
     def run(inputs: Inputs) -> Any:
-        _configs.attention_config = changed
+        configs.attention_config = changed
         try:
             return call(inputs)
         finally:
-            _configs.attention_config = choose
+            configs.attention_config = choose
 
     return run
 

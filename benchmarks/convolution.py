@@ -13,8 +13,8 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from sae_kernels import FrameLayout, _configs, causal_conv3d
-from sae_kernels.causal_conv3d import ops, reference
+from sae_kernels import FrameLayout, causal_conv3d
+from sae_kernels.causal_conv3d import configs, ops, reference
 
 from . import gate, measure
 from .gate import Inputs
@@ -174,13 +174,13 @@ def _with_configs(call: Callable[[Inputs], Any], **change: Any) -> Callable[[Inp
         return dataclasses.replace(config, **change) if direction in ("fwd", "dgrad", "dgrad_dot") else config
 
     def run(inputs: Inputs) -> Any:
-        _configs.conv_config = changed
+        configs.conv_config = changed
         try:
             return call(inputs)
         finally:
-            _configs.conv_config = choose
+            configs.conv_config = choose
 
-    choose = _configs.conv_config
+    choose = configs.conv_config
     return run
 
 

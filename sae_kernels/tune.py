@@ -19,7 +19,10 @@ from typing import TypeVar
 import torch
 
 from . import _configs
-from ._configs import AttentionConfig, ConvConfig
+from .causal_conv3d import configs as convolution
+from .causal_conv3d.configs import ConvConfig
+from .frame_attention import configs as attention
+from .frame_attention.configs import AttentionConfig
 from .layout import FrameLayout
 
 # Long enough that scheduling, not launch, is measured; small blocks leave a 128-row tile mostly masked.
@@ -51,7 +54,7 @@ def fastest(configs: Iterable[Config], measure: Callable[[Config], float]) -> tu
 
 
 def tune_attention(head_dims: Iterable[int], dtypes: Iterable[torch.dtype], log: Callable[[str], None]) -> list[dict]:
-    """Entries for `_configs.load_attention`, one for each head dim, dtype, block size and kernel."""
+    """Entries of the table "frame_attention", one for each head dim, dtype, block size and kernel."""
     major, minor = torch.cuda.get_device_capability()
     architecture = 10 * major + minor
     entries = []
@@ -59,7 +62,7 @@ def tune_attention(head_dims: Iterable[int], dtypes: Iterable[torch.dtype], log:
         launchers = _attention_launchers(layout, head_dim, dtype, architecture)
         for direction, (launcher, outputs) in launchers.items():
             block = layout.frames_per_block * layout.tokens_per_frame
-            default = _configs.attention_config(architecture, dtype, head_dim, block, direction)
+            default = attention.attention_config(architecture, dtype, head_dim, block, direction)
             launcher(default)
             expected = [x.clone() for x in outputs]
 
@@ -70,9 +73,8 @@ def tune_attention(head_dims: Iterable[int], dtypes: Iterable[torch.dtype], log:
             best, after = fastest([default, *candidates(direction, architecture)], measure)
             if best is None:
                 raise RuntimeError(f"no configuration of {direction} runs at head dim {head_dim}, {dtype}")
-            key = _configs.attention_key(architecture, dtype, head_dim, block, direction)
-            names = ("architecture", "dtype", "width", "small_blocks", "direction")
-            entry = dict(zip(names, key, strict=True))
+            key = attention.attention_key(architecture, dtype, head_dim, block, direction)
+            entry = dict(zip(attention.ATTENTION_KEY, key, strict=True))
             entry |= {"config": asdict(best), "milliseconds": after, "default_milliseconds": before}
             if architecture >= 90 and direction != "delta":
                 # The shipped tiles by pointers and by descriptors, whichever is the default.
@@ -180,7 +182,7 @@ def tune_convolution(
     median: Callable[[Callable[[], None]], float] = _median,
     frames: int = 16,
 ) -> tuple[list[dict], list[dict]]:
-    """(entries for `_configs.load_conv`, those for `_configs.conv_slower`), for every shape, dtype and kernel."""
+    """(entries of the table "causal_conv3d", those of "causal_conv3d_slower"), for every shape, dtype and kernel."""
     from .causal_conv3d import triton as kernels
 
     entries, slower = [], []
@@ -196,11 +198,11 @@ def tune_convolution(
         x, grad, weight = video(C, F), video(C, F), video(C, 3)[:1].new_empty(C, C, 3, 3, 3)
         weight.copy_(torch.randn(weight.shape, generator=generator, device=device) / (27 * C) ** 0.5)
         scale = torch.rand((B, F), generator=generator, device=device).to(dtype)
-        key = _configs.conv_key(architecture, dtype, C, C, size * size)
+        key = convolution.conv_key(architecture, dtype, C, C, size * size)
         best: dict[str, ConvConfig] = {}
-        for direction in _configs.CONV_DIRECTIONS:
+        for direction in convolution.CONV_DIRECTIONS:
             build = _conv_launches(kernels, direction, x, grad, weight, scale, layout, architecture)
-            default = _configs.conv_config(architecture, dtype, C, C, size * size, direction)
+            default = convolution.conv_config(architecture, dtype, C, C, size * size, direction)
             launches, read = build(default)
             _run(launches)
             expected = [t.clone() for t in read()]
@@ -218,14 +220,14 @@ def tune_convolution(
             if config is None:
                 raise RuntimeError(f"no configuration of {direction} runs at {C} channels, {size} x {size}, {dtype}")
             best[direction] = config
-            entry = dict(zip(_configs.CONV_KEY, key, strict=True)) | {"direction": direction}
+            entry = dict(zip(convolution.CONV_KEY, key, strict=True)) | {"direction": direction}
             entries.append(entry | {"config": asdict(config), "milliseconds": after, "default_milliseconds": before})
             log(f"{direction} C={C} {size}x{size} {key[1]}: {before:.3f} -> {after:.3f} ms with {config}")
 
         ratio = _composed_over_triton(x, grad, weight, layout, architecture, best, median)
         log(f"C={C} {size}x{size} {key[1]}: forward and backward {ratio:.2f} times the speed of the library route")
         if ratio < 1:
-            slower.append(dict(zip(_configs.CONV_KEY, key, strict=True)) | {"composed_over_triton": ratio})
+            slower.append(dict(zip(convolution.CONV_KEY, key, strict=True)) | {"composed_over_triton": ratio})
     return entries, slower
 
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import torch
 
-from .. import _configs, _launch, _library
+from .. import _launch, _library
 from ..layout import FrameLayout
-from . import composed
+from . import composed, configs
 
 _TENSORS = "Tensor x, Tensor weight, Tensor? past_scale, Tensor? last_scale, Tensor? history"
 _GEOMETRY = "float pad_value, SymInt frames, SymInt frames_per_block, SymInt noisy_copies, bool noisy_first"
@@ -41,13 +41,13 @@ def implementations(
 @_library.constant_in_graphs
 def _slower_note(device: torch.device) -> str:
     """The shapes for which "auto" takes composed although the kernels run, as SAE_KERNELS_CONFIGS measured them."""
-    if device.type != "cuda" or not _configs.conv_slower():
+    if device.type != "cuda" or not configs.conv_slower():
         return ""
     architecture = _launch.architecture(device)
     maps = ("4 x 4", "8 x 8", "up to 15 x 15", "16 x 16 and more")
     shapes = [
         f"{dtype} {reduced} to {produced} channels, {maps[scale]} pixels ({ratio:.2f}x)"
-        for (tuned, dtype, reduced, produced, scale), ratio in _configs.conv_slower().items()
+        for (tuned, dtype, reduced, produced, scale), ratio in configs.conv_slower().items()
         if tuned == architecture
     ]
     return f"measured slower, auto takes composed there: {'; '.join(shapes)}" if shapes else ""
@@ -57,8 +57,8 @@ def _backend(impl: str, x: torch.Tensor, weight: torch.Tensor):
     """`impl` may be "auto" where the kernels run: what a measurement found slower than the library goes there."""
     if impl == "auto":
         pixels = x.shape[3] * x.shape[4]
-        key = _configs.conv_key(_launch.architecture(x.device), x.dtype, weight.shape[1], weight.shape[0], pixels)
-        impl = "composed" if key in _configs.conv_slower() else "triton"
+        key = configs.conv_key(_launch.architecture(x.device), x.dtype, weight.shape[1], weight.shape[0], pixels)
+        impl = "composed" if key in configs.conv_slower() else "triton"
     if impl == "composed":
         return composed
     if impl == "triton":

@@ -27,9 +27,9 @@ import triton
 import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from .. import _configs
 from .._launch import Launch, architecture, run
 from ..layout import FrameLayout
+from . import configs as defaults
 
 # Where a past tap's source frame lies: back in time, in `history` below frame 0; or, mirrored, ahead in time.
 BACK = tl.constexpr(0)
@@ -855,7 +855,7 @@ def _convolution(
     unit_z = _unit(N, videos["z"])
     # The packed weight has Cin innermost, which is reduced forward and produced backward.
     unit_w = unit_k if back else unit_n
-    config = config or _configs.conv_config(
+    config = config or defaults.conv_config(
         architecture, like.dtype, K, N, Y * X, direction if dot_with is None else "dgrad_dot"
     )
     rows = _rows_of(B, frames, Y, X, streams)
@@ -871,7 +871,7 @@ def _convolution(
     tiles_n = _ceil(N, config.block_n)
     past_parts = has_past * (config.parts * (kt - 1) or 1)
     last_parts = (source is not None) * (config.parts or 1)
-    spread = config.parts > 0 and _configs.conv_spread(
+    spread = config.parts > 0 and defaults.conv_spread(
         architecture, tiles_m * tiles_n, Y * X, past_parts + streams * last_parts, dot_with is not None
     )
     units = past_parts + streams * last_parts if spread else 1
@@ -919,13 +919,13 @@ def _convolution(
 
 
 # Pixels in boxes for each pixel of a clip up to which boxes are taken: what they save is arithmetic of addresses and
-# masks, not products (`_configs` has the counts). The batch has no say: no row's result may depend on it.
+# masks, not products (`configs` has the counts). The batch has no say: no row's result may depend on it.
 BOX_WASTE = 1.125
 
 
 def _box(pixels: int, frames: int, Y: int, X: int) -> tuple[int, int, int] | None:
     """The box of a tile of `pixels`; None if boxes would be too much border."""
-    box = _configs.conv_box(pixels, Y, X)
+    box = defaults.conv_box(pixels, Y, X)
     return box if _boxes(box, frames, Y, X) * pixels <= BOX_WASTE * frames * Y * X else None
 
 
@@ -948,7 +948,7 @@ def _video_boxes(video: torch.Tensor, box: tuple[int, int, int], channels: int) 
     return TensorDescriptor(video, [*shape, video.shape[1]], [*strides, 1], [1, *box, channels])
 
 
-def _weight_boxes(weight: torch.Tensor, config: _configs.ConvConfig, back: bool) -> TensorDescriptor:
+def _weight_boxes(weight: torch.Tensor, config: defaults.ConvConfig, back: bool) -> TensorDescriptor:
     """The packed weight as (Cout, taps x Cin)."""
     Cout, columns = weight.shape[0], weight[0].numel()
     block = [config.block_n, config.block_k] if back else [config.block_k, config.block_n]
@@ -960,7 +960,7 @@ def _streams_pass(
 ) -> tuple[Launch, torch.Tensor | None]:
     none = grad.new_empty(0)
     B, N, F, Y, X = grad.shape
-    config = config or _configs.conv_config(architecture, grad.dtype, N, N, Y * X, "streams")
+    config = config or defaults.conv_config(architecture, grad.dtype, N, N, Y * X, "streams")
     rows = _rows_of(B, frames, Y, X, streams)
     tiles_n = _ceil(N, config.block_n)
     dot = None if past is None else grad.new_empty(tiles_n, rows * streams, dtype=torch.float32)
@@ -987,7 +987,7 @@ def _weight_gradient(grad, source, history, weight, parts, past, architecture, c
     Cout, Cin, kt, ky, kx = weight.shape
     history = source if history is None else history
     unit_k, unit_n = _unit(Cout, grad), _unit(Cin, source, history)
-    config = configs.get("wgrad") or _configs.conv_config(architecture, grad.dtype, Cout, Cin, Y * X, "wgrad")
+    config = configs.get("wgrad") or defaults.conv_config(architecture, grad.dtype, Cout, Cin, Y * X, "wgrad")
     rows = _rows_of(B, frames, Y, X)
     taps = ky * kx * ((kt - 1) if past else 1)
     programs = taps * _ceil(Cout, config.block_m) * _ceil(Cin, config.block_n)

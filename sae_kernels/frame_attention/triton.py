@@ -21,9 +21,9 @@ import triton
 import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from .. import _configs
 from .._launch import Launch, architecture, run
 from ..layout import FrameLayout
+from . import configs as defaults
 
 LOG2E = tl.constexpr(math.log2(math.e))
 LN2 = tl.constexpr(math.log(2.0))
@@ -794,7 +794,7 @@ def _launch(kernel, programs: int, args: dict, config) -> Launch:
 
 def _config(q, layout, architecture, direction):
     block = min(layout.frames_per_block, layout.frames) * layout.tokens_per_frame
-    return _configs.attention_config(architecture, q.dtype, q.shape[-1], block, direction)
+    return defaults.attention_config(architecture, q.dtype, q.shape[-1], block, direction)
 
 
 def _tf32_allowed() -> bool:

@@ -6,15 +6,15 @@ import pytest
 import torch
 
 from benchmarks import convolution
-from sae_kernels import _configs
+from sae_kernels.causal_conv3d import configs
 
 
 def test_configurations_are_changed_during_the_call():
     shape = (90, torch.bfloat16, 256, 256, 16)
-    before = {d: _configs.conv_config(*shape, d) for d in _configs.CONV_DIRECTIONS}
+    before = {d: configs.conv_config(*shape, d) for d in configs.CONV_DIRECTIONS}
 
     def call(failing):
-        during = {d: _configs.conv_config(*shape, d) for d in _configs.CONV_DIRECTIONS}
+        during = {d: configs.conv_config(*shape, d) for d in configs.CONV_DIRECTIONS}
         if failing:
             raise RuntimeError
         return during
@@ -27,4 +27,4 @@ def test_configurations_are_changed_during_the_call():
     assert during["wgrad"] == before["wgrad"]
     with pytest.raises(RuntimeError):
         changed(True)
-    assert before == {d: _configs.conv_config(*shape, d) for d in _configs.CONV_DIRECTIONS}
+    assert before == {d: configs.conv_config(*shape, d) for d in configs.CONV_DIRECTIONS}

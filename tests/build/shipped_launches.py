@@ -11,11 +11,12 @@ from dataclasses import replace
 
 import torch
 
-from sae_kernels import FrameLayout, _configs
+from sae_kernels import FrameLayout
 from sae_kernels._launch import Launch
 
 
 def frame_attention(architecture: int) -> dict[str, Launch]:
+    from sae_kernels.frame_attention import configs
     from sae_kernels.frame_attention import triton as kernels
 
     cases = [(torch.bfloat16, D, P, None) for D in (64, 128, 256) for P in (200, 16)]
@@ -32,7 +33,7 @@ def frame_attention(architecture: int) -> dict[str, Launch]:
         plan += kernels.plan_backward(q, q, k, k, q, lse, lse, q, k, k, layout, D**-0.5, False, architecture)
         if architecture == 90 and (D, P) == (128, 16):
             # Not shipped, but a measured table may choose it.
-            config = replace(_configs.attention_config(90, dtype, D, P, "dkdv"), descriptors=True)
+            config = replace(configs.attention_config(90, dtype, D, P, "dkdv"), descriptors=True)
             given = (q, q, k, k, q, lse, lse, q, k, k, layout, D**-0.5, False, architecture, (None, config, None))
             plan.append(kernels.plan_backward(*given)[1])
         # What a descriptor cannot address goes through pointers, in the same tiles.

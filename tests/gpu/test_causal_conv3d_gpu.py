@@ -13,7 +13,8 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "kernels"))
 
 from test_causal_conv3d import arrange, compare, make, run
 
-from sae_kernels import FrameLayout, _configs, causal_conv3d, past_term
+from sae_kernels import FrameLayout, causal_conv3d, past_term
+from sae_kernels.causal_conv3d import configs
 from sae_kernels.testing import assert_within_budget
 
 pytestmark = pytest.mark.gpu
@@ -71,14 +72,14 @@ ROUTES = {  # (boxes, parts, spread)
 
 def use_route(monkeypatch, route):
     boxes, parts, spread = ROUTES[route]
-    choose = _configs.conv_config
+    choose = configs.conv_config
 
     def changed(*given):
         taken = boxes and torch.cuda.get_device_capability()[0] >= 9
         return dataclasses.replace(choose(*given), boxes=taken, parts=parts)
 
-    monkeypatch.setattr(_configs, "conv_config", changed)
-    monkeypatch.setattr(_configs, "conv_spread", lambda *given: spread)
+    monkeypatch.setattr(configs, "conv_config", changed)
+    monkeypatch.setattr(configs, "conv_spread", lambda *given: spread)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

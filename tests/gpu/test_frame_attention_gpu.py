@@ -13,7 +13,8 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "kernels"))
 
 from attention_cases import NAMES, STRIDES, compare, make, restride
 
-from sae_kernels import FrameLayout, _configs, frame_attention
+from sae_kernels import FrameLayout, frame_attention
+from sae_kernels.frame_attention import configs
 from sae_kernels.testing import assert_within_budget
 
 pytestmark = pytest.mark.gpu
@@ -55,10 +56,10 @@ def path(request, monkeypatch):
     """How tiles are read: as the configuration says, or the shipped tiles by one of the two ways."""
     if request.param == "descriptors" and torch.cuda.get_device_capability()[0] < 9:
         pytest.skip("the copy engine needs compute capability 9.0")
-    choose = _configs.attention_config
+    choose = configs.attention_config
     if request.param != "shipped":
         monkeypatch.setattr(
-            _configs,
+            configs,
             "attention_config",
             lambda *key: dataclasses.replace(choose(*key), descriptors=request.param == "descriptors"),
         )
@@ -71,10 +72,10 @@ def test_descriptors_give_the_bits_of_pointers(layout, D, monkeypatch):
     if torch.cuda.get_device_capability()[0] < 9:
         pytest.skip("the copy engine needs compute capability 9.0")
     tensors = on_gpu(make(layout, heads=(4, 2), B=2, D=D, dtype=torch.bfloat16))
-    choose, results = _configs.attention_config, []
+    choose, results = configs.attention_config, []
     for descriptors in (False, True):
         monkeypatch.setattr(
-            _configs, "attention_config", lambda *key, d=descriptors: dataclasses.replace(choose(*key), descriptors=d)
+            configs, "attention_config", lambda *key, d=descriptors: dataclasses.replace(choose(*key), descriptors=d)
         )
         results.append(run(tensors, layout))
     (want, want_lse), (got, lse) = results

@@ -15,8 +15,8 @@ from hypothesis import strategies as st
 from test_causal_conv3d import NAMES, arrange, compare, make, run
 
 from sae_kernels import FrameLayout, _configs, _interpreter, causal_conv3d, past_term
-from sae_kernels._configs import ConvConfig
-from sae_kernels.causal_conv3d import ops
+from sae_kernels.causal_conv3d import configs, ops
+from sae_kernels.causal_conv3d.configs import ConvConfig
 from sae_kernels.testing import assert_within_budget, noncontiguous
 
 triton = pytest.importorskip("triton")
@@ -52,7 +52,7 @@ def use_tiles(monkeypatch, tile):
     def choose(architecture, dtype, reduced, produced, pixels, direction):
         return ConvConfig(n, n, m, 4, 1, *options[:1]) if direction == "wgrad" else ConvConfig(m, n, k, 4, 1, *options)
 
-    monkeypatch.setattr(_configs, "conv_config", choose)
+    monkeypatch.setattr(configs, "conv_config", choose)
     if options:
         monkeypatch.setattr(kernels, "BOX_WASTE", 100)
 
@@ -151,7 +151,7 @@ ROUTES = {  # (boxes, parts, spread)
 def use_route(monkeypatch, route, tile=(32, 16, 16)):
     boxes, parts, spread = ROUTES[route]
     use_tiles(monkeypatch, (*tile, boxes, parts))
-    monkeypatch.setattr(_configs, "conv_spread", lambda *given: spread)
+    monkeypatch.setattr(configs, "conv_spread", lambda *given: spread)
 
 
 def ordered_dot(self, a, b, acc, *options):
@@ -248,21 +248,21 @@ def test_boxes_only_where_a_descriptor_can_address_the_video_and_tiles_are_not_m
 
 def test_boxes_of_pixels():
     """The network's maps without waste; powers of two whose product is the tile."""
-    assert [_configs.conv_box(64, n, n) for n in (2, 4, 8)] == [(16, 2, 2), (4, 4, 4), (1, 8, 8)]
-    assert [_configs.conv_box(128, n, n) for n in (16, 32, 256)] == [(1, 16, 8)] * 3
-    assert _configs.conv_box(128, 6, 24) == (8, 2, 8)
-    assert _configs.conv_box(128, 1, 300) == (8, 1, 16)
+    assert [configs.conv_box(64, n, n) for n in (2, 4, 8)] == [(16, 2, 2), (4, 4, 4), (1, 8, 8)]
+    assert [configs.conv_box(128, n, n) for n in (16, 32, 256)] == [(1, 16, 8)] * 3
+    assert configs.conv_box(128, 6, 24) == (8, 2, 8)
+    assert configs.conv_box(128, 1, 300) == (8, 1, 16)
 
 
 def test_parts_are_spread_while_multiprocessors_are_idle():
-    assert _configs.conv_spread(90, 131, 16, 4, False) and not _configs.conv_spread(90, 132, 16, 4, False)
-    assert not _configs.conv_spread(90, 8, 16, 1, False)
+    assert configs.conv_spread(90, 131, 16, 4, False) and not configs.conv_spread(90, 132, 16, 4, False)
+    assert not configs.conv_spread(90, 8, 16, 1, False)
     # What the map alone decides is no matter of the batch.
-    assert _configs.conv_spread(90, 8, 16, 4, True) == _configs.conv_spread(90, 800, 16, 4, True) is True
-    assert _configs.conv_spread(90, 8, 64, 4, True) == _configs.conv_spread(90, 800, 64, 4, True) is False
+    assert configs.conv_spread(90, 8, 16, 4, True) == configs.conv_spread(90, 800, 16, 4, True) is True
+    assert configs.conv_spread(90, 8, 64, 4, True) == configs.conv_spread(90, 800, 64, 4, True) is False
     for channels, parts in ((64, 0), (128, 1), (256, 2), (512, 4), (1024, 4)):
-        assert _configs.conv_config(90, torch.bfloat16, channels, 256, 16, "fwd").parts == parts
-        assert _configs.conv_config(90, torch.bfloat16, channels, 256, 256, "fwd").parts == 0
+        assert configs.conv_config(90, torch.bfloat16, channels, 256, 16, "fwd").parts == parts
+        assert configs.conv_config(90, torch.bfloat16, channels, 256, 256, "fwd").parts == 0
 
 
 @pytest.mark.usefixtures("checked_integers")
@@ -479,7 +479,7 @@ def test_parts_that_are_spread_add_their_sums_to_the_bytes_and_nothing_else(arch
     B, T, K, kt, C = 2, 4, 1, 3, 512
     options = {"C": (C, C), "size": (4, 4), "scales": False, "architecture": architecture}
     launches, _ = plans(B, T, K, kt, mask=(False,) * 5, **options)
-    config = _configs.conv_config(architecture, torch.bfloat16, C, C, 16, "fwd")
+    config = configs.conv_config(architecture, torch.bfloat16, C, C, 16, "fwd")
     assert [launch.kernel for launch in launches] == [
         kernels.causal_conv3d_kernel,
         kernels.causal_conv3d_combine_kernel,
@@ -610,9 +610,9 @@ def test_configurations():
     with pytest.raises(ValueError, match="block_m: must be a power of two, got 96"):
         ConvConfig(96, 64, 32, 4, 3)
     with pytest.raises(ValueError, match="direction: must be one of"):
-        _configs.conv_config(90, torch.bfloat16, 64, 64, 64, "sideways")
+        configs.conv_config(90, torch.bfloat16, 64, 64, 64, "sideways")
     for channels in (1, 5, 64, 96, 128, 192, 256, 384, 512):
-        config = _configs.conv_config(90, torch.bfloat16, channels, channels, 1024, "fwd")
+        config = configs.conv_config(90, torch.bfloat16, channels, channels, 1024, "fwd")
         assert channels <= config.block_n or config.block_n == (64 if channels % 128 else 128)
 
 

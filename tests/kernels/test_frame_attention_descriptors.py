@@ -6,8 +6,9 @@ import pytest
 import torch
 from attention_cases import NAMES, compare, launch, make, restride
 
-from sae_kernels import FrameLayout, _configs
-from sae_kernels._configs import AttentionConfig
+from sae_kernels import FrameLayout
+from sae_kernels.frame_attention import configs
+from sae_kernels.frame_attention.configs import AttentionConfig
 
 pytest.importorskip("triton")
 if torch.cuda.is_available():
@@ -71,8 +72,8 @@ def test_what_no_descriptor_addresses_goes_through_pointers():
 def test_where_descriptors_are_the_default():
     for architecture in (80, 86, 89, 90, 100, 120):
         for dtype in (torch.float32, torch.bfloat16):
-            for direction in _configs.ATTENTION_DIRECTIONS:
-                config = _configs.attention_config(architecture, dtype, 128, 1560, direction)
+            for direction in configs.ATTENTION_DIRECTIONS:
+                config = configs.attention_config(architecture, dtype, 128, 1560, direction)
                 wanted = architecture in (90, 100) and dtype == torch.bfloat16 and direction in ("fwd", "dq")
                 assert config.descriptors == wanted
 

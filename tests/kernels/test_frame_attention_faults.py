@@ -14,7 +14,7 @@ import torch
 from attention_cases import compare, launch, make
 
 from sae_kernels import FrameLayout
-from sae_kernels._configs import AttentionConfig
+from sae_kernels.frame_attention.configs import AttentionConfig
 
 triton = pytest.importorskip("triton")
 if torch.cuda.is_available():

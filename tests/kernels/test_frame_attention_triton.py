@@ -11,9 +11,9 @@ from attention_layouts import layouts
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sae_kernels import FrameLayout, _configs, _interpreter, frame_attention
-from sae_kernels._configs import AttentionConfig
-from sae_kernels.frame_attention import ops
+from sae_kernels import FrameLayout, _interpreter, frame_attention
+from sae_kernels.frame_attention import configs, ops
+from sae_kernels.frame_attention.configs import AttentionConfig
 
 triton = pytest.importorskip("triton")
 if torch.cuda.is_available():
@@ -343,13 +343,13 @@ def test_tf32_only_where_pytorch_allows_it():
 
 def test_configurations_depend_on_what_they_say():
     for architecture, dtype, D, block, direction in itertools.product(
-        (80, 86, 89, 90, 100, 120), DTYPES, (16, 64, 72, 128, 256), (1, 64, 1560), _configs.ATTENTION_DIRECTIONS
+        (80, 86, 89, 90, 100, 120), DTYPES, (16, 64, 72, 128, 256), (1, 64, 1560), configs.ATTENTION_DIRECTIONS
     ):
-        config = _configs.attention_config(architecture, dtype, D, block, direction)
+        config = configs.attention_config(architecture, dtype, D, block, direction)
         assert max(config.block_m, config.block_n) <= kernels.MAX_TILE
-        assert config == _configs.attention_config(architecture, dtype, D, block, direction)
+        assert config == configs.attention_config(architecture, dtype, D, block, direction)
     with pytest.raises(ValueError, match="direction: must be one of"):
-        _configs.attention_config(90, torch.float16, 64, 64, "sideways")
+        configs.attention_config(90, torch.float16, 64, 64, "sideways")
     with pytest.raises(ValueError, match="block_m: must be a power of two, got 96"):
         AttentionConfig(96, 64, 4, 2)
 

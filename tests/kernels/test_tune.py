@@ -10,8 +10,11 @@ from dataclasses import asdict
 import pytest
 import torch
 
-from sae_kernels import _configs, tune
-from sae_kernels._configs import AttentionConfig, ConvConfig
+from sae_kernels import tune
+from sae_kernels.causal_conv3d import configs as convolution
+from sae_kernels.causal_conv3d.configs import ConvConfig
+from sae_kernels.frame_attention import configs as attention
+from sae_kernels.frame_attention.configs import AttentionConfig
 
 
 def test_picks_the_fastest_that_works():
@@ -25,40 +28,43 @@ def test_picks_the_fastest_that_works():
 
 
 def test_every_default_is_a_candidate():
-    for direction, architecture in itertools.product(_configs.ATTENTION_DIRECTIONS, (80, 90, 120)):
+    for direction, architecture in itertools.product(attention.ATTENTION_DIRECTIONS, (80, 90, 120)):
         tried = set(tune.candidates(direction, architecture))
         for D, layout in itertools.product(tune.HEAD_DIMS, tune.LAYOUTS):
             block = layout.tokens_per_frame
-            assert _configs.attention_config(architecture, torch.bfloat16, D, block, direction) in tried
+            assert attention.attention_config(architecture, torch.bfloat16, D, block, direction) in tried
         both = architecture >= 90 and direction != "delta"
         assert {config.descriptors for config in tried} == ({False, True} if both else {False})
 
 
 def test_layouts_fill_both_classes_of_blocks():
-    keys = {_configs.attention_key(90, torch.float16, 64, x.tokens_per_frame, "fwd") for x in tune.LAYOUTS}
+    keys = {attention.attention_key(90, torch.float16, 64, x.tokens_per_frame, "fwd") for x in tune.LAYOUTS}
     assert len(keys) == 2
 
 
 def test_a_measured_file_is_used(tmp_path, monkeypatch):
     chosen = AttentionConfig(32, 128, 4, 4)
-    names = ("architecture", "dtype", "width", "small_blocks", "direction")
-    key = _configs.attention_key(90, torch.bfloat16, 128, 1560, "fwd")
+    key = attention.attention_key(90, torch.bfloat16, 128, 1560, "fwd")
     path = tmp_path / "configs.json"
-    path.write_text(json.dumps({"frame_attention": [dict(zip(names, key, strict=True)) | {"config": asdict(chosen)}]}))
-    default = _configs.attention_config(90, torch.bfloat16, 128, 1560, "fwd")
+    path.write_text(
+        json.dumps(
+            {"frame_attention": [dict(zip(attention.ATTENTION_KEY, key, strict=True)) | {"config": asdict(chosen)}]}
+        )
+    )
+    default = attention.attention_config(90, torch.bfloat16, 128, 1560, "fwd")
     monkeypatch.setenv("SAE_KERNELS_CONFIGS", str(path))
-    _configs._measured.cache_clear()
+    attention._measured.cache_clear()
     try:
-        assert _configs.attention_config(90, torch.bfloat16, 128, 1560, "fwd") == chosen != default
-        assert _configs.attention_config(90, torch.bfloat16, 100, 1560, "fwd") == chosen
+        assert attention.attention_config(90, torch.bfloat16, 128, 1560, "fwd") == chosen != default
+        assert attention.attention_config(90, torch.bfloat16, 100, 1560, "fwd") == chosen
         for other in (
             (90, torch.bfloat16, 128, 16, "fwd"),
             (80, torch.bfloat16, 128, 1560, "fwd"),
             (90, torch.float16, 128, 1560, "fwd"),
         ):
-            assert _configs.attention_config(*other) != chosen
+            assert attention.attention_config(*other) != chosen
     finally:
-        _configs._measured.cache_clear()
+        attention._measured.cache_clear()
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU to measure on")
@@ -71,7 +77,7 @@ def test_without_a_gpu_it_says_so(tmp_path, capsys):
 @pytest.fixture
 def measured_file(tmp_path, monkeypatch):
     """write(tables): makes a file of them the measured one."""
-    caches = (_configs._measured_conv, _configs.conv_config, _configs.conv_slower)
+    caches = (convolution._measured, convolution.conv_config, convolution.conv_slower)
 
     def write(**tables):
         path = tmp_path / "configs.json"
@@ -87,8 +93,8 @@ def measured_file(tmp_path, monkeypatch):
 
 def test_every_default_of_the_convolution_is_a_candidate_and_others_fit():
     for architecture in (80, 90, 120):
-        for (_, size, C), direction in itertools.product(tune.CONVOLUTIONS, _configs.CONV_DIRECTIONS):
-            default = _configs.conv_config(architecture, torch.bfloat16, C, C, size * size, direction)
+        for (_, size, C), direction in itertools.product(tune.CONVOLUTIONS, convolution.CONV_DIRECTIONS):
+            default = convolution.conv_config(architecture, torch.bfloat16, C, C, size * size, direction)
             tried = tune.conv_candidates(default, direction, architecture)
             assert tried[0] == default and 8 < len(set(tried)) < 150
             if direction != "streams":
@@ -96,17 +102,17 @@ def test_every_default_of_the_convolution_is_a_candidate_and_others_fit():
 
 
 def test_convolutions_fill_classes_of_maps_and_widths():
-    keys = {_configs.conv_key(90, torch.float16, C, C, size * size) for _, size, C in tune.CONVOLUTIONS}
+    keys = {convolution.conv_key(90, torch.float16, C, C, size * size) for _, size, C in tune.CONVOLUTIONS}
     assert len(keys) == len(tune.CONVOLUTIONS)
     assert {key[-1] for key in keys} == {0, 1, 3}
 
 
 def test_a_measured_convolution_is_used(measured_file):
     chosen = ConvConfig(64, 128, 32, 4, 3, True, 2)
-    entry = dict(zip(_configs.CONV_KEY, _configs.conv_key(90, torch.bfloat16, 256, 384, 64), strict=True))
+    entry = dict(zip(convolution.CONV_KEY, convolution.conv_key(90, torch.bfloat16, 256, 384, 64), strict=True))
     measured_file(causal_conv3d=[entry | {"direction": "fwd", "config": asdict(chosen)}])
-    assert _configs.conv_config(90, torch.bfloat16, 256, 384, 64, "fwd") == chosen
-    assert _configs.conv_config(90, torch.bfloat16, 512, 128, 36, "fwd") == chosen
+    assert convolution.conv_config(90, torch.bfloat16, 256, 384, 64, "fwd") == chosen
+    assert convolution.conv_config(90, torch.bfloat16, 512, 128, 36, "fwd") == chosen
     for other in (
         (80, torch.bfloat16, 256, 384, 64, "fwd"),
         (90, torch.float16, 256, 384, 64, "fwd"),
@@ -114,13 +120,13 @@ def test_a_measured_convolution_is_used(measured_file):
         (90, torch.bfloat16, 256, 384, 65, "fwd"),
         (90, torch.bfloat16, 256, 384, 64, "dgrad"),
     ):
-        assert _configs.conv_config(*other) != chosen
+        assert convolution.conv_config(*other) != chosen
 
 
 def test_auto_leaves_a_convolution_that_was_measured_slower_to_the_library(measured_file, monkeypatch):
     from sae_kernels.causal_conv3d import ops
 
-    entry = dict(zip(_configs.CONV_KEY, _configs.conv_key(90, torch.bfloat16, 64, 128, 64), strict=True))
+    entry = dict(zip(convolution.CONV_KEY, convolution.conv_key(90, torch.bfloat16, 64, 128, 64), strict=True))
     measured_file(causal_conv3d_slower=[entry | {"composed_over_triton": 0.8}])
     monkeypatch.setattr(ops._launch, "architecture", lambda device: 90)
     monkeypatch.setattr(ops._launch, "why_not", lambda device: None)
@@ -144,12 +150,12 @@ def test_the_convolution_is_tuned_and_its_table_read_again(measured_file, monkey
 
     other, wrong = ConvConfig(64, 16, 16, 4, 1), ConvConfig(32, 16, 16, 4, 1)
     monkeypatch.setattr(tune, "conv_candidates", lambda default, direction, architecture: [default, other, wrong])
-    convolution = kernels._convolution
+    make = kernels._convolution
 
     def faulty(*arguments, config=None, **options):
         if config == wrong:
             options["first_frame"] = options.get("first_frame", 0) + 1
-        return convolution(*arguments, config=config, **options)
+        return make(*arguments, config=config, **options)
 
     monkeypatch.setattr(kernels, "_convolution", faulty)
     times = itertools.count(100, -1)
@@ -158,9 +164,9 @@ def test_the_convolution_is_tuned_and_its_table_read_again(measured_file, monkey
         median=lambda launch: float(next(times)), frames=2,
     )  # fmt: skip
     chosen = {entry["direction"]: ConvConfig(**entry["config"]) for entry in entries}
-    assert set(chosen) == set(_configs.CONV_DIRECTIONS)
-    assert chosen == {d: wrong if d in ("wgrad", "streams") else other for d in _configs.CONV_DIRECTIONS}
+    assert set(chosen) == set(convolution.CONV_DIRECTIONS)
+    assert chosen == {d: wrong if d in ("wgrad", "streams") else other for d in convolution.CONV_DIRECTIONS}
     assert all(entry["milliseconds"] < entry["default_milliseconds"] for entry in entries)
     assert slower == []
     measured_file(causal_conv3d=[entry | {"architecture": 90} for entry in entries])
-    assert _configs.conv_config(90, torch.float32, 8, 8, 4, "dgrad") == other
+    assert convolution.conv_config(90, torch.float32, 8, 8, 4, "dgrad") == other
