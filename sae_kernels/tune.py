@@ -276,7 +276,7 @@ def _conv_launches(kernels, direction: str, x, grad, weight, scale, layout: Fram
             grad, x, weight, *scales, None, None, 1.0, layout, mask, architecture, {name: config}
         )
         if direction == "streams":
-            launches = [launch for launch in launches if launch.kernel is kernels.causal_conv3d_streams_kernel]
+            launches = [launch for launch in launches if launch.kernel is kernels.plan.causal_conv3d_streams_kernel]
             return launches, lambda: [launches[0].args["sum_ptr"]]
         if direction == "wgrad":
             return launches, lambda: [part.sum(0) for part in parts]

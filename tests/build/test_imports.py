@@ -15,7 +15,8 @@ import torch
 import sae_kernels
 
 ROOT = Path(__file__).parents[2]
-KERNELS = sorted((ROOT / "sae_kernels").rglob("*.py"))
+PACKAGE = ROOT / "sae_kernels"
+KERNELS = sorted(PACKAGE.rglob("*.py"))
 OPS = {"frame_attention", "causal_conv3d", "token_noise", "edm_loss", "magnitude", "qk_prepare"}
 IMPLEMENTATIONS = {"reference", "composed", "triton", "cpp"}
 
@@ -37,7 +38,7 @@ def test_kernels_import_only_the_standard_library_torch_triton_and_numpy(path):
     allowed = sys.stdlib_module_names | {"torch", "triton", "numpy", "__future__"}
     for level, name in imports(path):
         assert level > 0 or name.split(".")[0] in allowed, f"{path.name} imports {name}"
-        assert level <= 2
+        assert level <= len(path.relative_to(PACKAGE).parts)
 
 
 @pytest.mark.parametrize(
@@ -53,6 +54,16 @@ def test_rooms(path):
     elif path.stem == "api":
         assert set(own) <= {"ops", "reference"}, f"{path} imports {own}"
     others = [name.split(".")[0] for level, name in imports(path) if level == 2]
+    assert not (set(others) & OPS), f"{path} reaches into another op: {others}"
+
+
+@pytest.mark.parametrize(
+    "path", [p for p in KERNELS if p.parent.parent.name in OPS], ids=lambda p: "-".join(p.parts[-3:])
+)
+def test_rooms_in_rooms(path):
+    """An implementation in several files knows of its op the launch configurations alone, and no other op."""
+    own, others = ([name.split(".")[0] for level, name in imports(path) if level == up] for up in (2, 3))
+    assert path.parent.name in IMPLEMENTATIONS and set(own) <= {"configs"}, f"{path} imports {own}"
     assert not (set(others) & OPS), f"{path} reaches into another op: {others}"
 
 

@@ -47,12 +47,24 @@ KERNELS: list[Entry] = [
         ],
     ),
     (
-        "sae_kernels/frame_attention/triton.py",
+        "sae_kernels/frame_attention/triton/forward_kernels.py",
         "tests/kernels/test_frame_attention_triton.py -k forward_and_gradients",
         [
             ("lse = (highest + tl.log2(total)) * LN2", "lse = (highest + tl.log2(total) * 1.01) * LN2"),
+        ],
+    ),
+    (
+        "sae_kernels/frame_attention/triton/primitives.py",
+        "tests/kernels/test_frame_attention_triton.py -k forward_and_gradients",
+        [
             ("upper = tl.minimum(row_block + reach, end)", "upper = row_block + reach"),
             ("lower = row_block - tl.where(is_own, 0, W)", "lower = row_block - tl.where(is_own, 0, W - U)"),
+        ],
+    ),
+    (
+        "sae_kernels/frame_attention/triton/backward_kernels.py",
+        "tests/kernels/test_frame_attention_triton.py -k forward_and_gradients",
+        [
             ("delta = tl.sum(out.to(tl.float32) * grad.to(tl.float32), 1)", "delta = tl.sum(out.to(tl.float32), 1)"),
         ],
     ),
@@ -149,11 +161,11 @@ KERNELS: list[Entry] = [
         ],
     ),
     (
-        "sae_kernels/causal_conv3d/triton.py",
+        "sae_kernels/causal_conv3d/triton/taps.py",
         "tests/kernels/test_causal_conv3d_triton.py -k 'triton_is or streaming'",
         [
             ("ok = ok & (frame < lag)", "ok = ok & (frame <= lag)"),
-            ("offset = _choose(frame >= lag, offset,", "offset = _choose(frame > lag, offset,"),
+            ("offset = choose(frame >= lag, offset,", "offset = choose(frame > lag, offset,"),
         ],
     ),
     (

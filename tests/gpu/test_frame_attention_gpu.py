@@ -286,9 +286,9 @@ def test_allocates_nothing_but_results_and_one_number_a_row():
 
 
 def test_other_sizes_do_not_compile_again(path):
-    from sae_kernels.frame_attention import triton as kernels
+    from sae_kernels.frame_attention.triton.forward_kernels import frame_attention_fwd_kernel
 
-    compiled = kernels.frame_attention_fwd_kernel.device_caches
+    compiled = frame_attention_fwd_kernel.device_caches
 
     def binaries():
         return sum(len(cache[0]) for cache in compiled.values())

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-import importlib.util
-import inspect
 import random
 import sys
 
 import pytest
 import torch
+from faults import load_with_fault, unload
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_causal_conv3d import NAMES, arrange, compare, make, run
@@ -26,6 +25,7 @@ if torch.cuda.is_available():
 from triton.runtime import interpreter  # noqa: E402
 
 from sae_kernels.causal_conv3d import triton as kernels  # noqa: E402
+from sae_kernels.causal_conv3d.triton import plan, primitives  # noqa: E402
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -54,7 +54,7 @@ def use_tiles(monkeypatch, tile):
 
     monkeypatch.setattr(configs, "conv_config", choose)
     if options:
-        monkeypatch.setattr(kernels, "BOX_WASTE", 100)
+        monkeypatch.setattr(plan, "BOX_WASTE", 100)
 
 
 # (resolution, Cin, Cout) of every 3x3x3 convolution of the reference network; the tests divide resolutions by 8 and
@@ -187,20 +187,20 @@ def test_every_route_gives_the_same_numbers(T, K, kernel, channels, size, histor
         layout, B=1 + T % 2, Cin=Cin, Cout=Cout, size=size, kernel=kernel, history=history, dtype=dtype
     )
     used, results = [], {}
-    launch = kernels._launch
+    launch = plan._launch
 
     def recorded(kernel, grid, args, config):
         used.append((kernel, args.get("BX", 0) > 0, args.get("SPREAD", False)))
         return launch(kernel, grid, args, config)
 
-    monkeypatch.setattr(kernels, "_launch", recorded)
+    monkeypatch.setattr(plan, "_launch", recorded)
     for route in ("pointers", "boxes", "parts", "boxes, parts, spread"):
         boxes, _, spread = ROUTES[route]
         used.clear()
         use_route(monkeypatch, route)
         results[route] = run(tensors, grad, layout, dtype, "triton", 0.5)
-        assert {(boxes, spread)} == {u[1:] for u in used if u[0] is kernels.causal_conv3d_kernel}
-        assert {boxes} == {u[1] for u in used if u[0] is kernels.causal_conv3d_weight_kernel}
+        assert {(boxes, spread)} == {u[1:] for u in used if u[0] is plan.causal_conv3d_kernel}
+        assert {boxes} == {u[1] for u in used if u[0] is plan.causal_conv3d_weight_kernel}
     for route, got in results.items():
         same_as = "parts" if "parts" in route else "pointers"
         for index, (a, b) in enumerate(zip(got, results[same_as], strict=True)):
@@ -272,7 +272,7 @@ def test_wide_offsets_are_the_same_numbers_and_narrow_ones_do_not_overflow(n, mo
     layout, pad_value, _ = options["layout"], options.pop("pad_value"), options.pop("tile")
     tensors, grad = make(**options, seed=n)
     narrow = run(tensors, grad, layout, tensors["x"].dtype, "triton", pad_value)
-    monkeypatch.setattr(kernels, "_wide", lambda *tensors: True)
+    monkeypatch.setattr(plan, "_wide", lambda *tensors: True)
     wide = run(tensors, grad, layout, tensors["x"].dtype, "triton", pad_value)
     assert all(torch.equal(a, b) for a, b in zip(narrow, wide, strict=True))
 
@@ -328,13 +328,13 @@ def test_memory_order_is_kept_and_neighbours_are_not_read():
 def test_repeatable_and_independent_of_the_batch(monkeypatch):
     """Bitwise: two runs, and a sample alone; the weight's gradient is split into several parts here."""
     use_tiles(monkeypatch, (16, 16, 16))
-    monkeypatch.setattr(kernels, "SPLIT_BLOCKS", 1)
+    monkeypatch.setattr(plan, "SPLIT_BLOCKS", 1)
     layout = FrameLayout(3, 12)
     tensors, grad = make(layout, B=3, Cin=5, kernel=(2, 1, 3), size=(3, 4), dtype=torch.bfloat16)
-    plan = kernels.plan_backward(
+    launches = kernels.plan_backward(
         grad, tensors["x"], tensors["weight"], None, None, None, None, 0.0, layout, [False, True] + 3 * [False], 0
     )
-    assert [launch.args["part_ptr"].shape[0] for launch in plan[0] if "part_ptr" in launch.args] == [7, 14]
+    assert [launch.args["part_ptr"].shape[0] for launch in launches[0] if "part_ptr" in launch.args] == [7, 14]
     first, second = (run(tensors, grad, layout, torch.bfloat16, "triton", 0.0) for _ in range(2))
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
     alone = {k: v if k == "weight" else v[1:2] for k, v in tensors.items()}
@@ -481,8 +481,8 @@ def test_parts_that_are_spread_add_their_sums_to_the_bytes_and_nothing_else(arch
     launches, _ = plans(B, T, K, kt, mask=(False,) * 5, **options)
     config = configs.conv_config(architecture, torch.bfloat16, C, C, 16, "fwd")
     assert [launch.kernel for launch in launches] == [
-        kernels.causal_conv3d_kernel,
-        kernels.causal_conv3d_combine_kernel,
+        plan.causal_conv3d_kernel,
+        plan.causal_conv3d_combine_kernel,
     ]
     passes = B * ((kt - 1) * T + (1 + K) * T)
     done, frame = kernels.work(launches), 16 * C
@@ -491,7 +491,7 @@ def test_parts_that_are_spread_add_their_sums_to_the_bytes_and_nothing_else(arch
     assert done.bytes == 2 * 2 * B * (1 + K) * T * frame + 2 * kt * 9 * C * C + 2 * C + 2 * sums
     tiles, units = launches[0].grid
     assert tiles < _configs.MULTIPROCESSORS[architecture] and units == sums // (B * T * frame * 4)
-    assert [launch.kernel for launch in plans(32, 16, **options)[0]] == [kernels.causal_conv3d_kernel]
+    assert [launch.kernel for launch in plans(32, 16, **options)[0]] == [plan.causal_conv3d_kernel]
 
 
 def test_products_computed_are_those_planned(monkeypatch):
@@ -533,7 +533,7 @@ def test_sizes_select_no_other_binary(architecture, size):
                 {
                     k: v
                     for k, v in launch.args.items()
-                    if k not in kernels._INTEGERS and not k.endswith(("_ptr", "_box"))
+                    if k not in primitives.INTEGERS and not k.endswith(("_ptr", "_box"))
                 },
                 [v.block_shape for k, v in launch.args.items() if hasattr(v, "block_shape")],
             )
@@ -575,11 +575,11 @@ def test_offsets_of_what_is_written_are_wide_too():
 
 def test_alignment_is_promised_only_where_it_holds():
     video = meta((2, 64, 4, 6, 6))
-    assert kernels._unit(64, video) == 8
-    assert kernels._unit(60, video) == 1
-    assert kernels._unit(56, meta((2, 60, 4, 6, 6))[:, :56]) == 1
-    assert kernels._unit(64, meta((2, 64, 4, 6, 6), torch.float32)) == 4
-    assert kernels._unit(64, meta((1, 64, 1, 1, 1)).expand(2, 64, 3, 4, 4)) == 8
+    assert plan._unit(64, video) == 8
+    assert plan._unit(60, video) == 1
+    assert plan._unit(56, meta((2, 60, 4, 6, 6))[:, :56]) == 1
+    assert plan._unit(64, meta((2, 64, 4, 6, 6), torch.float32)) == 4
+    assert plan._unit(64, meta((1, 64, 1, 1, 1)).expand(2, 64, 3, 4, 4)) == 8
 
 
 def test_choice_of_implementation(monkeypatch):
@@ -623,8 +623,8 @@ FAULTS = {
     "wrong pad value": ("1, 1, 1), pad_value)", "1, 1, 1), 0.0)"),
     "pad value in the spatial border": ("mask=ok[:, None] & (c[None, :] < K * UNIT_K), other=0.0)", "mask=ok[:, None] & (c[None, :] < K * UNIT_K), other=0.5)"),
     "scales swapped": ("acc, past, past_scale_ptr, batch", "acc, past, last_scale_ptr, batch"),
-    "history shifted by a frame": ("history = _rows(batch, past_frame + KT - 1, y", "history = _rows(batch, past_frame + KT - 2, y"),
-    "history one frame longer": ("offset = _choose(frame >= lag,", "offset = _choose(frame > lag,"),
+    "history shifted by a frame": ("history = pixel_offsets(batch, past_frame + KT - 1, y", "history = pixel_offsets(batch, past_frame + KT - 2, y"),
+    "history one frame longer": ("offset = choose(frame >= lag,", "offset = choose(frame > lag,"),
     "spatial border off by one": ("(y + dy < Y) & (x + dx >= 0) & (x + dx < X)\n        offset", "(y + dy < Y) & (x + dx >= 0) & (x + dx <= X)\n        offset"),
     "no spatial border": ("ok = row_ok & (y + dy >= 0) & (y + dy < Y)", "ok = row_ok & (y + dy < Y)"),
     "rows and columns exchanged": ("return image // frames, image % frames, pixel // X, pixel % X", "return image // frames, image % frames, pixel // Y, pixel % Y"),
@@ -640,7 +640,7 @@ FAULTS = {
     "history gradient shifted": ("first_frame=1 - kt", "first_frame=2 - kt"),
     "weight gradient of unscaled streams": ("_weight_gradient(scaled, x, None", "_weight_gradient(grad, x, None"),
     "weight gradient loses the last pixel": ("row_ok = m < end", "row_ok = m < end - 1"),
-    "weight gradient without history": ("x_rows = _choose(i >= lag,", "x_rows = _choose(i >= 0,"),
+    "weight gradient without history": ("x_rows = choose(i >= lag,", "x_rows = choose(i >= 0,"),
 }  # fmt: skip
 BOX_FAULTS = {
     "box shifted by a column": ("y + dy, x + dx, first])", "y + dy, x + dx + 1, first])"),
@@ -680,15 +680,8 @@ def test_seeded_fault_is_caught(fault, monkeypatch, tmp_path):
         use_route(monkeypatch, "boxes" if fault in BOX_FAULTS else "parts, spread")
         # Boxes of two frames of 4 x 4, the last one beyond the clip; channels of a step and a half.
         shape = {"B": 2, "Cin": 24, "Cout": 8, "size": (4, 4), "kernel": (3, 1, 3)}
-    source = inspect.getsource(kernels)
-    assert old in source, "the seeded fault no longer matches the source"
-    path = tmp_path / "faulty.py"
-    path.write_text(source.replace(old, new))
-    spec = importlib.util.spec_from_file_location("sae_kernels.causal_conv3d.faulty", path)
-    module = importlib.util.module_from_spec(spec)
-    monkeypatch.setitem(sys.modules, spec.name, module)
-    spec.loader.exec_module(module)
-    module.BOX_WASTE = kernels.BOX_WASTE
+    module = load_with_fault(kernels, old, new, tmp_path, "faulty")
+    module.plan.BOX_WASTE = plan.BOX_WASTE
     monkeypatch.setattr(sys.modules["sae_kernels.causal_conv3d"], "triton", module)
     caught = 0
     for history in (True, False):
@@ -699,4 +692,5 @@ def test_seeded_fault_is_caught(fault, monkeypatch, tmp_path):
         except (AssertionError, FloatingPointError):
             caught += 1
             break
+    unload(module)
     assert caught, f"{fault}: not caught"

@@ -1,17 +1,14 @@
 """Seeded faults in the Triton kernel's mask arithmetic: each must make the comparison with the reference fail.
 
-A fault is one substitution in the kernel's source, loaded as a module of its own.
+A fault is one substitution in the kernels' sources, loaded as a package of its own.
 """
 
 from __future__ import annotations
 
-import importlib.util
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 from attention_cases import compare, launch, make
+from faults import load_with_fault, unload
 
 from sae_kernels import FrameLayout
 from sae_kernels.frame_attention.configs import AttentionConfig
@@ -22,7 +19,6 @@ if torch.cuda.is_available():
 
 from sae_kernels.frame_attention import triton as kernels  # noqa: E402
 
-SOURCE = Path(kernels.__file__).read_text()
 TILES = AttentionConfig(32, 16, 4, 1)
 
 PLAIN = FrameLayout(4, 20)
@@ -80,24 +76,16 @@ DESCRIPTOR_FAULTS = {
 
 @pytest.fixture
 def load(tmp_path):
-    """Load the kernel's source with a substitution, as a sibling of the real module."""
-    names = []
+    """Load the kernels' sources with a substitution, as a sibling of the real package."""
+    loaded = []
 
     def load(before: str, after: str):
-        assert SOURCE.count(before) >= 1, f"the kernel no longer says {before!r}"
-        path = tmp_path / "faulty.py"
-        path.write_text(SOURCE.replace(before, after))
-        name = f"{kernels.__package__}.faulty_{len(names)}"
-        spec = importlib.util.spec_from_file_location(name, path)
-        module = importlib.util.module_from_spec(spec)
-        sys.modules[name] = module
-        names.append(name)
-        spec.loader.exec_module(module)
-        return module
+        loaded.append(load_with_fault(kernels, before, after, tmp_path, f"faulty_{len(loaded)}"))
+        return loaded[-1]
 
     yield load
-    for name in names:
-        del sys.modules[name]
+    for module in loaded:
+        unload(module)
 
 
 def check(module, layout):
@@ -145,7 +133,7 @@ CARELESS = {
     "what is unseen spoils": ("visible & bad[None, :]", "bad[None, :]"),
     "values left as they are": ("x = tl.where(finite, x, tl.zeros_like(x))", "x = x"),
     "infinities taken for numbers": ("< float(\"inf\")", "<= float(\"inf\")"),
-    "forward without care": ("p, v = _apart(p, visible, v, CAREFUL)", "p, v = _apart(p, visible, v, False)"),
+    "forward without care": ("p, v = set_apart(p, visible, v, CAREFUL)", "p, v = set_apart(p, visible, v, False)"),
     "dq without care": ("visible, k, CAREFUL)", "visible, k, False)"),
     "dk without care": ("visible, q, CAREFUL)", "visible, q, False)"),
     "dv without care": ("visible, grad, CAREFUL)", "visible, grad, False)"),

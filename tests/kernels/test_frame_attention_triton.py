@@ -22,6 +22,7 @@ if torch.cuda.is_available():
 import triton.language as tl  # noqa: E402
 
 from sae_kernels.frame_attention import triton as kernels  # noqa: E402
+from sae_kernels.frame_attention.triton import plan, primitives  # noqa: E402
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # Tiles (rows, keys) as large as the sequences, smaller than a block, and of either shape.
@@ -176,7 +177,7 @@ def test_batch_does_not_change_a_sequence():
 @triton.jit
 def place_kernel(slots_ptr, heads_ptr, slots, all_heads, section):
     program = tl.program_id(0)
-    slot, head = kernels._place(program, slots, all_heads, section)
+    slot, head = primitives.place_of(program, slots, all_heads, section)
     tl.store(slots_ptr + program, slot)
     tl.store(heads_ptr + program, head)
 
@@ -200,7 +201,7 @@ def test_order_of_programs_does_not_change_results(section_heads, monkeypatch):
     layout = FrameLayout(2, 9)
     tensors = make(layout, heads=(5, 5), D=16)
     want, lse = run(tensors, layout)
-    monkeypatch.setattr(kernels, "SECTION_BYTES", section_heads * 2 * layout.sequence_length * 16 * 4)
+    monkeypatch.setattr(plan, "SECTION_BYTES", section_heads * 2 * layout.sequence_length * 16 * 4)
     got, got_lse = run(tensors, layout)
     assert torch.equal(lse, got_lse)
     assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
@@ -210,7 +211,7 @@ def test_rows_further_apart_than_32_bits_reach(monkeypatch):
     layout = FrameLayout(3, 9, window=1)
     tensors = make(layout)
     want, _ = run(tensors, layout)
-    monkeypatch.setattr(kernels, "MAX_TILE", 2**31)
+    monkeypatch.setattr(plan, "MAX_TILE", 2**31)
     assert all(torch.equal(a, b) for a, b in zip(run(tensors, layout)[0], want, strict=True))
 
 
@@ -346,7 +347,7 @@ def test_configurations_depend_on_what_they_say():
         (80, 86, 89, 90, 100, 120), DTYPES, (16, 64, 72, 128, 256), (1, 64, 1560), configs.ATTENTION_DIRECTIONS
     ):
         config = configs.attention_config(architecture, dtype, D, block, direction)
-        assert max(config.block_m, config.block_n) <= kernels.MAX_TILE
+        assert max(config.block_m, config.block_n) <= plan.MAX_TILE
         assert config == configs.attention_config(architecture, dtype, D, block, direction)
     with pytest.raises(ValueError, match="direction: must be one of"):
         configs.attention_config(90, torch.float16, 64, 64, "sideways")

@@ -146,18 +146,18 @@ def test_auto_leaves_a_convolution_that_was_measured_slower_to_the_library(measu
 @pytest.mark.skipif(torch.cuda.is_available(), reason="the command measures the compiled kernels")
 def test_the_convolution_is_tuned_and_its_table_read_again(measured_file, monkeypatch):
     """The whole run in the interpreter, with ever shorter times; a configuration that gives other numbers never wins."""
-    from sae_kernels.causal_conv3d import triton as kernels
+    from sae_kernels.causal_conv3d.triton import plan
 
     other, wrong = ConvConfig(64, 16, 16, 4, 1), ConvConfig(32, 16, 16, 4, 1)
     monkeypatch.setattr(tune, "conv_candidates", lambda default, direction, architecture: [default, other, wrong])
-    make = kernels._convolution
+    make = plan._convolution
 
     def faulty(*arguments, config=None, **options):
         if config == wrong:
             options["first_frame"] = options.get("first_frame", 0) + 1
         return make(*arguments, config=config, **options)
 
-    monkeypatch.setattr(kernels, "_convolution", faulty)
+    monkeypatch.setattr(plan, "_convolution", faulty)
     times = itertools.count(100, -1)
     entries, slower = tune.tune_convolution(
         [(1, 2, 8)], [torch.float32], lambda line: None, architecture=0, device="cpu",

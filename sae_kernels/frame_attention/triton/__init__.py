@@ -1,0 +1,64 @@
+"""frame_attention in Triton: forward, dK/dV and dQ kernels whose work list is arithmetic on the layout's integers.
+
+A tile of rows lies in one stream and may cut through blocks anywhere. What its rows see is at most four intervals of
+keys; the part that every row sees is walked in full tiles without a mask, and only what is left is masked, by comparing
+token indices with each row's own bounds. dK/dV walks the same relation from the side of a tile of keys. Each gradient
+element is summed by one program in one order: no atomics, bitwise repeatable, independent of the batch.
+
+Tiles are read through pointers, or (TMA) through tensor descriptors by the copy engine: the same tiles in the same
+order, hence the same bits. A pointer's masks leave out what no row of a tile sees. A descriptor reads all of a tile;
+where that let a NaN in, which shows in the result, the tile is done again with care.
+
+Token indices count from a stream's start. N tokens in a stream, U tokens in a block, W tokens in a window,
+BM rows and BN keys in a tile, D head dim, BD its next power of two. Addresses are int64.
+"""
+
+import torch
+
+from ..._launch import architecture, run
+from ...layout import FrameLayout
+from .plan import plan_backward, plan_forward
+
+__all__ = ["backward", "forward", "plan_backward", "plan_forward"]
+
+
+def forward(q, k, v, out, lse, layout: FrameLayout, scale: float, noisy_queries_only: bool, config=None) -> None:
+    """Fill out (like q) and lse (B, Hq, Sq)."""
+    run(plan_forward(q, k, v, out, lse, layout, scale, noisy_queries_only, architecture(q.device), config), q.device)
+
+
+def backward(
+    grad_out,
+    q,
+    k,
+    v,
+    out,
+    lse,
+    dq,
+    dk,
+    dv,
+    layout: FrameLayout,
+    scale: float,
+    noisy_queries_only: bool,
+    configs=(None, None, None),
+) -> None:
+    """Fill dq, dk, dv; allocates one fp32 number for each row. `configs`: of delta, dk/dv and dq."""
+    delta = torch.empty_like(lse)
+    launches = plan_backward(
+        grad_out,
+        q,
+        k,
+        v,
+        out,
+        lse,
+        delta,
+        dq,
+        dk,
+        dv,
+        layout,
+        scale,
+        noisy_queries_only,
+        architecture(q.device),
+        configs,
+    )
+    run(launches, q.device)
