@@ -96,6 +96,7 @@ def _attention_launchers(layout: FrameLayout, head_dim: int, dtype: torch.dtype,
     out, dq, dk, dv = (torch.empty_like(q) for _ in range(4))
     lse = torch.empty(shape[:3], device="cuda")
     delta = torch.empty_like(lse)
+    tensors = kernels.Gradients(grad, q, k, v, out, lse, delta, dq, dk, dv)
     scale = head_dim**-0.5
 
     def forward(config):
@@ -103,9 +104,7 @@ def _attention_launchers(layout: FrameLayout, head_dim: int, dtype: torch.dtype,
 
     def backward(index):
         def run(config):
-            kernels.plan_backward(
-                grad, q, k, v, out, lse, delta, dq, dk, dv, layout, scale, False, architecture, (config,) * 3
-            )[index].run()
+            kernels.plan_backward(tensors, layout, scale, False, architecture, (config,) * 3)[index].run()
 
         return run
 

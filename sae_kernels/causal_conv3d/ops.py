@@ -112,10 +112,8 @@ def _empty_backward(x, weight, mask):
     return tuple(grad if asked else x.new_empty(0) for grad, asked in zip(grads, mask))
 
 
-def _backward(
-    grad_out, x, weight, past_scale, last_scale, history, past,
-    pad_value, frames, frames_per_block, noisy_copies, noisy_first, mask, impl,
-):  # fmt: skip
+def _backward(grad_out, x, weight, past_scale, last_scale, history, past, pad_value, *options):
+    frames, frames_per_block, noisy_copies, noisy_first, mask, impl = options
     if x.numel() == 0:
         return tuple(grad.zero_() for grad in _empty_backward(x, weight, mask))
     layout = FrameLayout(frames, 1, frames_per_block, noisy_copies, noisy_first)
@@ -133,13 +131,6 @@ def _fake_forward(
     return _empty_forward(x, weight, frames, frames_per_block, noisy_copies, keep_past)
 
 
-def _fake_backward(
-    grad_out, x, weight, past_scale, last_scale, history, past,
-    pad_value, frames, frames_per_block, noisy_copies, noisy_first, mask, impl,
-):  # fmt: skip
-    return _empty_backward(x, weight, mask)
-
-
 causal_conv3d_fwd = _library.define(
     f"causal_conv3d_fwd({_TENSORS}, {_GEOMETRY}, bool keep_past, str impl) -> (Tensor, Tensor)",
     _forward,
@@ -149,7 +140,7 @@ causal_conv3d_bwd = _library.define(
     f"causal_conv3d_bwd(Tensor grad_out, {_TENSORS}, Tensor past, {_GEOMETRY}, bool[] mask, str impl)"
     " -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
     _backward,
-    _fake_backward,
+    lambda grad_out, x, weight, *rest: _empty_backward(x, weight, mask=rest[-2]),
 )
 
 

@@ -8,6 +8,7 @@ from .. import _extension, _launch, _library
 from ..layout import FrameLayout
 from . import composed, cpp
 
+# The fields of FrameLayout, in their order.
 _LAYOUT = (
     "SymInt frames, SymInt tokens_per_frame, SymInt frames_per_block, SymInt noisy_copies, bool noisy_first, "
     "SymInt? window, SymInt sink"
@@ -54,42 +55,25 @@ def _backend(impl: str):
     raise ValueError(f"impl: frame_attention has no registered implementation {impl!r}")
 
 
-def _forward(
-    q,
-    k,
-    v,
-    frames,
-    tokens_per_frame,
-    frames_per_block,
-    noisy_copies,
-    noisy_first,
-    window,
-    sink,
-    scale,
-    noisy_queries_only,
-    impl,
-):
-    layout = FrameLayout(frames, tokens_per_frame, frames_per_block, noisy_copies, noisy_first, window, sink)
+def _forward(q, k, v, *options):
+    *layout, scale, noisy_queries_only, impl = options
     out, lse = _empty_forward(q)
     if out.numel() > 0:
         q, k, v = map(_in_rows, (q, k, v))
-        _backend(impl).forward(q, k, v, out, lse, layout, scale, noisy_queries_only)
+        _backend(impl).forward(q, k, v, out, lse, FrameLayout(*layout), scale, noisy_queries_only)
     return out, lse
 
 
-def _backward(
-    grad_out, q, k, v, out, lse,
-    frames, tokens_per_frame, frames_per_block, noisy_copies, noisy_first, window, sink,
-    scale, noisy_queries_only, impl,
-):  # fmt: skip
-    layout = FrameLayout(frames, tokens_per_frame, frames_per_block, noisy_copies, noisy_first, window, sink)
+def _backward(grad_out, q, k, v, out, lse, *options):
+    *layout, scale, noisy_queries_only, impl = options
     grads = _empty_backward(q, k, v)
     if q.numel() == 0:
         for grad in grads:
             grad.zero_()
     else:
         grad_out, q, k, v = map(_in_rows, (grad_out, q, k, v))
-        _backend(impl).backward(grad_out, q, k, v, out, lse, *grads, layout, scale, noisy_queries_only)
+        options = (FrameLayout(*layout), scale, noisy_queries_only)
+        _backend(impl).backward(grad_out, q, k, v, out, lse, *grads, *options)
     return grads
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 
@@ -68,8 +69,8 @@ def qk_prepare(
     if v is not None:
         _checks.check_size("v", "heads", v.shape[1], "heads of k", k.shape[1])
     tensors = (q, k, v if normalize_v else None)
-    options = (start, grid, axes, base, interleaved, normalize, normalize_v and v is not None, eps, impl)
-    out = _prepare("qk_prepare", tensors, None, positions, *options)
+    settings = _Settings(base, interleaved, normalize, normalize_v and v is not None, eps)
+    out = _prepare("qk_prepare", tensors, None, positions, start, grid, axes, settings, impl)
     return out[:2] if v is None else (*out[:2], out[2] if normalize_v else v)
 
 
@@ -115,16 +116,27 @@ def qkv_prepare(
         raise ValueError(
             f"kv_heads: must be in [1, {(heads - 1) // 2}] with {heads} heads, got {_checks.short(kv_heads)}"
         )
-    options = (start, grid, axes, base, interleaved, normalize, normalize_v, eps, impl)
+    settings = _Settings(base, interleaved, normalize, normalize_v, eps)
     counts = [heads - 2 * kv_heads, kv_heads, kv_heads]
-    q, k, v = _prepare("qkv_prepare", (qkv.transpose(1, 2), None, None), counts, positions, *options)
+    q, k, v = _prepare(
+        "qkv_prepare", (qkv.transpose(1, 2), None, None), counts, positions, start, grid, axes, settings, impl
+    )
     return q, k, v
 
 
+class _Settings(NamedTuple):
+    base: float
+    interleaved: bool
+    normalize: bool
+    normalize_v: bool
+    eps: float
+
+
 def _prepare(
-    op, tensors, heads, positions, start, grid, axes, base, interleaved, normalize, normalize_v, eps, impl
+    op, tensors, heads, positions, start, grid, axes, settings: _Settings, impl: str
 ) -> tuple[torch.Tensor, ...]:
     q, k, v = tensors
+    base, interleaved, normalize, normalize_v, eps = settings
     argument, D = "q" if heads is None else "qkv", q.shape[-1]
     if D < 1:
         raise ValueError(f"{argument}: head dim must be >= 1, got {D}")

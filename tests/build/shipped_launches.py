@@ -30,12 +30,13 @@ def frame_attention(architecture: int) -> dict[str, Launch]:
         k = torch.empty(1, 2, layout.sequence_length, D, dtype=dtype, device="meta")
         lse = torch.empty(q.shape[:3], device="meta")
         plan = kernels.plan_forward(q, k, k, q, lse, layout, D**-0.5, False, architecture)
-        plan += kernels.plan_backward(q, q, k, k, q, lse, lse, q, k, k, layout, D**-0.5, False, architecture)
+        tensors = kernels.Gradients(q, q, k, k, q, lse, lse, q, k, k)
+        plan += kernels.plan_backward(tensors, layout, D**-0.5, False, architecture)
         if architecture == 90 and (D, P) == (128, 16):
             # Not shipped, but a measured table may choose it.
             config = replace(configs.attention_config(90, dtype, D, P, "dkdv"), descriptors=True)
-            given = (q, q, k, k, q, lse, lse, q, k, k, layout, D**-0.5, False, architecture, (None, config, None))
-            plan.append(kernels.plan_backward(*given)[1])
+            configured = (None, config, None)
+            plan.append(kernels.plan_backward(tensors, layout, D**-0.5, False, architecture, configured)[1])
         # What a descriptor cannot address goes through pointers, in the same tiles.
         plan += [_through_pointers(launch) for launch in plan if launch.args.get("TMA")]
         for launch in plan:

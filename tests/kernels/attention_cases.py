@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from sae_kernels import FrameLayout
+from sae_kernels._launch import architecture, run
 from sae_kernels.frame_attention import reference
 from sae_kernels.testing import assert_within_budget, noncontiguous
 
@@ -51,12 +52,14 @@ def specification(tensors, layout: FrameLayout, scale: float, noisy_queries_only
 
 
 def launch(kernels, tensors, layout: FrameLayout, scale: float, noisy_queries_only: bool, config=None):
-    """([out, dq, dk, dv], lse) by a kernel module's forward and backward, with one tile size or its own."""
+    """([out, dq, dk, dv], lse) by the launches that a package of kernels plans, with one tile size or its own."""
     q, k, v, grad = (x.detach() for x in tensors)
     out, lse = torch.empty_like(q), q.new_empty(q.shape[:3], dtype=torch.float32)
-    kernels.forward(q, k, v, out, lse, layout, scale, noisy_queries_only, config)
+    options = (layout, scale, noisy_queries_only, architecture(q.device))
+    run(kernels.plan_forward(q, k, v, out, lse, *options, config), q.device)
     grads = [torch.empty_like(x) for x in (q, k, v)]
-    kernels.backward(grad, q, k, v, out, lse, *grads, layout, scale, noisy_queries_only, (None, config, config))
+    given = kernels.Gradients(grad, q, k, v, out, lse, torch.empty_like(lse), *grads)
+    run(kernels.plan_backward(given, *options, (None, config, config)), q.device)
     return [out, *grads], lse
 
 

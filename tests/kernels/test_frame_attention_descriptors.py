@@ -33,9 +33,8 @@ CASES = {
 def uses_descriptors(tensors, layout, config=DESCRIPTORS, architecture=0):
     q, k, v, grad = tensors
     plan = kernels.plan_forward(q, k, v, q, q, layout, 1.0, False, architecture, config)
-    plan += kernels.plan_backward(
-        grad, q, k, v, q, q, q, q, k, v, layout, 1.0, False, architecture, (None, config, config)
-    )
+    given = kernels.Gradients(grad, q, k, v, q, q, q, q, k, v)
+    plan += kernels.plan_backward(given, layout, 1.0, False, architecture, (None, config, config))
     return [launch.args.get("TMA") for launch in plan if "TMA" in launch.args]
 
 

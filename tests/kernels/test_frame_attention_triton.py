@@ -363,7 +363,8 @@ def test_sizes_pick_no_other_binary():
         q = torch.empty(B, 4, layout.sequence_length, D, dtype=torch.bfloat16, device="meta")
         lse = torch.empty(q.shape[:3], device="meta")
         launches = kernels.plan_forward(q, q, q, q, lse, layout, 0.1, False, 90)
-        launches += kernels.plan_backward(q, q, q, q, q, lse, lse, q, q, q, layout, 0.1, False, 90)
+        given = kernels.Gradients(q, q, q, q, q, lse, lse, q, q, q)
+        launches += kernels.plan_backward(given, layout, 0.1, False, 90)
         keys.add(
             tuple(
                 (

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import math
-from dataclasses import asdict
+from dataclasses import asdict, replace
 
 import pytest
 import torch
@@ -152,10 +152,10 @@ def test_the_convolution_is_tuned_and_its_table_read_again(measured_file, monkey
     monkeypatch.setattr(tune, "conv_candidates", lambda default, direction, architecture: [default, other, wrong])
     make = plan._convolution
 
-    def faulty(*arguments, config=None, **options):
+    def faulty(job, architecture, config=None):
         if config == wrong:
-            options["first_frame"] = options.get("first_frame", 0) + 1
-        return make(*arguments, config=config, **options)
+            job = replace(job, first_frame=job.first_frame + 1)
+        return make(job, architecture, config)
 
     monkeypatch.setattr(plan, "_convolution", faulty)
     times = itertools.count(100, -1)

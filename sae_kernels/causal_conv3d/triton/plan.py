@@ -27,12 +27,11 @@ def plan_forward(
     T = layout.frames
     out = _video(x, (B, Cout, layout.total_frames, Y, X))
     past = _video(x, (B, Cout, T, Y, X)) if keep_past and kt > 1 else None
-    launches = _convolution(
-        "fwd", x.narrow(2, layout.clean_start, T), _history(x, history, pad_value, kt), x, weight,
-        frames=T, out=out, past=past, past_scale=past_scale, last_scale=last_scale,
-        streams=layout.streams, architecture=architecture, config=config,
+    job = Pass(
+        "fwd", x.narrow(2, layout.clean_start, T), x, weight, T, history=_history(x, history, pad_value, kt),
+        streams=layout.streams, past_scale=past_scale, last_scale=last_scale, out=out, past=past,
     )  # fmt: skip
-    return launches, out, past
+    return _convolution(job, architecture, config), out, past
 
 
 def plan_backward(
@@ -59,11 +58,10 @@ def plan_backward(
     source = _history(x, history, pad_value, kt)
     clean = x.narrow(2, layout.clean_start, T)
     launches = []
-    options = {"frames": T, "architecture": architecture}
-
     if kt > 1 and need_past_scale and past is None:
         past = _video(x, (B, Cout, T, Y, X))
-        launches += _convolution("fwd", clean, source, None, weight, past=past, config=configs.get("fwd"), **options)
+        job = Pass("fwd", clean, None, weight, T, history=source, past=past)
+        launches += _convolution(job, architecture, configs.get("fwd"))
     need_sum = kt > 1 and (need_x or need_weight or need_history)
     total, scaled, past_dot = grad, grad, None
     if need_sum and (streams > 1 or past_scale is not None):
@@ -74,7 +72,7 @@ def plan_backward(
         launch, past_dot = _streams_pass(
             grad, past if kt > 1 and need_past_scale else None, past_scale, last_scale,
             total if total is not grad else None, scaled if scaled is not grad else None,
-            streams=streams, config=configs.get("streams"), **options,
+            streams=streams, frames=T, architecture=architecture, config=configs.get("streams"),
         )  # fmt: skip
         launches.append(launch)
 
@@ -82,17 +80,16 @@ def plan_backward(
     grad_history = _video(x, (B, Cin, kt - 1, Y, X)) if need_history else None
     last_dot = None
     if need_x or need_last_scale:
-        launches += _convolution(
-            "dgrad", total if need_x and kt > 1 else None, None, grad, weight,
-            out=grad_x, last_scale=last_scale, streams=streams, clean=layout.clean_start // T,
-            dot_with=x if need_last_scale else None, config=configs.get("dgrad"), **options,
+        job = Pass(
+            "dgrad", total if need_x and kt > 1 else None, grad, weight, T,
+            streams=streams, clean=layout.clean_start // T, last_scale=last_scale,
+            dot_with=x if need_last_scale else None, out=grad_x,
         )  # fmt: skip
+        launches += _convolution(job, architecture, configs.get("dgrad"))
         last_dot = launches[-1].args["dot_ptr"].unflatten(1, (B, F, Y * X)) if need_last_scale else None
     if grad_history is not None and kt > 1:
-        launches += _convolution(
-            "dgrad", total, None, None, weight, past=grad_history, frames=kt - 1, first_frame=1 - kt,
-            architecture=architecture, config=configs.get("dgrad"),
-        )  # fmt: skip
+        job = Pass("dgrad", total, None, weight, kt - 1, first_frame=1 - kt, past=grad_history)
+        launches += _convolution(job, architecture, configs.get("dgrad"))
     parts: list[torch.Tensor] = []
     if need_weight:
         if kt > 1:
@@ -105,12 +102,8 @@ def plan_past_term(history, weight, architecture, config=None) -> tuple[list[Lau
     """(launches, past (B, Cout, 1, Y, X))."""
     history, weight = channels_last(history), _packed(weight)
     past = _video(history, (history.shape[0], weight.shape[0], 1, *history.shape[3:]))
-    frames = history.shape[2]
-    launches = _convolution(
-        "fwd", history, None, None, weight, frames=1, first_frame=frames, past=past,
-        architecture=architecture, config=config,
-    )  # fmt: skip
-    return launches, past
+    job = Pass("fwd", history, None, weight, 1, first_frame=history.shape[2], past=past)
+    return _convolution(job, architecture, config), past
 
 
 def plan_past_term_backward(
@@ -124,24 +117,40 @@ def plan_past_term_backward(
     if mask[0]:
         grad_history = _video(history, history.shape)
         frames = history.shape[2]
-        launches += _convolution(
-            "dgrad", grad, None, None, weight, past=grad_history, frames=frames, first_frame=-frames,
-            architecture=architecture, config=configs.get("dgrad"),
-        )  # fmt: skip
+        job = Pass("dgrad", grad, None, weight, frames, first_frame=-frames, past=grad_history)
+        launches += _convolution(job, architecture, configs.get("dgrad"))
     if mask[1]:
         launches.append(_weight_gradient(grad, history, history, weight, parts, True, architecture, configs))
     return launches, grad_history, parts
 
 
-def _convolution(
-    direction, past_source, history, source, weight, *, frames, architecture, out=None, past=None, past_scale=None,
-    last_scale=None, streams=0, clean=0, first_frame=0, dot_with=None, config=None,
-) -> list[Launch]:  # fmt: skip
-    """The main kernel, and the one that combines its parts where programs share a tile.
+@dataclass(frozen=True)
+class Pass:
+    """What the main kernel reads, combines and writes: past taps of a past_source, last taps of a source."""
 
-    Past taps if there is a past_source, last taps if there is a source.
-    """
+    direction: str  # "fwd" or "dgrad"
+    past_source: torch.Tensor | None
+    source: torch.Tensor | None
+    weight: torch.Tensor
+    frames: int
+    history: torch.Tensor | None = None
+    first_frame: int = 0
+    streams: int = 0
+    clean: int = 0
+    past_scale: torch.Tensor | None = None
+    last_scale: torch.Tensor | None = None
+    dot_with: torch.Tensor | None = None
+    out: torch.Tensor | None = None
+    past: torch.Tensor | None = None
+
+
+def _convolution(job: Pass, architecture: int, config: defaults.ConvConfig | None = None) -> list[Launch]:
+    """The main kernel, and the one that combines its parts where programs share a tile."""
+    direction, frames, weight, streams = job.direction, job.frames, job.weight, job.streams
+    past_source, source, history, dot_with = job.past_source, job.source, job.history, job.dot_with
+    past_scale, last_scale, out, past = job.past_scale, job.last_scale, job.out, job.past
     like = past_source if source is None else source
+    assert like is not None
     none = like.new_empty(0)
     B, K, _, Y, X = like.shape
     Cout, Cin, kt, ky, kx = weight.shape
@@ -196,8 +205,8 @@ def _convolution(
         **_strides("p", videos["p"], unit_k), **_strides("h", videos["h"], unit_k),
         **_strides("x", videos["x"], unit_k), **_strides("z", videos["z"], unit_z),
         "stride_wo": kt * ky * kx * Cin // unit_w, "stride_wt": Cin // unit_w,
-        "rows": rows, "frames": frames, "first_frame": first_frame, "source_frames": videos["p"].shape[2],
-        "Y": Y, "X": X, "K": K // unit_k, "N": N // unit_n, "streams": streams, "clean": clean,
+        "rows": rows, "frames": frames, "first_frame": job.first_frame, "source_frames": videos["p"].shape[2],
+        "Y": Y, "X": X, "K": K // unit_k, "N": N // unit_n, "streams": streams, "clean": job.clean,
         "past_parts": past_parts, "last_parts": max(last_parts, 1),
         "KT": kt, "KY": ky, "KX": kx,
         "BM": config.block_m, "BN": config.block_n, "BK": config.block_k,

@@ -17,48 +17,19 @@ import torch
 
 from ..._launch import architecture, run
 from ...layout import FrameLayout
-from .plan import plan_backward, plan_forward
+from .plan import Gradients, plan_backward, plan_forward
 
-__all__ = ["backward", "forward", "plan_backward", "plan_forward"]
+__all__ = ["Gradients", "backward", "forward", "plan_backward", "plan_forward"]
 
 
-def forward(q, k, v, out, lse, layout: FrameLayout, scale: float, noisy_queries_only: bool, config=None) -> None:
+def forward(q, k, v, out, lse, layout: FrameLayout, scale: float, noisy_queries_only: bool) -> None:
     """Fill out (like q) and lse (B, Hq, Sq)."""
-    run(plan_forward(q, k, v, out, lse, layout, scale, noisy_queries_only, architecture(q.device), config), q.device)
+    run(plan_forward(q, k, v, out, lse, layout, scale, noisy_queries_only, architecture(q.device)), q.device)
 
 
 def backward(
-    grad_out,
-    q,
-    k,
-    v,
-    out,
-    lse,
-    dq,
-    dk,
-    dv,
-    layout: FrameLayout,
-    scale: float,
-    noisy_queries_only: bool,
-    configs=(None, None, None),
+    grad_out, q, k, v, out, lse, dq, dk, dv, layout: FrameLayout, scale: float, noisy_queries_only: bool
 ) -> None:
-    """Fill dq, dk, dv; allocates one fp32 number for each row. `configs`: of delta, dk/dv and dq."""
-    delta = torch.empty_like(lse)
-    launches = plan_backward(
-        grad_out,
-        q,
-        k,
-        v,
-        out,
-        lse,
-        delta,
-        dq,
-        dk,
-        dv,
-        layout,
-        scale,
-        noisy_queries_only,
-        architecture(q.device),
-        configs,
-    )
-    run(launches, q.device)
+    """Fill dq, dk, dv; allocates one fp32 number for each row."""
+    tensors = Gradients(grad_out, q, k, v, out, lse, torch.empty_like(lse), dq, dk, dv)
+    run(plan_backward(tensors, layout, scale, noisy_queries_only, architecture(q.device)), q.device)

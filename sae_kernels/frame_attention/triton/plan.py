@@ -1,6 +1,7 @@
 """The launches of forward and backward as data: the layout in integers, strides, descriptors, grids."""
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 import triton
@@ -71,26 +72,28 @@ def plan_forward(q, k, v, out, lse, layout, scale, noisy_queries_only, architect
     return [_launch(frame_attention_fwd_kernel, slots * args["all_heads"], args, config)]
 
 
+class Gradients(NamedTuple):
+    """What backward reads (delta, one fp32 number for each row, is room for its own use) and writes: dq, dk, dv."""
+
+    grad_out: torch.Tensor
+    q: torch.Tensor
+    k: torch.Tensor
+    v: torch.Tensor
+    out: torch.Tensor
+    lse: torch.Tensor
+    delta: torch.Tensor
+    dq: torch.Tensor
+    dk: torch.Tensor
+    dv: torch.Tensor
+
+
 def plan_backward(
-    grad_out,
-    q,
-    k,
-    v,
-    out,
-    lse,
-    delta,
-    dq,
-    dk,
-    dv,
-    layout,
-    scale,
-    noisy_queries_only,
-    architecture,
-    configs=(None, None, None),
+    tensors: Gradients, layout, scale, noisy_queries_only, architecture, configs=(None, None, None)
 ) -> list[Launch]:
-    """The launches of `backward`; tensors may be meta tensors."""
-    tensors = {"q": q, "k": k, "v": v, "o": out, "g": grad_out, "dq": dq, "dk": dk, "dv": dv}
-    shared, geometry = _shared(layout, noisy_queries_only, scale, tensors.values(), **tensors)
+    """The launches of `backward`; tensors may be meta tensors. `configs`: of delta, dk/dv and dq."""
+    grad_out, q, k, v, out, lse, delta, dq, dk, dv = tensors
+    strided = {"q": q, "k": k, "v": v, "o": out, "g": grad_out, "dq": dq, "dk": dk, "dv": dv}
+    shared, geometry = _shared(layout, noisy_queries_only, scale, strided.values(), **strided)
     shared |= {"lse_ptr": lse, "delta_ptr": delta, "dq_ptr": dq, "dk_ptr": dk, "dv_ptr": dv, "scale": scale}
     by_query, by_key = shared | _heads(q, k, True), shared | _heads(q, k, False)
     config = configs[0] or _config(q, layout, architecture, "delta")
