@@ -12,7 +12,8 @@ from typing import Any
 import torch
 
 import sae_kernels
-from sae_kernels.magnitude import ops, reference
+from sae_kernels.activations import ops, reference
+from sae_kernels.weight_norm import reference as weight_reference
 
 from . import gate, measure
 from .gate import Inputs
@@ -103,7 +104,7 @@ def _weights(shape: Mapping[str, Any], device: str) -> Problem:
 
     def eager(weights: list[torch.Tensor]) -> None:
         for w in weights:
-            w.copy_(reference.normalize_weight(w, math.sqrt(w[0].numel())))
+            w.copy_(weight_reference.normalize_weight(w, math.sqrt(w[0].numel())))
 
     def launch(function: Callable[[dict[str, Any]], None]) -> dict[str, Callable]:
         @torch.no_grad()
@@ -126,7 +127,7 @@ def _weights(shape: Mapping[str, Any], device: str) -> Problem:
         before = [w.detach().clone() for w in inputs["weights"]]
         for i, (w, actual) in enumerate(zip(before, contender.launch[direction](inputs))):
             gain = math.sqrt(w[0].numel())
-            gold, same = reference.normalize_weight(w.double(), gain), reference.normalize_weight(w, gain)
+            gold, same = weight_reference.normalize_weight(w.double(), gain), weight_reference.normalize_weight(w, gain)
             name = f"weight {i}"
             gate.hold(contender, {name: actual.detach()}, {name: gold}, {name: same})
 

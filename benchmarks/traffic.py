@@ -29,7 +29,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from sae_kernels import _checks, _extension, _launch, _library
-from sae_kernels.magnitude import reference
+from sae_kernels.weight_norm import reference
 
 from . import convolution, naive, report, train_step
 

@@ -1,22 +1,13 @@
 """Kernels for training autoregressive video diffusion and world models."""
 
+from .activations import modulated_silu, mp_cat, mp_silu, mp_sum, pixel_norm, pixel_norm_silu
 from .causal_conv3d import causal_conv3d, past_term
 from .edm_loss import edm_loss
 from .frame_attention import frame_attention
 from .layout import FrameLayout
-from .magnitude import (
-    modulated_silu,
-    mp_cat,
-    mp_silu,
-    mp_sum,
-    normalize_weight,
-    normalize_weights,
-    normalize_weights_,
-    pixel_norm,
-    pixel_norm_silu,
-)
 from .qk_prepare import qk_prepare, qkv_prepare
 from .token_noise import token_noise, token_noise_eps
+from .weight_norm import normalize_weight, normalize_weights, normalize_weights_
 
 __all__ = [
     "FrameLayout",

@@ -11,7 +11,7 @@ import torch
 
 from . import __version__, _extension
 
-OPS = ("frame_attention", "causal_conv3d", "token_noise", "edm_loss", "magnitude", "qk_prepare")
+OPS = ("frame_attention", "causal_conv3d", "token_noise", "edm_loss", "activations", "weight_norm", "qk_prepare")
 
 
 def version_of(package: str) -> str:

@@ -84,6 +84,13 @@ def check_float(name: str, value: torch.Tensor) -> None:
         raise TypeError(f"{name}: dtype must be float32, bfloat16, float16 or float64, got {describe(value)}")
 
 
+def check_float_tensor(name: str, value: object) -> None:
+    """Of any shape."""
+    if not isinstance(value, torch.Tensor):
+        raise TypeError(f"{name}: must be a tensor, got {describe(value)}")
+    check_float(name, value)
+
+
 def check_like(name: str, value: torch.Tensor, other_name: str, other: torch.Tensor) -> None:
     """Same dtype and device as another argument."""
     if value.dtype != other.dtype:

@@ -165,8 +165,8 @@ def token_noise(architecture: int) -> dict[str, Launch]:
     return launches
 
 
-def magnitude(architecture: int) -> dict[str, Launch]:
-    from sae_kernels.magnitude import triton as kernels
+def activations(architecture: int) -> dict[str, Launch]:
+    from sae_kernels.activations import triton as kernels
 
     launches = {}
 
@@ -194,11 +194,6 @@ def magnitude(architecture: int) -> dict[str, Launch]:
         for backward in (False, True):
             name = f"{label}-{'backward' if backward else 'forward'}"
             add(name, kernels.plan_cat(x, x, 1, 1.0, 1.0, wide, backward))
-        w = torch.empty(256, 128, 3, 3, 3, dtype=dtype, device="meta")
-        column = torch.empty(256, device="meta")
-        backward = {"grad_ptr": w, "grad_w_ptr": w, "part_ptr": column, "NEEDS_W": True, "NEEDS_GAIN": True}
-        add(label, kernels.plan_weight(kernels.normalize_weight_fwd_kernel, w, column, 1.0, out_ptr=w, rms_ptr=column))
-        add(label, kernels.plan_weight(kernels.normalize_weight_bwd_kernel, w, column, 1.0, rms_ptr=column, **backward))
         for order, x in (
             ("last", _video(8, dtype, 256, 4)),
             ("first", torch.empty(2, 20, 4, 8, 8, dtype=dtype, device="meta")),
@@ -231,12 +226,27 @@ def magnitude(architecture: int) -> dict[str, Launch]:
     return launches
 
 
+def weight_norm(architecture: int) -> dict[str, Launch]:
+    from sae_kernels.weight_norm import triton as kernels
+
+    launches = {}
+    dtypes = {"fp32": torch.float32, "bf16": torch.bfloat16}
+    for label in dtypes if architecture == 90 else ("bf16",):
+        w = torch.empty(256, 128, 3, 3, 3, dtype=dtypes[label], device="meta")
+        column = torch.empty(256, device="meta")
+        backward = {"grad_ptr": w, "grad_w_ptr": w, "part_ptr": column, "NEEDS_W": True, "NEEDS_GAIN": True}
+        plan = kernels.plan_weight(kernels.normalize_weight_fwd_kernel, w, column, 1.0, out_ptr=w, rms_ptr=column)
+        plan += kernels.plan_weight(kernels.normalize_weight_bwd_kernel, w, column, 1.0, rms_ptr=column, **backward)
+        launches |= {f"{launch.kernel.__name__}-{label}": launch for launch in plan}
+    return launches
+
+
 def is_wide(op: str, name: str) -> bool:
     """Whether a memory-bound kernel must write 16 bytes at a time (and read so, if it reads)."""
     if op == "token_noise":
         return not name.endswith("-unaligned")
     # Channels that lie apart are not read together.
-    return op == "magnitude" and not (name.startswith("pixel_norm") and "-first" in name)
+    return op in ("activations", "weight_norm") and not (name.startswith("pixel_norm") and "-first" in name)
 
 
 def qk_prepare(architecture: int) -> dict[str, Launch]:
@@ -275,6 +285,7 @@ OPS = {
     "frame_attention": frame_attention,
     "causal_conv3d": causal_conv3d,
     "token_noise": token_noise,
-    "magnitude": magnitude,
+    "activations": activations,
+    "weight_norm": weight_norm,
     "qk_prepare": qk_prepare,
 }

@@ -17,7 +17,7 @@ import sae_kernels
 ROOT = Path(__file__).parents[2]
 PACKAGE = ROOT / "sae_kernels"
 KERNELS = sorted(PACKAGE.rglob("*.py"))
-OPS = {"frame_attention", "causal_conv3d", "token_noise", "edm_loss", "magnitude", "qk_prepare"}
+OPS = {"frame_attention", "causal_conv3d", "token_noise", "edm_loss", "activations", "weight_norm", "qk_prepare"}
 IMPLEMENTATIONS = {"reference", "composed", "triton", "cpp"}
 
 

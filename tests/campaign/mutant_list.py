@@ -8,7 +8,8 @@ from __future__ import annotations
 
 ATTENTION = "tests/kernels/test_frame_attention.py"
 CONVOLUTION = "tests/kernels/test_causal_conv3d.py"
-MAGNITUDE = "tests/kernels/test_magnitude.py"
+ACTIVATIONS = "tests/kernels/test_activations.py"
+WEIGHTS = "tests/kernels/test_activations.py tests/kernels/test_weight_norm.py"
 NOISE = "tests/kernels/test_token_noise.py"
 LOSS = "tests/kernels/test_edm_loss.py"
 QK = "tests/kernels/test_qk_prepare.py"
@@ -119,12 +120,18 @@ KERNELS: list[Entry] = [
         ],
     ),
     (
-        "sae_kernels/magnitude/composed.py",
-        MAGNITUDE + " -k 'composed_is or forced or finite_differences'",
+        "sae_kernels/activations/composed.py",
+        ACTIVATIONS + " -k 'composed_is or finite_differences'",
         [
             ("SILU_GAIN = 1 / 0.596", "SILU_GAIN = 1 / 0.5961"),
             ("/ norm**3)", "/ norm**2)"),
             ("/ (-out.shape[dim] * rms))", "/ (-out.shape[dim] * (rms + eps)))"),
+        ],
+    ),
+    (
+        "sae_kernels/weight_norm/composed.py",
+        WEIGHTS + " -k 'composed_is or forced or finite_differences'",
+        [
             (
                 "grad_gain.copy_(dot.sum() * (factor * fan_in**-0.5))",
                 "grad_gain.copy_(dot.sum() * (factor * fan_in**-0.4))",
@@ -137,8 +144,8 @@ KERNELS: list[Entry] = [
         ],
     ),
     (
-        "sae_kernels/magnitude/triton.py",
-        MAGNITUDE + " -k test_triton",
+        "sae_kernels/activations/triton.py",
+        ACTIVATIONS + " -k test_triton",
         [
             ("rms = tl.sqrt_rn(total / N.to(tl.float32))", "rms = tl.sqrt_rn(total / (N.to(tl.float32) - 1.0))"),
             ("y = a * ((1.0 - t) / norm) + b * (t / norm)", "y = a * ((1.0 - t) / norm) + b * t"),
@@ -146,6 +153,12 @@ KERNELS: list[Entry] = [
                 "total += tl.sum(tl.where(ok, grad * x, 0.0), axis=0)",
                 "total = tl.sum(tl.where(ok, grad * x, 0.0), axis=0)",
             ),
+        ],
+    ),
+    (
+        "sae_kernels/weight_norm/triton.py",
+        ACTIVATIONS + " -k test_triton",
+        [
             ("dot = tl.sum(total, axis=0) / (rms + eps)", "dot = tl.sum(total, axis=0) / rms"),
         ],
     ),
@@ -177,7 +190,7 @@ KERNELS: list[Entry] = [
     ),
     (
         "csrc/cpu_kernels.cpp",
-        f"{LOSS} {MAGNITUDE} -k 'is_the_reference or forced or one_pass or finite_differences'",
+        f"{LOSS} {WEIGHTS} -k 'is_the_reference or forced or one_pass or finite_differences'",
         [
             ("factor *= static_cast<C>(2.0 /", "factor *= static_cast<C>(1.0 /"),
             ("static_cast<float>(1.0 / (rms + eps));", "static_cast<float>(1.0001 / (rms + eps));"),

@@ -157,8 +157,8 @@ def _convolution(job: Pass, architecture: int, config: defaults.ConvConfig | Non
     back = direction == "fwd"
     N = Cout if back else Cin
     has_past = past_source is not None and kt > 1
-    videos = {
-        "p": past_source if has_past else like,
+    videos: dict[str, torch.Tensor] = {
+        "p": past_source if has_past and past_source is not None else like,
         "h": like if history is None else history,
         "x": like,
         "z": like if dot_with is None else dot_with,

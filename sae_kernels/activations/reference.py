@@ -10,14 +10,7 @@ import math
 import torch
 import torch.nn.functional as F
 
-
-def _compute_dtype(x: torch.Tensor) -> torch.dtype:
-    return torch.float64 if x.dtype == torch.float64 else torch.float32
-
-
-def _norm(x: torch.Tensor, dim: int | list[int]) -> torch.Tensor:
-    """Euclidean norm in fp32 (fp64 for fp64)."""
-    return torch.linalg.vector_norm(x, dim=dim, keepdim=True, dtype=_compute_dtype(x))
+from .._tensors import compute_dtype
 
 
 def mp_silu(x: torch.Tensor) -> torch.Tensor:
@@ -28,7 +21,7 @@ def mp_silu(x: torch.Tensor) -> torch.Tensor:
 def mp_sum(a: torch.Tensor, b: torch.Tensor, t: float | torch.Tensor, limit: float | None = None) -> torch.Tensor:
     """Eq. 88; hardtanh passes no gradient where the limit is reached."""
     if isinstance(t, torch.Tensor):
-        t = t.to(_compute_dtype(a))
+        t = t.to(compute_dtype(a.dtype))
     total = (((1 - t) * a + t * b) / ((1 - t) ** 2 + t**2) ** 0.5).to(a.dtype)
     return total if limit is None else F.hardtanh(total, -limit, limit)
 
@@ -48,18 +41,10 @@ def mp_cat(a: torch.Tensor, b: torch.Tensor, dim: int, t: float) -> torch.Tensor
 
 def pixel_norm(x: torch.Tensor, dim: int, eps: float) -> torch.Tensor:
     """x / (eps + root mean square of x along dim)."""
-    return (x / (eps + _norm(x, dim) / math.sqrt(x.shape[dim]))).to(x.dtype)
+    norm = torch.linalg.vector_norm(x, dim=dim, keepdim=True, dtype=compute_dtype(x.dtype))
+    return (x / (eps + norm / math.sqrt(x.shape[dim]))).to(x.dtype)
 
 
 def pixel_norm_silu(x: torch.Tensor, dim: int, eps: float) -> tuple[torch.Tensor, torch.Tensor]:
     normed = pixel_norm(x, dim, eps)
     return normed, mp_silu(normed)
-
-
-def normalize_weight(w: torch.Tensor, gain: float | torch.Tensor, dtype: torch.dtype | None = None) -> torch.Tensor:
-    """Eqs. 47 and 66: output channels (dim 0) of unit RMS, then gain / sqrt(fan-in); of the dtype of w by default."""
-    fan_in = math.prod(w.shape[1:])
-    if isinstance(gain, torch.Tensor):
-        gain = gain.to(_compute_dtype(w))
-    unit = w / (1e-4 + _norm(w, list(range(1, w.ndim))) / math.sqrt(fan_in))
-    return (unit * (gain / math.sqrt(fan_in))).to(dtype or w.dtype)

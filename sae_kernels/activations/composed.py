@@ -10,27 +10,9 @@ import math
 
 import torch
 
+from .._tensors import compute_dtype, store, up, workspace
+
 SILU_GAIN = 1 / 0.596
-
-
-def compute_dtype(dtype: torch.dtype) -> torch.dtype:
-    return torch.float64 if dtype == torch.float64 else torch.float32
-
-
-def _up(x: torch.Tensor) -> torch.Tensor:
-    # CPU kernels for mixed dtypes are ten times slower than a cast.
-    return x.to(compute_dtype(x.dtype))
-
-
-def _work(out: torch.Tensor) -> torch.Tensor:
-    """`out` itself where it can hold the intermediate, else an fp32 one beside it."""
-    dtype = compute_dtype(out.dtype)
-    return out if out.dtype == dtype else torch.empty_like(out, dtype=dtype)
-
-
-def _store(work: torch.Tensor, out: torch.Tensor) -> None:
-    if work is not out:
-        out.copy_(work)
 
 
 def mp_silu(x: torch.Tensor, out: torch.Tensor) -> None:
@@ -42,10 +24,10 @@ def mp_silu_backward(grad_out: torch.Tensor, x: torch.Tensor, grad_x: torch.Tens
 
 
 def modulated_silu(x: torch.Tensor, scale: torch.Tensor, out: torch.Tensor) -> None:
-    work = _work(out)
-    torch.mul(_up(x), _per_channel(scale, x), out=work)
+    work = workspace(out)
+    torch.mul(up(x), _per_channel(scale, x), out=work)
     torch.ops.aten.silu.out(work, out=work).mul_(SILU_GAIN)
-    _store(work, out)
+    store(work, out)
 
 
 def modulated_silu_backward(
@@ -56,13 +38,13 @@ def modulated_silu_backward(
     grad_scale: torch.Tensor | None,
 ) -> None:
     """Writes those gradients that are not None."""
-    x, scale = _up(x), _per_channel(scale, x)
+    x, scale = up(x), _per_channel(scale, x)
     z = x * scale
-    grad = torch.ops.aten.silu_backward.grad_input(_up(grad_out), z, grad_input=z)
+    grad = torch.ops.aten.silu_backward.grad_input(up(grad_out), z, grad_input=z)
     if grad_x is not None:
-        work = _work(grad_x)
+        work = workspace(grad_x)
         torch.mul(grad, scale * SILU_GAIN, out=work)
-        _store(work, grad_x)
+        store(work, grad_x)
     if grad_scale is not None:
         total = grad.mul_(x).sum_to_size(scale.shape).mul_(SILU_GAIN)
         grad_scale.copy_(total.reshape(total.shape[:3]).transpose(1, 2))
@@ -113,10 +95,10 @@ def mp_sum_backward(
 
 
 def mp_sum_tensor(a: torch.Tensor, b: torch.Tensor, t: torch.Tensor, out: torch.Tensor) -> None:
-    t, work = t.to(compute_dtype(a.dtype)), _work(out)
+    t, work = t.to(compute_dtype(a.dtype)), workspace(out)
     norm = torch.hypot(1 - t, t)
-    torch.mul(_up(a), (1 - t) / norm, out=work).addcmul_(_up(b), t / norm)
-    _store(work, out)
+    torch.mul(up(a), (1 - t) / norm, out=work).addcmul_(up(b), t / norm)
+    store(work, out)
 
 
 def mp_sum_tensor_backward(
@@ -130,14 +112,14 @@ def mp_sum_tensor_backward(
 ) -> None:
     """Writes those gradients that are not None. d/dt of the sum is ((1 - t) b - t a) / ((1 - t)^2 + t^2)^(3/2)."""
     t = t.to(compute_dtype(a.dtype))
-    norm, grad = torch.hypot(1 - t, t), _up(grad_out)
+    norm, grad = torch.hypot(1 - t, t), up(grad_out)
     for target, weight in ((grad_a, (1 - t) / norm), (grad_b, t / norm)):
         if target is not None:
-            work = _work(target)
+            work = workspace(target)
             torch.mul(grad, weight, out=work)
-            _store(work, target)
+            store(work, target)
     if grad_t is not None:
-        slope = torch.mul(_up(b), 1 - t).addcmul_(_up(a), t, value=-1).mul_(grad)
+        slope = torch.mul(up(b), 1 - t).addcmul_(up(a), t, value=-1).mul_(grad)
         grad_t.copy_(slope.sum_to_size(t.shape) / norm**3)
 
 
@@ -146,9 +128,9 @@ def pixel_norm(
 ) -> None:
     """Also writes mp_silu of the result to `act` if given."""
     torch.linalg.vector_norm(x, dim=dim, keepdim=True, dtype=rms.dtype, out=rms).mul_(x.shape[dim] ** -0.5)
-    work = _work(out)
-    torch.div(_up(x), rms + eps, out=work)
-    _store(work, out)
+    work = workspace(out)
+    torch.div(up(x), rms + eps, out=work)
+    store(work, out)
     if act is not None:
         mp_silu(out, act)
 
@@ -166,86 +148,11 @@ def pixel_norm_backward(
 
     grad is grad_out, and where mp_silu of the output was taken too, the gradient through that.
     """
-    grad, out, work = _up(grad_out), _up(out), _work(grad_x)
+    grad, out, work = up(grad_out), up(out), workspace(grad_x)
     if grad_act is not None:
-        grad = torch.ops.aten.silu_backward(_up(grad_act), out).mul_(SILU_GAIN).add_(grad)
+        grad = torch.ops.aten.silu_backward(up(grad_act), out).mul_(SILU_GAIN).add_(grad)
     torch.mul(grad, out, out=work)
     # The norm has gradient zero at the origin, by autograd's convention.
     slope = (work.sum(dim, keepdim=True) / (-out.shape[dim] * rms)).masked_fill_(rms == 0, 0)
     torch.mul(out, slope, out=work).addcmul_(grad, 1 / (rms + eps))
-    _store(work, grad_x)
-
-
-def normalize_weight(
-    w: torch.Tensor, gain: torch.Tensor | None, factor: float, out: torch.Tensor, rms: torch.Tensor
-) -> None:
-    fan_in = math.prod(w.shape[1:])
-    torch.linalg.vector_norm(w, dim=list(range(1, w.ndim)), keepdim=True, dtype=rms.dtype, out=rms).mul_(fan_in**-0.5)
-    work = _work(out)
-    torch.mul(_up(w), _scale(gain, factor, fan_in, rms) / (rms + 1e-4), out=work)
-    _store(work, out)
-
-
-def normalize_weight_backward(
-    grad_out: torch.Tensor,
-    w: torch.Tensor,
-    gain: torch.Tensor | None,
-    factor: float,
-    rms: torch.Tensor,
-    grad_w: torch.Tensor | None,
-    grad_gain: torch.Tensor | None,
-) -> None:
-    """With c = gain / sqrt(n), d = rms + eps and <,> over an output channel of n elements:
-
-    grad_w = c / d (grad - w <grad, w> / (d n rms)), grad_gain = sum <grad, w> / (d sqrt(n)).
-    """
-    fan_in, dims = math.prod(w.shape[1:]), list(range(1, w.ndim))
-    grad, w32, d = _up(grad_out), _up(w), rms + 1e-4
-    product = grad * w32
-    dot = product.sum(dims, keepdim=True) / d
-    if grad_gain is not None:
-        grad_gain.copy_(dot.sum() * (factor * fan_in**-0.5))
-    if grad_w is not None:
-        over_d = _scale(gain, factor, fan_in, rms) / d
-        slope = (dot * over_d / (-fan_in * rms)).masked_fill_(rms == 0, 0)
-        work = _work(grad_w)
-        torch.mul(w32, slope, out=work).addcmul_(grad, over_d)
-        _store(work, grad_w)
-
-
-def _scale(gain: torch.Tensor | None, factor: float, fan_in: int, rms: torch.Tensor) -> float | torch.Tensor:
-    scale = factor * fan_in**-0.5
-    return scale if gain is None else gain.to(rms.dtype) * scale
-
-
-@torch.no_grad()
-def normalize_weights_(weights: list[torch.Tensor], copies: list[torch.Tensor], gains: list[float]) -> None:
-    """Each weight to unit RMS for each output channel, in place; copies get the weight that forward would use."""
-    for w in weights:
-        normalize_weight(w, None, math.prod(w.shape[1:]) ** 0.5, w, _rms_of(w))
-    for w, copy, gain in zip(weights, copies, gains, strict=False):
-        made = torch.empty_like(w, dtype=compute_dtype(w.dtype))
-        normalize_weight(w, None, gain, made, _rms_of(w))
-        copy.copy_(made)
-
-
-def normalize_weights(weights: list[torch.Tensor], outs: list[torch.Tensor], gains: list[float]) -> None:
-    for w, out, gain in zip(weights, outs, gains, strict=True):
-        made = torch.empty_like(w, dtype=compute_dtype(w.dtype))
-        normalize_weight(w, None, gain, made, _rms_of(w))
-        out.copy_(made)
-
-
-def normalize_weights_backward(
-    grads: list[torch.Tensor], weights: list[torch.Tensor], grad_weights: list[torch.Tensor], gains: list[float]
-) -> None:
-    for grad, w, grad_w, gain in zip(grads, weights, grad_weights, gains, strict=True):
-        rms = _rms_of(w)
-        torch.linalg.vector_norm(w, dim=list(range(1, w.ndim)), keepdim=True, dtype=rms.dtype, out=rms)
-        rms.mul_(math.prod(w.shape[1:]) ** -0.5)
-        normalize_weight_backward(grad, w, None, gain, rms, grad_w, None)
-
-
-def _rms_of(w: torch.Tensor) -> torch.Tensor:
-    """Room for the RMS of each output channel."""
-    return torch.empty((len(w), *[1] * (w.ndim - 1)), dtype=compute_dtype(w.dtype), device=w.device)
+    store(work, grad_x)

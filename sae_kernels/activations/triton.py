@@ -1,6 +1,6 @@
 """The magnitude-preserving functions in Triton: each tensor is read once and written once, both ways.
 
-Rows too long for a tile, of a norm or a weight, are read twice. Everything is computed in fp32 and rounded once.
+Rows of a norm too long for a tile are read twice. Everything is computed in fp32 and rounded once.
 Tensors are walked in the order of their memory.
 """
 
@@ -12,9 +12,9 @@ import triton
 import triton.language as tl
 
 from .._launch import Launch, run
+from .._tensors import common_unit, ordered_as
 
 SILU_GAIN = 1 / 0.596
-WEIGHT_EPS = 1e-4
 BLOCK = 4096  # elements of a program: 16 a thread, whole 16-byte accesses in every dtype
 WIDEST = 4096  # channels that pixel_norm holds in one tile; more are walked twice
 
@@ -286,78 +286,13 @@ def mp_sum_frames_bwd_kernel(
         tl.store(part_ptr + program * tl.num_programs(1) + tl.program_id(1), slope)
 
 
-@triton.jit(do_not_specialize=["units"])
-def normalize_weight_fwd_kernel(
-    w_ptr, gain_ptr, out_ptr, rms_ptr, units: tl.int64, factor, eps,
-    HAS_GAIN: tl.constexpr, UNIT: tl.constexpr, BN: tl.constexpr,
-):  # fmt: skip
-    """One output channel w[i] of N elements to w[i] gain factor / (rms + eps); factor holds 1 / sqrt(N)."""
-    N = units * UNIT
-    row = tl.program_id(0).to(tl.int64)
-    n = tl.arange(0, BN)
-    total = tl.zeros([BN], tl.float32)
-    for first in range(0, N, BN):
-        w = tl.load(w_ptr + row * N + first + n, mask=first + n < N, other=0.0).to(tl.float32)
-        total += w * w
-    rms = tl.sqrt_rn(tl.sum(total, axis=0) / N.to(tl.float32))
-    tl.store(rms_ptr + row, rms)
-    scale = factor / (rms + eps)
-    if HAS_GAIN:
-        scale = scale * tl.load(gain_ptr).to(tl.float32)
-    for first in range(0, N, BN):
-        w = tl.load(w_ptr + row * N + first + n, mask=first + n < N, other=0.0).to(tl.float32)
-        tl.store(out_ptr + row * N + first + n, (w * scale).to(out_ptr.dtype.element_ty), mask=first + n < N)
-
-
-@triton.jit(do_not_specialize=["units"])
-def normalize_weight_bwd_kernel(
-    grad_ptr, w_ptr, gain_ptr, rms_ptr, grad_w_ptr, part_ptr, units: tl.int64, factor, eps,
-    NEEDS_W: tl.constexpr, NEEDS_GAIN: tl.constexpr, HAS_GAIN: tl.constexpr, UNIT: tl.constexpr, BN: tl.constexpr,
-):  # fmt: skip
-    """The gradient's part along w[i] is taken out of it; part[i] is the channel's share of the gain's gradient."""
-    N = units * UNIT
-    row = tl.program_id(0).to(tl.int64)
-    n = tl.arange(0, BN)
-    total = tl.zeros([BN], tl.float32)
-    for first in range(0, N, BN):
-        w = tl.load(w_ptr + row * N + first + n, mask=first + n < N, other=0.0).to(tl.float32)
-        grad = tl.load(grad_ptr + row * N + first + n, mask=first + n < N, other=0.0).to(tl.float32)
-        total += w * grad
-    rms = tl.load(rms_ptr + row)
-    dot = tl.sum(total, axis=0) / (rms + eps)
-    if NEEDS_GAIN:
-        tl.store(part_ptr + row, dot * factor)
-    if NEEDS_W:
-        scale = factor / (rms + eps)
-        if HAS_GAIN:
-            scale = scale * tl.load(gain_ptr).to(tl.float32)
-        slope = tl.where(rms == 0.0, 0.0, dot * scale / (N.to(tl.float32) * tl.where(rms == 0.0, 1.0, rms)))
-        for first in range(0, N, BN):
-            w = tl.load(w_ptr + row * N + first + n, mask=first + n < N, other=0.0).to(tl.float32)
-            grad = tl.load(grad_ptr + row * N + first + n, mask=first + n < N, other=0.0).to(tl.float32)
-            value = grad * scale - w * slope
-            tl.store(grad_w_ptr + row * N + first + n, value.to(grad_w_ptr.dtype.element_ty), mask=first + n < N)
-
-
-def _unit(*sizes: int) -> int:
-    """The power of two up to 16 that divides all sizes; sizes go to kernels as multiples of it, which is how the
-    compiler knows that whole 16-byte accesses stay inside a mask."""
-    return min(16, *[n & -n for n in sizes if n] or [16])
-
-
-def _ordered_as(x: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
-    """x in the memory order of the dense `out`, copied only if it is in another."""
-    same = all(n == 1 or s == t for n, s, t in zip(x.shape, x.stride(), out.stride(), strict=True))
-    return x if same else torch.empty_like(out, dtype=x.dtype).copy_(x)
-
-
 def plan_elementwise(kernel, out: torch.Tensor, outputs: tuple[str, ...] = ("out_ptr",), **args) -> list[Launch]:
     """One launch over all elements; every tensor but the named outputs is brought to the order of `out`."""
     count = out.numel()
-    unit = _unit(count)
+    unit = common_unit(count)
     for name, value in args.items():
         if isinstance(value, torch.Tensor) and name not in outputs:
-            args[name] = _ordered_as(value, out)
+            args[name] = ordered_as(value, out)
     args |= {"units": count // unit, "UNIT": unit, "BLOCK": BLOCK}
     return [Launch(kernel, (-(-count // BLOCK),), args, num_warps=8, num_stages=1)] if count else []
 
@@ -417,7 +352,7 @@ def plan_cat(
     place = order.index(dim)
     rows, inner = (math.prod(out.shape[d] for d in part) for part in (order[:place], order[place + 1 :]))
     width_a, width_b = a.shape[dim] * inner, b.shape[dim] * inner
-    unit = _unit(width_a, width_b)
+    unit = common_unit(width_a, width_b)
     block_w = min(triton.next_power_of_2(width_a + width_b), 1024)
     block_r = BLOCK // block_w
     args: dict[str, Any] = {
@@ -466,11 +401,11 @@ def plan_norm(kernel, dim: int, eps: float, **tensors: torch.Tensor) -> list[Lau
     out = tensors["out_ptr"]
     rows, inner = _rows(out, dim)
     N = out.shape[dim]
-    unit = _unit(N)
+    unit = common_unit(N)
     width = min(triton.next_power_of_2(N), WIDEST)
     block = max(1, BLOCK // 2 // width)
     args: dict = {
-        name: t if name in ("out_ptr", "act_ptr", "rms_ptr") else _ordered_as(t, out) for name, t in tensors.items()
+        name: t if name in ("out_ptr", "act_ptr", "rms_ptr") else ordered_as(t, out) for name, t in tensors.items()
     }
     activation = "act_ptr" if "x_ptr" in args else "grad_act_ptr"
     args |= {"SILU": activation in args, activation: args.get(activation, out), "gain": SILU_GAIN}
@@ -534,8 +469,8 @@ def plan_frames(kernel, like: torch.Tensor, outputs: tuple[str, ...], *, walk: b
     channels_last = not like.is_contiguous()
     for name, value in args.items():
         if isinstance(value, torch.Tensor) and value.shape == like.shape and name not in outputs:
-            args[name] = _ordered_as(value, like)
-    unit = _unit(C if channels_last else P)
+            args[name] = ordered_as(value, like)
+    unit = common_unit(C if channels_last else P)
     block_c = min(triton.next_power_of_2(C), 64) if channels_last else min(triton.next_power_of_2(C), 16)
     block_p = min(triton.next_power_of_2(P), BLOCK // block_c)
     args |= {"channel_units": C // (unit if channels_last else 1), "pixel_units": P // (1 if channels_last else unit)}
@@ -639,57 +574,3 @@ def mp_sum_tensor_backward(
         per_frame = part.view(a.shape[0], frames, -1).sum(dim=2)
         shape = (a.shape[0], 1, *per_frame.shape[1:], *[1] * (a.ndim - 3)) if a.ndim > 2 else (a.shape[0], 1)
         grad_t.copy_(per_frame.view(shape).sum_to_size(t.shape))
-
-
-def plan_weight(kernel, w: torch.Tensor, gain: torch.Tensor | None, factor: float, **args) -> list[Launch]:
-    """Rows of w, each one piece of memory."""
-    N = math.prod(w.shape[1:])
-    unit = _unit(N)
-    args |= {"w_ptr": w, "gain_ptr": w if gain is None else gain, "HAS_GAIN": gain is not None}
-    args |= {"units": N // unit, "UNIT": unit, "factor": factor * N**-0.5, "eps": WEIGHT_EPS}
-    args |= {"BN": min(triton.next_power_of_2(N), 2048)}
-    return [Launch(kernel, (w.shape[0],), args, num_warps=4, num_stages=1)] if w.shape[0] else []
-
-
-def _in_rows(x: torch.Tensor) -> bool:
-    """A dense tensor whose first dimension is the slowest in memory."""
-    return x.shape[0] < 2 or x.stride(0) == math.prod(x.shape[1:])
-
-
-def normalize_weight(
-    w: torch.Tensor, gain: torch.Tensor | None, factor: float, out: torch.Tensor, rms: torch.Tensor
-) -> None:
-    dense = out if _in_rows(out) else torch.empty(out.shape, dtype=out.dtype, device=out.device)
-    args: dict[str, Any] = {"out_ptr": dense, "rms_ptr": rms}
-    run(plan_weight(normalize_weight_fwd_kernel, _ordered_as(w, dense), gain, factor, **args), w.device)
-    if dense is not out:
-        out.copy_(dense)
-
-
-def normalize_weight_backward(
-    grad_out: torch.Tensor,
-    w: torch.Tensor,
-    gain: torch.Tensor | None,
-    factor: float,
-    rms: torch.Tensor,
-    grad_w: torch.Tensor | None,
-    grad_gain: torch.Tensor | None,
-) -> None:
-    """Writes those gradients that are not None; that of the gain is summed over channels in a second launch."""
-    if grad_w is None or not _in_rows(grad_w):
-        dense = torch.empty(w.shape, dtype=w.dtype, device=w.device)
-    else:
-        dense = grad_w
-    part = w.new_empty(len(w) if grad_gain is not None else 0, dtype=torch.float32)
-    args: dict[str, Any] = {
-        "grad_ptr": _ordered_as(grad_out, dense),
-        "rms_ptr": rms,
-        "grad_w_ptr": dense,
-        "part_ptr": part,
-    }
-    args |= {"NEEDS_W": grad_w is not None, "NEEDS_GAIN": grad_gain is not None}
-    run(plan_weight(normalize_weight_bwd_kernel, _ordered_as(w, dense), gain, factor, **args), w.device)
-    if grad_w is not None and dense is not grad_w:
-        grad_w.copy_(dense)
-    if grad_gain is not None:
-        grad_gain.copy_(part.sum())
