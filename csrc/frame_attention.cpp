@@ -82,12 +82,14 @@ class Workspace {
 };
 
 // Tasks numbered in an order in which none waits for a later one. Each head's first `packing` tasks make what the
-// others of the head read; a count for each head says how many are done.
+// others of the head read; a count for each head says how many are done. As many heads as there are threads advance
+// together: those of one head share a cache, and wait for each other where they add to the same rows.
 template <class Task>
 void run_in_order(int64_t heads, int64_t packing, int64_t others, double work, int64_t scratch_size, const Task& task) {
   const int64_t of_head = packing + others, tasks = heads * of_head;
   const std::unique_ptr<std::atomic<int64_t>[]> packed(new std::atomic<int64_t>[static_cast<size_t>(heads)]());
   std::atomic<int64_t> next{0};
+  const int64_t together = std::min<int64_t>(heads, torch::stable::get_num_threads());
   const double threads = std::max(1.0, work / kWorthWaking);
   const int64_t grain = std::max<int64_t>(1, static_cast<int64_t>(static_cast<double>(tasks) / threads));
   torch::stable::parallel_for(0, tasks, grain, [&](int64_t, int64_t) {
@@ -95,7 +97,8 @@ void run_in_order(int64_t heads, int64_t packing, int64_t others, double work, i
     const std::unique_ptr<float[], decltype(free)> scratch(
         static_cast<float*>(::operator new[](static_cast<size_t>(scratch_size) * 4, std::align_val_t(64))), free);
     for (int64_t i; (i = next.fetch_add(1)) < tasks;) {
-      const int64_t head = i / of_head, j = i % of_head;
+      const int64_t first = i / (together * of_head) * together, count = std::min(together, heads - first);
+      const int64_t head = first + (i - first * of_head) % count, j = (i - first * of_head) / count;
       if (j >= packing)
         for (int spins = 0; packed[head].load(std::memory_order_acquire) < packing; ++spins)
           if (spins >= 1000) std::this_thread::yield();

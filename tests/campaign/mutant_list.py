@@ -197,6 +197,22 @@ KERNELS: list[Entry] = [
             ("-dot * scale / ((rms + eps) * rms", "-dot * scale / (rms * rms"),
         ],
     ),
+    (
+        "csrc/cpu_attention.cpp",
+        "tests/kernels/test_frame_attention_cpp.py -k 'forward_and_gradients or any_scale or infinity or not_see'",
+        [
+            ("const float shift = peak == -kInfinity ? 0.0f : peak;", "const float shift = peak;"),
+            ("if (lead) store(s, keep(load(s), lead,", "if (lead) store(s, keep(load(s), 0,"),
+            ("keep(load(s + n / kLanes * kLanes), 0, n % kLanes,", "keep(load(s + n / kLanes * kLanes), 0, kLanes,"),
+            ("sum = sum * factor;", ""),
+            ("(a.scale > 0) - (a.scale < 0)", "(a.scale > 0)"),
+            ("- splat(delta)) * (weight * scale)", "- splat(delta)) * weight"),
+            ("g < a.group; ++g", "g < 1; ++g"),
+            ("turn == 0 && i < count", "turn == 0 && i < count - 1"),
+            ("a.lse[head * a.rows + first + i];", "a.lse[head * a.rows + i];"),
+            ("const int64_t key_head = head / a.group;", "const int64_t key_head = head % (a.heads / a.group);"),
+        ],
+    ),
 ]
 
 MODELS: list[Entry] = [
