@@ -3,7 +3,8 @@
 #include <sys/mman.h>
 #endif
 
-#include "check.h"
+#include "token_noise.h"
+
 #include "ops.h"
 
 namespace sae {
@@ -31,19 +32,7 @@ void prefer_huge_pages(const Tensor& t) {
 
 void token_noise_fwd_cpu(const Tensor& x, const Tensor& signal_scale, const Tensor& noise_scale, Tensor out,
                          std::optional<Tensor> noise, int64_t streams, int64_t seed, int64_t offset) {
-  Frames frames(x, streams, seed, offset);
-  NoiseForward args;
-  args.x = frames.data("x", x);
-  args.signal = frames.sequence("signal_scale", signal_scale, true);
-  args.noise_scale = frames.sequence("noise_scale", noise_scale, true);
-  args.out = frames.sequence("out", out, false);
-  check_contiguous("out", out);
-  if (noise) {
-    args.noise = frames.sequence("noise", *noise, false);
-    check_contiguous("noise", *noise);
-  }
-  frames.merge({&args.x, &args.signal, &args.noise_scale});
-  args.space = frames.space;
+  const NoiseForward args = noise_forward_args(x, signal_scale, noise_scale, out, noise, streams, seed, offset);
   if (args.space.length == 0) return;
   prefer_huge_pages(out);
   if (noise) prefer_huge_pages(*noise);
@@ -67,10 +56,7 @@ void token_noise_bwd_cpu(const Tensor& grad_out, const Tensor& x, const Tensor& 
   if (grad_x) {
     Frames space(frames);
     NoiseBackward task = args;
-    frames.check_size("grad_x", *grad_x, x.size(1));
-    check_contiguous("grad_x", *grad_x);
-    task.grad_x.data = grad_x->data_ptr();
-    task.grad_x.type = type_of("grad_x", *grad_x);
+    task.grad_x = noise_grad_x(frames, *grad_x, x);
     space.merge({&task.grad_out, &task.signal});
     task.space = space.space;
     if (task.space.length > 0)
@@ -85,13 +71,10 @@ void token_noise_bwd_cpu(const Tensor& grad_out, const Tensor& x, const Tensor& 
        {std::tuple{"sum_signal", &sum_signal, &args.grad_signal, &args.slab_signal},
         std::tuple{"sum_noise", &sum_noise, &args.grad_noise, &args.slab_noise}}) {
     if (!*sum) continue;
-    const Tensor& t = **sum;
-    check_contiguous(name, t);
-    STD_TORCH_CHECK(type_of(name, t) == Type::f64, name, ": must be float64");
-    STD_TORCH_CHECK(t.dim() == x.dim() + 1 && t.size(0) == args.slabs && args.slabs > 0, name,
-                    ": must be (slabs, ...) with the rank of x + 1, got ", shape_of(t));
-    *operand = frames.sequence(name, torch::stable::select(t, 0, 0), true);
-    *size = t.numel() / args.slabs;
+    *operand = noise_sum(frames, name, **sum, x);
+    STD_TORCH_CHECK((*sum)->size(0) == args.slabs, name, ": must have the slabs of sum_signal = ", args.slabs,
+                    ", got ", (*sum)->size(0));
+    *size = (*sum)->numel() / args.slabs;
   }
   frames.merge({&args.grad_out, &args.x, &args.grad_signal, &args.grad_noise});
   args.space = frames.space;

@@ -6,14 +6,10 @@
 #include <algorithm>
 
 #include "device.cuh"
+#include "token_noise.h"
 
 namespace sae {
 namespace {
-
-struct Task {
-  Space space;
-  Operand x, signal, noise_scale, out, noise;
-};
 
 template <class T, int kWidth>
 struct alignas(sizeof(T) * kWidth <= 16 ? sizeof(T) * kWidth : 16) Pack {
@@ -23,7 +19,7 @@ struct alignas(sizeof(T) * kWidth <= 16 ? sizeof(T) * kWidth : 16) Pack {
 // Every kWidth neighbours lie in one run of the innermost dim with one pair of scales, start on 16 bytes of output, and
 // on a group of four.
 template <class In, class Out, bool kNoise>
-__global__ void __launch_bounds__(kThreads) token_noise_fwd_kernel(const __grid_constant__ Task task) {
+__global__ void __launch_bounds__(kThreads) token_noise_fwd_kernel(const __grid_constant__ NoiseForward task) {
   constexpr int kWidth = 16 / sizeof(Out);
   const Space& space = task.space;
   const int64_t vectors = space.length / kWidth;
@@ -56,7 +52,7 @@ __global__ void __launch_bounds__(kThreads) token_noise_fwd_kernel(const __grid_
 }
 
 template <class C>
-__global__ void __launch_bounds__(kThreads) token_noise_fwd_any_kernel(const __grid_constant__ Task task) {
+__global__ void __launch_bounds__(kThreads) token_noise_fwd_any_kernel(const __grid_constant__ NoiseForward task) {
   const Space& space = task.space;
   const int64_t index = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
   if (index >= space.length * space.batches) return;
@@ -74,7 +70,7 @@ __global__ void __launch_bounds__(kThreads) token_noise_fwd_any_kernel(const __g
   }
 }
 
-__global__ void __launch_bounds__(kThreads) token_noise_eps_kernel(const __grid_constant__ Task task) {
+__global__ void __launch_bounds__(kThreads) token_noise_eps_kernel(const __grid_constant__ NoiseForward task) {
   const int64_t group = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x, first = 4 * group;
   if (first >= task.space.length) return;
   float z[4];
@@ -151,7 +147,7 @@ __global__ void __launch_bounds__(kThreads, 2)  // without the 2, ptxas spills o
 int64_t bytes_of(Type type) { return type == Type::f64 ? 8 : type == Type::f32 ? 4 : 2; }
 
 // Whether every vector of `width` elements lies in one run, aligned to 16 bytes (or to its size, if that is less).
-bool vectorises(const Task& task, int64_t width) {
+bool vectorises(const NoiseForward& task, int64_t width) {
   const Space& space = task.space;
   const int last = space.dims - 1;
   if (task.x.type == Type::f64 || task.out.type == Type::f64) return false;
@@ -165,13 +161,13 @@ bool vectorises(const Task& task, int64_t width) {
 }
 
 template <class In, class Out>
-void launch_fast(const Task& task, cudaStream_t stream) {
+void launch_fast(const NoiseForward& task, cudaStream_t stream) {
   const unsigned blocks = Launch::blocks(task.space.batches * (task.space.length / (16 / sizeof(Out))));
   if (task.noise.data) token_noise_fwd_kernel<In, Out, true><<<blocks, kThreads, 0, stream>>>(task);
   else token_noise_fwd_kernel<In, Out, false><<<blocks, kThreads, 0, stream>>>(task);
 }
 template <class In>
-void launch_fast_out(const Task& task, cudaStream_t stream) {
+void launch_fast_out(const NoiseForward& task, cudaStream_t stream) {
   switch (task.out.type) {
     case Type::f32: return launch_fast<In, float>(task, stream);
     case Type::bf16: return launch_fast<In, __nv_bfloat16>(task, stream);
@@ -181,20 +177,8 @@ void launch_fast_out(const Task& task, cudaStream_t stream) {
 
 void token_noise_fwd_cuda(const Tensor& x, const Tensor& signal_scale, const Tensor& noise_scale, Tensor out,
                           std::optional<Tensor> noise, int64_t streams, int64_t seed, int64_t offset) {
-  Frames frames(x, streams, seed, offset);
-  Task task;
-  task.x = frames.data("x", x);
-  task.signal = frames.sequence("signal_scale", signal_scale, true);
-  task.noise_scale = frames.sequence("noise_scale", noise_scale, true);
-  task.out = frames.sequence("out", out, false);
-  check_contiguous("out", out);
-  if (noise) {
-    task.noise = frames.sequence("noise", *noise, false);
-    check_contiguous("noise", *noise);
-    STD_TORCH_CHECK(task.noise.type == task.out.type, "noise: must have the dtype of out");
-  }
-  frames.merge({&task.x, &task.signal, &task.noise_scale});
-  task.space = frames.space;
+  const NoiseForward task = noise_forward_args(x, signal_scale, noise_scale, out, noise, streams, seed, offset);
+  STD_TORCH_CHECK(!noise || task.noise.type == task.out.type, "noise: must have the dtype of out");
   if (task.space.length == 0 || task.space.batches == 0) return;
   Launch launch(x);
   if (vectorises(task, 16 / bytes_of(task.out.type))) {
@@ -213,7 +197,7 @@ void token_noise_fwd_cuda(const Tensor& x, const Tensor& signal_scale, const Ten
 
 void token_noise_eps_cuda(Tensor out, int64_t seed, int64_t offset) {
   check_contiguous("out", out);
-  Task task;
+  NoiseForward task;
   task.space.length = out.numel();
   task.space.seed = static_cast<uint64_t>(seed);
   task.space.offset = static_cast<uint64_t>(offset);
@@ -262,11 +246,7 @@ void token_noise_bwd_cuda(const Tensor& grad_out, const Tensor& x, const Tensor&
   Launch launch(x);
   const bool fp64 = data.type == Type::f64;
   if (grad_x) {
-    frames.check_size("grad_x", *grad_x, x.size(1));
-    check_contiguous("grad_x", *grad_x);
-    Operand result;
-    result.data = grad_x->data_ptr();
-    result.type = type_of("grad_x", *grad_x);
+    const Operand result = noise_grad_x(frames, *grad_x, x);
     const unsigned blocks = Launch::blocks(frames.space.batches * frames.space.length);
     if (fp64)
       token_noise_grad_x_kernel<double><<<blocks, kThreads, 0, launch.stream>>>(frames.space, grad, signal, result);
@@ -276,12 +256,8 @@ void token_noise_bwd_cuda(const Tensor& grad_out, const Tensor& x, const Tensor&
   for (const auto& [name, sum, other] :
        {std::tuple{"sum_signal", &sum_signal, data}, std::tuple{"sum_noise", &sum_noise, Operand{}}}) {
     if (!*sum) continue;
-    const Tensor& t = **sum;
-    check_contiguous(name, t);
-    STD_TORCH_CHECK(type_of(name, t) == Type::f64 && t.dim() == x.dim() + 1 && t.size(0) > 0, name,
-                    ": must be float64 of shape (slabs, ...) with the rank of x + 1, got ", shape_of(t));
-    const Operand target = frames.sequence(name, torch::stable::select(t, 0, 0), true);
-    double* sums = static_cast<double*>(t.data_ptr());
+    const Operand target = noise_sum(frames, name, **sum, x);
+    double* sums = static_cast<double*>((*sum)->data_ptr());
     if (fp64) scale_gradient<double>(frames, grad, other, target, sums, launch.stream);
     else scale_gradient<float>(frames, grad, other, target, sums, launch.stream);
   }

@@ -14,6 +14,9 @@ which one program adds up in turn, or which programs of their own sum where tile
 
 The frames before frame 0 are `history`, or one row of `pad_value` that is read with stride 0.
 K reduced and N output channels of a GEMM, rows its pixels; strides count units of 16 bytes (or of 1 element).
+
+A launch hands over its arguments by name. Each integer is a parameter of its own, not a field of a tuple: a parameter
+can be declared int64, while an integer in a tuple has the type that holds its value, and a size would select a binary.
 """
 
 from __future__ import annotations
