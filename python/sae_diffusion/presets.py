@@ -18,7 +18,7 @@ class ClipConfig:
     """How clips are cut from the data.
 
     Args:
-        frame_stride: take every so-manieth frame.
+        frame_stride: keep every n-th frame.
         clip_stride: frames between the starts of two clips of an episode; None = no overlap.
         heldout_fraction: share of the episodes kept from training, for evaluation and for context; 0 = train on all.
         on_error: what cannot be read, or is too short, is an error, or is skipped and counted.

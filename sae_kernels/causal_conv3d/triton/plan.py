@@ -231,7 +231,7 @@ def _convolution(job: Pass, architecture: int, config: defaults.ConvConfig | Non
 
 
 # Pixels in boxes for each pixel of a clip up to which boxes are taken: what they save is arithmetic of addresses and
-# masks, not products (`configs` has the counts). The batch has no say: no row's result may depend on it.
+# masks, not products (`configs` has the counts). The batch does not enter: no row's result may depend on it.
 BOX_WASTE = 1.125
 
 
