@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 
-INSTALL = 'pip install "sae-kernels[model]"'
+from ._lazy import INSTALL
 
 
 def main() -> int:

@@ -6,6 +6,8 @@ from collections.abc import Callable, Mapping
 from importlib import import_module
 from typing import Any
 
+INSTALL = 'pip install "sae-kernels[model]"'  # brings what is imported so late that it may turn out to be missing
+
 
 def lazy_names(package: str, homes: Mapping[str, str]) -> Callable[[str], Any]:
     """The `__getattr__` of `package`, for names that live in its modules: {name: module}."""

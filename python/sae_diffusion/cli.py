@@ -16,7 +16,7 @@ from typing import Annotated, Any, Literal, cast
 
 import tyro
 
-from .__main__ import INSTALL
+from ._lazy import INSTALL
 from .data.cli import DataCommand
 from .diffusion.cli import SchedulePlot
 from .diffusion.config import SamplerConfig

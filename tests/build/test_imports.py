@@ -127,6 +127,62 @@ def test_nothing_imports_the_command_line():
         assert not [name for level, name in imports(path) if level and "cli" in name.split(".")], path
 
 
+HOUSE = ROOT / "python" / "sae_diffusion"
+
+
+def house_imports(path: Path, package: list[str]) -> set[str]:
+    """Modules of sae_diffusion that a module imports, at its top or in a function; not those for type checking only."""
+    found = set()
+
+    def visit(node: ast.AST) -> None:
+        if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING":
+            return
+        if isinstance(node, ast.Import):
+            found.update(alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            base = package[: len(package) - node.level + 1] if node.level else []
+            name = ".".join([*base, *([node.module] if node.module else [])])
+            found.update({name} | {f"{name}.{alias.name}" for alias in node.names})
+        for child in ast.iter_child_nodes(node):
+            visit(child)
+
+    visit(ast.parse(path.read_text(encoding="utf-8")))
+    return found
+
+
+def circle(graph: dict[str, set[str]]) -> list[str] | None:
+    """The modules of one circle of imports, if there is one."""
+    left = {name: set(needs) for name, needs in graph.items()}
+    while free := [name for name, needs in left.items() if not needs]:
+        for name in free:
+            del left[name]
+        for needs in left.values():
+            needs.difference_update(free)
+    if not left:
+        return None
+    path = [min(left)]
+    while len(set(path)) == len(path):
+        path.append(min(left[path[-1]]))
+    return path[path.index(path[-1]) :]
+
+
+def test_modules_import_each_other_in_no_circle():
+    """Imports inside functions count: a circle that they hide is one all the same. Only packages' own names do not."""
+    graph: dict[str, set[str]] = {}
+    for path in sorted(HOUSE.rglob("*.py")):
+        package = ["sae_diffusion", *path.parent.relative_to(HOUSE).parts]
+        if path.name != "__init__.py":
+            graph[".".join([*package, path.stem])] = house_imports(path, package)
+    graph = {name: needs & graph.keys() for name, needs in graph.items()}
+    assert sum(map(len, graph.values())) > 100
+    assert not (found := circle(graph)), " -> ".join(found)
+
+
+def test_a_circle_is_found():
+    assert circle({"a": {"b"}, "b": {"c"}, "c": {"b"}, "d": set()}) == ["b", "c", "b"]
+    assert circle({"a": {"b"}, "b": set()}) is None
+
+
 def test_public_api_is_documented_and_exported():
     import sae_kernels
 
