@@ -1,5 +1,5 @@
 // Every C++ op's schema on one screen. They write into tensors that the caller allocates; torch.ops.sae_kernels_native
-// is called by the `cuda.py` of each op's room, which knows shapes, gradients and streams of the public op.
+// is called by the `cpp.py` of each op's room, which knows shapes, gradients and streams of the public op.
 #include "ops.h"
 
 #include <torch/csrc/stable/library.h>

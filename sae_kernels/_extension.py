@@ -16,6 +16,11 @@ import torch
 from . import _library
 
 NAMESPACE = "sae_kernels_native"
+# As csrc/registration.cpp has them: a library built from earlier sources lacks some.
+OPS = (
+    "token_noise_fwd", "token_noise_bwd", "token_noise_eps", "edm_loss", "normalize_weights", "normalize_weights_bwd",
+    "frame_attention_fwd", "frame_attention_bwd",
+)  # fmt: skip
 _HERE = Path(__file__).parent
 
 
@@ -32,6 +37,9 @@ def _load(name: str) -> str | None:
         torch.ops.load_library(library)
     except (OSError, RuntimeError) as error:
         return f"its {name} library {library} does not load: {error}"
+    missing = [op for op in OPS if f"{NAMESPACE}::{op}" not in torch._C._dispatch_get_all_op_names()]
+    if missing:
+        return f"its {name} library {library} is older than its Python and lacks {', '.join(missing)}"
     return None
 
 

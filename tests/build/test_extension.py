@@ -162,6 +162,14 @@ def test_on_the_cpu_the_extension_is_cpp():
         assert report()["ops"][op]["cpu"]["auto"] == "cpp"
 
 
+def test_libraries_of_earlier_sources_are_not_used(monkeypatch):
+    defined = re.findall(r'm\.def\("(\w+)\(', (ROOT / "csrc" / "registration.cpp").read_text())
+    assert sorted(_extension.OPS) == sorted(defined)
+    if _extension.library("cpu") is None:
+        monkeypatch.setattr(_extension, "OPS", (*_extension.OPS, "added_since"))
+        assert re.search("_cpu.so is older than its Python and lacks added_since", str(_extension._load("cpu")))
+
+
 def test_missing_kernels_are_told_once_when_an_op_first_needs_them(monkeypatch):
     x = torch.ones(2, 3)
     for reason, told in (
