@@ -12,7 +12,8 @@ def pick_device(name: str) -> torch.device:
     try:
         device = torch.device(name)
     except RuntimeError as error:
-        raise ValueError(f"device: must name a device such as cpu or cuda:0, got {name!r} ({str(error).splitlines()[0]})") from error
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"device: must name a device such as cpu or cuda:0, got {name!r} ({reason})") from error
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise ValueError(f"device: {name!r} is not available; this machine has {torch.cuda.device_count()} CUDA devices")
+        raise ValueError(f"device: {name!r} is not there, CUDA devices of this machine: {torch.cuda.device_count()}")
     return device
