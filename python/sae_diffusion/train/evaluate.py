@@ -15,7 +15,7 @@ from ..diffusion.loss import loss_weight
 from ..diffusion.noise import derive_seed
 from ..diffusion.sampler import SamplerConfig, generate
 from .config import TrainConfig
-from .objectives import make_objective
+from .objectives import draw_levels, frame_losses
 
 HELDOUT = 100  # purpose of derived seeds, apart from those of training
 
@@ -119,15 +119,14 @@ def heldout_loss(
         dataset: clips of config.clip_length frames; `clips` of them are taken, evenly.
         config: of the training, whose objective and noise levels are taken.
     """
-    device, objective, total = next(denoiser.parameters()).device, make_objective(config, denoiser), 0.0
+    device, total = next(denoiser.parameters()).device, 0.0
     indices = _spread(dataset, clips)
     with _evaluating(denoiser):
         for number, (x0, actions) in enumerate(_batches(denoiser, dataset, stats, indices, batch_size, device)):
             generator = torch.Generator().manual_seed(derive_seed(config.seed, HELDOUT, number))
-            levels = objective.levels(x0.shape[0], x0.shape[1], generator).to(device)
-            _, losses = objective.losses(
-                denoiser, x0, actions, levels, seed=derive_seed(config.seed, HELDOUT, number, 1)
-            )
+            levels = draw_levels(config, denoiser, x0.shape[0], x0.shape[1], generator).to(device)
+            seed = derive_seed(config.seed, HELDOUT, number, 1)
+            _, losses = frame_losses(config, denoiser, x0, actions, levels, seed=seed)
             total += losses.double().mean(1).sum().item()
     return total / len(indices)
 

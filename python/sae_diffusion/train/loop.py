@@ -21,14 +21,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from ..devices import pick_device
 from ..lock import RunLock
-from .checkpoint import (
-    RUNNING,
-    check_finite,
-    latest_checkpoint,
-    naming_write_errors,
-    read_state,
-    save_checkpoint,
-)
+from .checkpoint import RUNNING, check_finite, latest_checkpoint, naming_write_errors, read_state, save_checkpoint
 from .files import flatten_optimizer, load_into, restore_optimizer
 from .metrics import Reporter
 from .task import Task, json_fields, saved_fields

@@ -18,7 +18,7 @@ from .evaluate import heldout_loss
 from .loader import MicroBatchSampler, make_loader, read_batches
 from .loop import Loop, LoopConfig, TrainResult
 from .lr import power_law_lr
-from .objectives import make_objective
+from .objectives import draw_levels, frame_losses
 from .task import Task, json_fields, saved_fields
 
 # purposes of derive_seed(seed, purpose, global micro-batch index); the data order is purpose 0
@@ -45,7 +45,6 @@ class VideoTask(Task):
             raise ValueError("dataset: must have at least one clip, got none")
         self.config, self.network, self.dataset, self.stats, self.heldout = config, network, dataset, stats, heldout
         self.model_config = json_fields(network.config)
-        self.objective = make_objective(config, network)
         self.takes_actions = bool(self.model_config.get("num_actions") or self.model_config.get("action_dim"))
         self.kinds = ("video", "spatial") if config.spatial_every else ("video",)
         # a spatial-only step leaves the temporal mixing out, clips without actions the action embedding
@@ -101,15 +100,16 @@ class VideoTask(Task):
     ) -> tuple[torch.Tensor, ...]:
         config, (frames, actions) = self.config, batch
         generator = torch.Generator().manual_seed(derive_seed(config.seed, SIGMAS, index))
-        levels = self.objective.levels(len(frames), frames.shape[1], generator)
+        levels = draw_levels(config, self.network, len(frames), frames.shape[1], generator)
         dropped = torch.rand(len(frames), generator=generator) < config.action_dropout
         levels = self._to_device(levels)
         x0 = self.stats.normalize(self._to_device(frames))
         actions = self.actions(actions, dropped)
         torch.manual_seed(derive_seed(config.seed, DROPOUT, index))
-        return self.objective.losses(
-            module, x0, actions, levels, seed=derive_seed(config.seed, NOISE, index), spatial_only=kind == "spatial"
-        )
+        return frame_losses(
+            config, self.network, x0, actions, levels, seed=derive_seed(config.seed, NOISE, index),
+            spatial_only=kind == "spatial", module=module,
+        )  # fmt: skip
 
     def actions(self, actions: torch.Tensor | None, dropped: torch.Tensor) -> torch.Tensor | None:
         """Actions as the network takes them: unknown ones are -1, or NaN where they are continuous."""
