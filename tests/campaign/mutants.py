@@ -130,6 +130,7 @@ def _become_pytest(tree: Path, tests: str, output: int) -> None:
         os.chdir(tree)
         sys.path[:0] = [str(tree), str(tree / "python")]
         os.environ["PYTHONPATH"] = os.pathsep.join(sys.path[:2])
+        multiprocessing.current_process()._config["daemon"] = False  # type: ignore[attr-defined]  # tests start workers
         sys.argv = ["pytest"]
         status = int(pytest.main(["-q", "-x", "-p", "no:cacheprovider", "-p", "no:randomly", *shlex.split(tests)]))
         for name in ("sae_kernels", "sae_diffusion"):
