@@ -6,6 +6,8 @@ import dataclasses
 import itertools
 import json
 import re
+import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -161,11 +163,20 @@ def test_a_dry_run_measures_and_writes_nothing(recorded, tmp_path, capsys, monke
     assert "lr" in fails([*arguments, "--dry-run", "--lr=-1"], capsys)
 
 
-def test_training_goes_on_where_it_stopped(recorded, trained, capsys):
-    arguments = ["train", f"--data={recorded}", f"--run-dir={trained}", "--steps=3", *MICRO]
+def test_training_goes_on_where_it_stopped(recorded, trained, tmp_path, capsys):
+    run = Path(shutil.copytree(trained, tmp_path / "run"))  # others read what two steps left
+    arguments = ["train", f"--data={recorded}", f"--run-dir={run}", "--steps=3", *MICRO]
     assert cli.main(arguments) == 0
     assert "resuming" in capsys.readouterr().out
-    assert (trained / "step-0000003").is_dir()
+    assert (run / "step-0000003").is_dir()
+
+
+def test_time_left_is_never_more_than_the_time_allowed(recorded, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("sae_diffusion.progress.EVERY", 0.0)
+    arguments = ["train", f"--data={recorded}", f"--run-dir={tmp_path}", "--steps=1000000", "--max-seconds=1", *MICRO]
+    assert cli.main([*arguments, "--log-every=2"]) == 0
+    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("train ")]
+    assert len(lines) > 2 and all(line.endswith((" 0:00 left", " 0:01 left")) for line in lines)
 
 
 def test_a_run_folder_in_use_is_one_line(recorded, tmp_path, capsys):

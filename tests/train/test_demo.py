@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -64,9 +65,10 @@ def test_metrics_have_their_fields(finished):
     assert set(metrics["seconds"]) == {"record", "train", "sample", "evaluate"}
 
 
-def test_running_again_reuses_what_is_there(finished, capsys):
+def test_running_again_reuses_what_is_there(finished, tmp_path, capsys):
     config, first = finished
-    again = run(config, MICRO)
+    copy = shutil.copytree(config.out, tmp_path / "demo")  # others read what the first time left
+    again = run(dataclasses.replace(config, out=copy), MICRO)
     assert "trained already" in capsys.readouterr().out
     assert again["steps"] == first["steps"] and again["train_seconds"] == first["train_seconds"]
     # The same weights, seed and clips: the same numbers to the last bit.

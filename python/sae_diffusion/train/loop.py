@@ -256,7 +256,7 @@ class Loop:
             return every > 0 and self.step % every == 0
 
         if self.reporter is not None:
-            self.reporter.advance(self.step)
+            self.reporter.advance(self.step, seconds_left)
         if due(settings.log_every) or last:
             self._log(seconds_per_step, seconds_left)
         if due(settings.snapshot_every) and self.run_dir is not None:

@@ -57,8 +57,8 @@ class Reporter:
     def _naming_errors(self) -> AbstractContextManager[None]:
         return naming_write_errors(self.run_dir, "metrics")
 
-    def advance(self, step: int) -> None:
-        self._progress.update(step)
+    def advance(self, step: int, seconds_left: float) -> None:
+        self._progress.update(step, left=seconds_left)
 
     def log(self, record: dict[str, Any], seconds_left: float) -> None:
         """One line of metrics.jsonl; every number in it but step and clips is also a curve."""
