@@ -510,7 +510,7 @@ def test_in_loader_processes_and_after_pickling(tmp_path, kind):
             save(tmp_path / f"{n}.npz", frames=video(12), actions=RNG.integers(0, 4, 11))
     clips = open_dataset(path, 4, clip_stride=3)
     here = all_clips(clips)  # leaves the files open, as the worst case for a fork
-    copy = pickle.loads(pickle.dumps(clips))
+    copy = pickle.loads(pickle.dumps(clips))  # how a spawned loader process is given them; no file holds it
     assert same(all_clips(copy), here) and copy.fingerprint() == clips.fingerprint()
     loader = torch.utils.data.DataLoader(
         clips, batch_size=2, num_workers=2, collate_fn=collate, multiprocessing_context="fork"

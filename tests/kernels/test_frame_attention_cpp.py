@@ -166,38 +166,6 @@ def test_scores_of_minus_infinity_weigh_nothing():
     assert lse[:, :, 300:].isfinite().all()
 
 
-def options_of(layout, noisy_queries_only=False):
-    return (
-        layout.frames, layout.tokens_per_frame, layout.frames_per_block, layout.noisy_copies, layout.noisy_first,
-        layout.window, layout.sink, 0.25, noisy_queries_only, "cpp",
-    )  # fmt: skip
-
-
-@pytest.mark.parametrize("layout", [FrameLayout(3, 5), FrameLayout(4, 6, 2, 2, True, 1, 1)], ids=str)
-def test_opcheck(layout):
-    q, k, v, grad = make(layout, heads=(2, 1))
-    inputs = [x.requires_grad_() for x in (q, k, v)]
-    torch.library.opcheck(ops.frame_attention_fwd, (*inputs, *options_of(layout)))
-    with torch.no_grad():
-        out, lse = ops.frame_attention_fwd(q, k, v, *options_of(layout))
-        torch.library.opcheck(ops.frame_attention_bwd, (grad, q, k, v, out, lse, *options_of(layout)))
-
-
-def test_compile_fullgraph_without_recompiling():
-    def step(q, k, v, frames, tokens):
-        layout = FrameLayout(frames, tokens, noisy_copies=2, window=3)
-        return frame_attention(q, k, v, layout, impl="cpp").square().sum()
-
-    compiled = torch.compile(step, backend="aot_eager", fullgraph=True, dynamic=True)
-    for index, (frames, tokens, B) in enumerate(((4, 7, 3), (6, 11, 5), (9, 30, 7))):
-        layout = FrameLayout(frames, tokens, noisy_copies=2, window=3)
-        tensors = [x.requires_grad_() for x in make(layout, B=B)[:3]]
-        expected = torch.autograd.grad(step(*tensors, frames, tokens), tensors)
-        with torch.compiler.set_stance("fail_on_recompile" if index else "default"):
-            got = torch.autograd.grad(compiled(*tensors, frames, tokens), tensors)
-        assert all(torch.equal(g, e) for g, e in zip(got, expected, strict=True))
-
-
 def test_empty_batch():
     layout = FrameLayout(3, 5)
     tensors = make(layout, B=0)

@@ -111,13 +111,13 @@ class ClipDataset(torch.utils.data.Dataset):
         version = file_version(episode.file)
         if version == self._versions.get(episode.source, episode.version):
             return
+        found = f"{episode.version[0]} bytes then, {version[0]} now"
         try:
             same = self._reader.stamp(episode) == episode.stamp
-        except Exception:  # whatever a broken file provokes
-            same = False
+        except Exception as error:  # whatever a broken file provokes
+            same, found = False, f"{found}: {error}"
         if not same:
-            sizes = f"{episode.version[0]} bytes then, {version[0]} now"
-            raise DataError(episode.source, f"has changed since it was opened ({sizes})")
+            raise DataError(episode.source, f"has changed since it was opened ({found})")
         self._versions[episode.source] = version
 
     def fingerprint(self) -> str:
