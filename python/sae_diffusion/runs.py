@@ -96,7 +96,7 @@ def make_trainer(preset: Preset, name: PresetName = "tiny") -> Trainer:
 
 def skipped_sources(dataset: ClipDataset, most: int = 20) -> list[str]:
     """A line for each source that was skipped, and why; of more than `most` the number of the others."""
-    lines = [f"skipped {source}: {reason}" for source, reason in dict.fromkeys(dataset.skipped)]
+    lines = [f"skipped {source}: {reason}" for source, reason in dataset.skipped]
     return lines[:most] + ([f"and {len(lines) - most} more were skipped"] if len(lines) > most else [])
 
 

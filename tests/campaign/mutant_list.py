@@ -213,6 +213,14 @@ KERNELS: list[Entry] = [
             ("const int64_t key_head = head / a.group;", "const int64_t key_head = head % (a.heads / a.group);"),
         ],
     ),
+    (
+        "sae_kernels/_extension.py",
+        "tests/build/test_extension.py -k 'earlier_sources or told_once'",
+        [
+            ("    if missing:\n", "    if False:\n"),
+            ('if device.type == "cpu" and reason is not None:', "if False:"),
+        ],
+    ),
 ]
 
 MODELS: list[Entry] = [
@@ -493,6 +501,54 @@ TRAINING: list[Entry] = [
             ("window = slice(start - past, start + block)", "window = slice(start, start + block)"),
         ],
     ),
+    (
+        "python/sae_diffusion/runs.py",
+        "tests/train/test_sample.py",
+        [
+            ('episodes["heldout" if is_heldout', 'episodes["train" if is_heldout'),
+            ('or not episodes["heldout"] else "heldout"', 'or not episodes["heldout"] else "train"'),
+            ("frames = max((longest - context) // block, 1) * block", "frames = frames"),
+            ("if num_actions > model.num_actions or", "if num_actions < model.num_actions or"),
+        ],
+    ),
+    (
+        "python/sae_diffusion/rollout.py",
+        "tests/train/test_sample.py",
+        [
+            ("np.savez(file, generated=self.frames,", "np.savez(file, generated=self.frames[:, ::-1],"),
+        ],
+    ),
+    (
+        "python/sae_diffusion/cli.py",
+        "tests/train/test_sample.py",
+        [
+            ("if actions is not None and len(actions) < frames:", "if False:"),
+            ("(28 if actions is None else len(actions))", "28"),
+            ('recorded=self.actions == "recorded",', "recorded=True,"),
+        ],
+    ),
+    (
+        "python/sae_diffusion/progress.py",
+        "tests/train/test_progress.py -k few_seconds",
+        [
+            ("time.monotonic() - self._written >= EVERY", "time.monotonic() - self._began >= EVERY"),
+            ("elapsed / (self.done - self.start) *", "elapsed / self.done *"),
+        ],
+    ),
+    (
+        "python/sae_diffusion/train/metrics.py",
+        "tests/train/test_cli.py -k time_left",
+        [
+            ("self._progress.update(step, left=seconds_left)", "self._progress.update(step)"),
+        ],
+    ),
+    (
+        "python/sae_diffusion/settings.py",
+        "tests/train/test_settings.py",
+        [
+            ("if names.count(name) > 1:", "if False:"),
+        ],
+    ),
 ]
 
 DATA: list[Entry] = [
@@ -534,6 +590,13 @@ DATA: list[Entry] = [
         "tests/data/test_record.py tests/data/test_readers.py",
         [
             ("chunk = (self.count - 1) // FRAMES_PER_CHUNK", "chunk = self.count // FRAMES_PER_CHUNK"),
+        ],
+    ),
+    (
+        "python/sae_diffusion/data/arrays.py",
+        "tests/data/test_readers.py",
+        [
+            ("if low >= 0 and 16 < high <= 255:", "if False:"),
         ],
     ),
 ]
