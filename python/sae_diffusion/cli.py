@@ -24,6 +24,7 @@ from .images.cli import ImagesCommand
 from .model.config import ModelConfig
 from .presets import PRESETS, ClipConfig, Preset, PresetName
 from .progress import progress_bar
+from .renamed import current_arguments
 from .series.cli import SeriesCommand
 from .settings import read_config, read_run_settings
 from .train.config import TrainConfig
@@ -176,8 +177,8 @@ class Sample:
         actions: told to the model for new frames: "recorded" ones, "random" ones, or those in a file (.npy, .csv or
             .json, a row for each new frame), the same for all videos.
         hold: frames that a random action is kept for.
-        window_frames: frames in flight at a time, each at its own noise level, for networks trained with --objective
-            forcing; "None" finishes a frame before the next one begins.
+        in_flight: frames that are generated together, each at its own noise level, for networks trained with
+            --objective forcing; "None" finishes a frame before the next one begins.
         ema: relative width of the average of weights; "None" takes the weights as trained.
         guide: checkpoint of the weaker network of --guidance-kind auto.
         guide_ema: as --ema, for the guide.
@@ -200,7 +201,7 @@ class Sample:
     samples: int = 4
     actions: str = "recorded"
     hold: int = 2
-    window_frames: int | None = None
+    in_flight: int | None = None
     ema: float | None = 0.05
     guide: Path | None = None
     guide_ema: float | None = 0.05
@@ -227,7 +228,7 @@ class Sample:
                 f"got --guide {self.guide} and --guidance-kind {kind}"
             )
         from .devices import pick_device
-        from .diffusion.sampler import check_trained_for_window
+        from .diffusion.sampler import check_independent_levels
         from .media import fit_grid
         from .rollout import continue_clips, random_actions, videos_from_nothing
         from .runs import choose_clips, given_actions, run_folder
@@ -239,9 +240,9 @@ class Sample:
         if self.guide is not None:
             guide, _, state = load_denoiser(self.guide, self.guide_ema, device=device)
             states.append(state)
-        if self.window_frames is not None:
+        if self.in_flight is not None:
             for state in states:
-                check_trained_for_window(state)
+                check_independent_levels(state)
         actions = None if file is None else given_actions(file, model.config)
         frames = self.frames or (28 if actions is None else len(actions))
         if actions is not None and len(actions) < frames:
@@ -264,7 +265,7 @@ class Sample:
         fit_grid(videos, (model.config.height, model.config.width), ["generated"] * (1 + recorded), self.scale)
         with progress_bar("sample", frames, "frames") as bar:
             options: dict[str, Any] = {
-                "actions": actions, "seed": self.seed, "guide": guide, "window_frames": self.window_frames,
+                "actions": actions, "seed": self.seed, "guide": guide, "in_flight": self.in_flight,
                 "callback": bar.update,
             }  # fmt: skip
             if clips:
@@ -357,6 +358,7 @@ def option(arguments: Sequence[str], name: str) -> str | None:
 
 def parse(arguments: Sequence[str]) -> Any:
     """The command that the arguments describe; exits with code 2 when they describe none."""
+    arguments = current_arguments(arguments)
     command = arguments[0] if arguments else ""
     name, run_dir = cast(PresetName | None, option(arguments, "--preset")), option(arguments, "--run-dir")
     if name is not None and name not in PRESETS:
@@ -381,7 +383,7 @@ def parse(arguments: Sequence[str]) -> Any:
         | Annotated[Images, tyro.conf.subcommand("images")]
         | Annotated[Info, tyro.conf.subcommand("info")]
     )
-    return tyro.cli(commands, args=list(arguments), prog="sae", description=__doc__)
+    return tyro.cli(commands, args=arguments, prog="sae", description=__doc__)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

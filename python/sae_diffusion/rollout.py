@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +10,8 @@ from typing import Any
 
 import numpy as np
 import torch
+
+from sae_kernels._deprecated import warn_renamed
 
 from .data import Clip, FrameStats
 from .data.format import atomic_path
@@ -74,7 +75,7 @@ class Rollout:
 
     def film(self, scale: int = 1) -> np.ndarray:
         """Deprecated: `video`."""
-        warnings.warn("film: is now called video", DeprecationWarning, stacklevel=2)
+        warn_renamed("film", "video")
         return self.video(scale)
 
     def write(self, folder: Path | str, *, fps: float = 10.0, scale: int = 4) -> list[Path]:
@@ -126,7 +127,7 @@ def continue_clips(
         clips: of one size; context frames long, or context + frames long where `recorded`.
         recorded: tell the network the clips' own actions, and keep the clips as the truth.
         actions: otherwise (B, frames, ...), the actions that cause the new frames.
-        options: of `generate`: seed, guide, window_frames, callback.
+        options: of `generate`: seed, guide, in_flight, callback.
 
     Raises:
         ValueError: a clip is too short.
@@ -171,5 +172,5 @@ def videos_from_nothing(
 
 def films_from_nothing(*arguments: Any, **options: Any) -> Rollout:
     """Deprecated: `videos_from_nothing`."""
-    warnings.warn("films_from_nothing: is now called videos_from_nothing", DeprecationWarning, stacklevel=2)
+    warn_renamed("films_from_nothing", "videos_from_nothing")
     return videos_from_nothing(*arguments, **options)

@@ -17,6 +17,7 @@ from typing import Any, Literal, TypeVar, Union
 
 from .diffusion.config import SamplerConfig
 from .presets import PRESETS, ClipConfig, Preset, PresetName
+from .renamed import current_value
 
 CONFIG_FILE = "config.yaml"  # in a run folder: all of its settings
 OLD_RUN_FILE = "run.json"  # of runs from before that: how clips were cut, and the sampler
@@ -138,7 +139,7 @@ def _overlay(config: Config, values: Any, path: Path | str, keys: tuple[str, ...
             new[name] = _overlay(getattr(config, name), value, path, (*keys, name))
         else:
             try:
-                new[name] = _value(value, kinds[name])
+                new[name] = _value(current_value(name, value), kinds[name])
             except TypeError as error:
                 raise ValueError(f"{path}: {start}{name}: must be {error}, got {value!r}") from None
     try:

@@ -1,4 +1,4 @@
-"""The denoising loss from the network's raw output, with noise made again instead of stored."""
+"""The denoising loss from the network's output, with noise made again instead of stored."""
 
 from .api import edm_loss
 

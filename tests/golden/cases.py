@@ -162,7 +162,7 @@ def sample_video(
     config = SamplerConfig(**({"sampling_steps": 4, "sigma_min": 0.1, "sigma_max": 10.0} | changes))
     guide = network(dtype, seed=2) if config.guidance_kind == "auto" else None
     start = (None, actions[:, 2:]) if nothing else (context, actions)
-    return {"x": generate(net, *start, 4, config, seed=5, guide=guide, window_frames=window)}
+    return {"x": generate(net, *start, 4, config, seed=5, guide=guide, in_flight=window)}
 
 
 VARIANTS: dict[str, dict[str, Any]] = {
@@ -202,7 +202,7 @@ def roll_out(dtype: torch.dtype, window: int | None, nothing: bool, recorded: bo
     config = SamplerConfig(sampling_steps=3, sigma_min=0.1, sigma_max=10.0)
     actions = torch.randint(3, (2, 2), generator=torch.Generator().manual_seed(1))
     if nothing:
-        rollout = videos_from_nothing(net, stats, 2, 2, config, actions=actions, seed=4, window_frames=window)
+        rollout = videos_from_nothing(net, stats, 2, 2, config, actions=actions, seed=4, in_flight=window)
     else:
         rng = np.random.default_rng(0)
         clips = [
@@ -210,7 +210,7 @@ def roll_out(dtype: torch.dtype, window: int | None, nothing: bool, recorded: bo
         ]
         rollout = continue_clips(
             net, stats, clips, 2, config, context=2, recorded=recorded, actions=None if recorded else actions, seed=4,
-            window_frames=window,
+            in_flight=window,
         )  # fmt: skip
     return {"frames": torch.from_numpy(rollout.frames)}
 

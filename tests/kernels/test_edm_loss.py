@@ -70,7 +70,7 @@ def test_any_shape(B, T, K, rest, dtype, seed, offset):
 @pytest.mark.parametrize("noisy_first", [False, True])
 @pytest.mark.parametrize("impl", ["reference", *IMPLS])
 def test_is_the_loss_of_the_noised_sequence(impl, noisy_first):
-    """From the network's own input: D = c_skip x + c_out raw, with x as token_noise made it."""
+    """From the network's own input: D = c_skip x + c_out model_output, with x as token_noise made it."""
     (raw, x0, sigma, _), layout = make(noisy_first=noisy_first)
     raw, x0, sigma = raw.double(), x0.double(), sigma.double()
     clean = torch.zeros(2, 3, dtype=torch.float64)
@@ -227,13 +227,13 @@ def test_autocast_changes_nothing():
 
 
 BAD = {
-    "raw: must be a tensor": ({"raw": 3}, TypeError),
-    r"raw: must have shape \(B, K T, ...\)": ({"raw": torch.ones(2, 6)}, ValueError),
-    "raw: frames must be K T = 6, got 5": ({"raw": torch.ones(2, 5, 4)}, ValueError),
-    "raw: dtype must be float32": ({"raw": torch.ones(2, 6, 4, dtype=torch.int64)}, TypeError),
-    r"x0: must have shape \(B, T, ...\) of raw \(2, 6, 4\)": ({"x0": torch.ones(2, 3, 5)}, ValueError),
+    "model_output: must be a tensor": ({"model_output": 3}, TypeError),
+    r"model_output: must have shape \(B, K T, ...\)": ({"model_output": torch.ones(2, 6)}, ValueError),
+    "model_output: frames must be K T = 6, got 5": ({"model_output": torch.ones(2, 5, 4)}, ValueError),
+    "model_output: dtype must be float32": ({"model_output": torch.ones(2, 6, 4, dtype=torch.int64)}, TypeError),
+    r"x0: must have shape \(B, T, ...\) of model_output \(2, 6, 4\)": ({"x0": torch.ones(2, 3, 5)}, ValueError),
     r"sigma: must have shape \(B, K T\) = \(2, 6\)": ({"sigma": torch.ones(2, 3)}, ValueError),
-    "sigma: must be on the device of raw": ({"sigma": torch.ones(2, 6, device="meta")}, ValueError),
+    "sigma: must be on the device of model_output": ({"sigma": torch.ones(2, 6, device="meta")}, ValueError),
     "sigma_data: must be a number > 0, got 0": ({"sigma_data": 0}, ValueError),
     "layout: noisy_copies must be at least 1, got 0": ({"layout": FrameLayout(3, 1, noisy_copies=0)}, ValueError),
     "layout: must be a FrameLayout": ({"layout": 3}, TypeError),
@@ -246,7 +246,7 @@ BAD = {
 @pytest.mark.parametrize("message", BAD)
 def test_bad_input_names_argument_rule_and_value(message):
     arguments = {
-        "raw": torch.ones(2, 6, 4),
+        "model_output": torch.ones(2, 6, 4),
         "x0": torch.ones(2, 3, 4),
         "sigma": torch.ones(2, 6),
         "layout": FrameLayout(3, 1, noisy_copies=2),

@@ -117,7 +117,7 @@ CALLS = {
         lambda a: pixel_norm(a(X)),
         lambda a: pixel_norm_silu(a(X)),
     ],
-    "raw": [lambda a: edm_loss(a(X), a(X), a(torch.ones(1, 2)), LAYOUT, seed=0)],
+    "model_output": [lambda a: edm_loss(a(X), a(X), a(torch.ones(1, 2)), LAYOUT, seed=0)],
     "q": [lambda a: frame_attention(a(Q), a(Q), a(Q), LAYOUT), lambda a: qk_prepare(a(Q), a(Q), None, LAYOUT)],
     "qkv": [lambda a: qkv_prepare(a(QKV), LAYOUT)],
     "history": [lambda a: past_term(a(VIDEO[:, :, :1]), a(WEIGHT))],

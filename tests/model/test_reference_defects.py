@@ -9,20 +9,20 @@ import torch
 import torch.nn.functional as F
 from networks import changed_frames, clip, small
 from sae_diffusion.model import ModelConfig
-from sae_diffusion.model.attention import VideoAttention
+from sae_diffusion.model.attention import TemporalAttention
 from sae_diffusion.model.frame_pass import ROTARY_BASE, FramePass
 
 from sae_kernels import FrameLayout, qk_prepare
 
 
-def attention_and_pass(height: int, frames: int, copies: int = 1) -> tuple[VideoAttention, FramePass]:
+def attention_and_pass(height: int, frames: int, copies: int = 1) -> tuple[TemporalAttention, FramePass]:
     config = ModelConfig(height=height, width=height, channels=2, model_channels=16, channel_mult=(1,),
                          video_attention=(height,), head_dim=8)  # fmt: skip
     c_noise = torch.zeros(1, (1 + copies) * frames, dtype=torch.float64)
-    return VideoAttention(16, config).double(), FramePass(config, "sequence", frames, c_noise, noisy_copies=copies)
+    return TemporalAttention(16, config).double(), FramePass(config, "sequence", frames, c_noise, noisy_copies=copies)
 
 
-def dense_attention(module: VideoAttention, x: torch.Tensor, T: int) -> torch.Tensor:
+def dense_attention(module: TemporalAttention, x: torch.Tensor, T: int) -> torch.Tensor:
     """The same attention with the mask written out frame by frame and the rotation as a complex product."""
     B, C, frames, Y, X = x.shape
     P, H, D = Y * X, module.heads, C // module.heads

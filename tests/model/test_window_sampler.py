@@ -13,7 +13,7 @@ from networks import clip, cut, small
 from sae_diffusion.diffusion.config import Solver
 from sae_diffusion.diffusion.sampler import (
     SamplerConfig,
-    check_trained_for_window,
+    check_independent_levels,
     first_step,
     generate,
     generate_window,
@@ -46,10 +46,10 @@ def test_window_of_one_block_is_block_by_block_sampling_bit_for_bit(variant, blo
     x, _, actions = clip(net, 2, 8)
     settings = config(**VARIANTS[variant])
     plain = generate(net, x[:, :4], actions, 4, settings, seed=3)
-    assert torch.equal(generate(net, x[:, :4], actions, 4, settings, seed=3, window_frames=block), plain)
-    wide = generate(net, x[:, :4], actions, 4, settings, seed=3, window_frames=2 * block)
+    assert torch.equal(generate(net, x[:, :4], actions, 4, settings, seed=3, in_flight=block), plain)
+    wide = generate(net, x[:, :4], actions, 4, settings, seed=3, in_flight=2 * block)
     assert not torch.equal(wide, plain)
-    with pytest.warns(DeprecationWarning, match="generate_window: use generate"):
+    with pytest.warns(DeprecationWarning, match="generate_window: is now called generate"):
         assert torch.equal(generate_window(net, x[:, :4], actions, 4, 2 * block, settings, seed=3), wide)
 
 
@@ -58,9 +58,9 @@ def test_autoguidance_in_a_window_of_one_block():
     x, _, actions = clip(net, 1, 5)
     settings = config(guidance=2.0, guidance_kind="auto", sampling_steps=2)
     plain = generate(net, x[:, :2], actions, 3, settings, guide=guide)
-    assert torch.equal(generate(net, x[:, :2], actions, 3, settings, guide=guide, window_frames=1), plain)
-    wide = generate(net, x[:, :2], actions, 3, settings, guide=guide, window_frames=2)
-    assert not torch.equal(wide, generate(net, x[:, :2], actions, 3, settings, guide=net, window_frames=2))
+    assert torch.equal(generate(net, x[:, :2], actions, 3, settings, guide=guide, in_flight=1), plain)
+    wide = generate(net, x[:, :2], actions, 3, settings, guide=guide, in_flight=2)
+    assert not torch.equal(wide, generate(net, x[:, :2], actions, 3, settings, guide=net, in_flight=2))
 
 
 def noise_of(net, frame: int, seed: int, draw: int = 0) -> torch.Tensor:
@@ -140,7 +140,7 @@ def test_window_equals_sampling_without_a_cache(solver, name):
     net = small(**changes)
     x, _, actions = clip(net, 1, 8)
     settings = config(solver=solver)
-    got = generate(net, x[:, :2], actions, 6, settings, seed=5, window_frames=window)
+    got = generate(net, x[:, :2], actions, 6, settings, seed=5, in_flight=window)
     want = without_cache(net, x[:, :2], actions, 6, window, settings, seed=5)
     torch.testing.assert_close(got, want, rtol=0, atol=1e-9 * want.abs().max().item())
 
@@ -186,7 +186,7 @@ class Recorder(torch.nn.Module):
 def test_levels_are_the_lower_triangular_schedule_in_the_ve_scaling(window, steps):
     net, frames = Recorder(), 6
     settings = config(sampling_steps=steps, solver="euler")
-    generate(net, None, None, frames, settings, window_frames=window)
+    generate(net, None, None, frames, settings, in_flight=window)
     schedule = Triangular(frames, steps, steps // window, EDM(0.1, 10.0, settings.rho))
     levels = schedule.levels()
     assert len(net.calls) == schedule.macro_steps == steps + (frames - 1) * steps // window
@@ -202,7 +202,7 @@ def test_levels_are_the_lower_triangular_schedule_in_the_ve_scaling(window, step
 def test_any_window_holds_no_more_than_its_frames_and_gives_each_all_levels(window, steps):
     net, frames = Recorder(), 12
     settings = config(sampling_steps=steps, solver="euler")
-    generate(net, None, None, frames, settings, window_frames=window)
+    generate(net, None, None, frames, settings, in_flight=window)
     assert max(len(told) for _, told in net.calls) == window
     seen: dict[int, list[float]] = {i: [] for i in range(frames)}
     for first, told in net.calls:
@@ -223,14 +223,14 @@ def test_noise_belongs_to_the_frame_whatever_the_window(solver):
     settings = config(sampling_steps=6, churn=2.0, context_noise=0.1, solver=solver)
     plain = generate(Recorder(), None, None, 5, settings, seed=2, batch=2)
     for window in (1, 2, 4):
-        assert torch.equal(generate(Recorder(), None, None, 5, settings, seed=2, batch=2, window_frames=window), plain)
+        assert torch.equal(generate(Recorder(), None, None, 5, settings, seed=2, batch=2, in_flight=window), plain)
     blocks = generate(Recorder(2), None, None, 6, settings, seed=2)
-    assert torch.equal(generate(Recorder(2), None, None, 6, settings, seed=2, window_frames=6), blocks)
+    assert torch.equal(generate(Recorder(2), None, None, 6, settings, seed=2, in_flight=6), blocks)
 
 
 def test_heun_evaluates_twice_but_for_a_last_step_of_one():
     net = Recorder()
-    generate(net, None, None, 4, config(sampling_steps=4), window_frames=2)
+    generate(net, None, None, 4, config(sampling_steps=4), in_flight=2)
     # 4 + 3 * 2 steps; the first block is gone when the second evaluation of its last step is made.
     assert len(net.calls) == 2 * 10 - 1
     sizes = [(first, len(told)) for first, told in net.calls]
@@ -242,7 +242,7 @@ def test_frames_come_one_at_a_time_and_the_cache_stays_bounded():
     cache = net.new_cache(1)
     sizes, held = [], 0
     for done, frame in enumerate(
-        iter_frames(net, None, clip(net, 1, 9)[2], 9, config(solver="euler"), window_frames=3, cache=cache), start=1
+        iter_frames(net, None, clip(net, 1, 9)[2], 9, config(solver="euler"), in_flight=3, cache=cache), start=1
     ):
         assert frame.shape == (1, 1, 2, 8, 8)
         assert cache.frames == done
@@ -255,10 +255,10 @@ def test_frames_come_one_at_a_time_and_the_cache_stays_bounded():
 def test_a_cache_is_continued_after_its_frames():
     net = small()
     x, _, actions = clip(net, 1, 7)
-    whole = generate(net, x[:, :3], actions, 4, config(), seed=1, window_frames=2)
+    whole = generate(net, x[:, :3], actions, 4, config(), seed=1, in_flight=2)
     cache = net.new_cache(1)
     net.prefill(x[:, :3], torch.full((1, 3), 0.05, dtype=torch.float64), actions[:, :3], cache)
-    later = generate(net, None, actions[:, 3:], 4, config(), seed=1, cache=cache, window_frames=2)
+    later = generate(net, None, actions[:, 3:], 4, config(), seed=1, cache=cache, in_flight=2)
     assert torch.equal(whole, later)
     assert cache.frames == 7
     assert math.isfinite(whole.abs().max().item())
@@ -267,30 +267,30 @@ def test_a_cache_is_continued_after_its_frames():
 def test_callback_counts_frames():
     counts: list[int] = []
     net = small(frames_per_block=2)
-    generate(net, None, None, 6, config(solver="euler"), callback=counts.append, window_frames=4)
+    generate(net, None, None, 6, config(solver="euler"), callback=counts.append, in_flight=4)
     assert counts == [2, 4, 6]
 
 
 @pytest.mark.parametrize(
     ("window", "block", "message"),
     [
-        (0, 1, "window_frames: must be a positive multiple of frames_per_block = 1, got 0"),
-        (3, 2, "window_frames: must be a positive multiple of frames_per_block = 2, got 3"),
-        (5, 1, "window_frames: at most sampling_steps = 4 blocks can be in flight"),
+        (0, 1, "in_flight: must be a positive multiple of frames_per_block = 1, got 0"),
+        (3, 2, "in_flight: must be a positive multiple of frames_per_block = 2, got 3"),
+        (5, 1, "in_flight: at most sampling_steps = 4 blocks can be in flight"),
     ],
 )
 def test_windows_that_break_their_rule_are_refused(window, block, message):
     with pytest.raises(ValueError, match=message):
-        iter_frames(small(frames_per_block=block), None, None, 4, config(), window_frames=window)
+        iter_frames(small(frames_per_block=block), None, None, 4, config(), in_flight=window)
 
 
 def test_requests_are_checked_as_those_of_the_block_sampler():
     with pytest.raises(ValueError, match="actions: need one for each"):
-        iter_frames(small(), None, torch.zeros(1, 3, dtype=torch.int64), 4, config(), window_frames=2)
+        iter_frames(small(), None, torch.zeros(1, 3, dtype=torch.int64), 4, config(), in_flight=2)
 
 
 @pytest.mark.parametrize("state", [{}, {"train_config": {}}, {"train_config": {"objective": "teacher"}}])
 def test_checkpoints_of_teacher_forcing_are_refused(state):
-    with pytest.raises(ValueError, match=r"window_frames: .* --objective forcing.*objective 'teacher'"):
-        check_trained_for_window(state)
-    check_trained_for_window({"train_config": {"objective": "forcing"}})
+    with pytest.raises(ValueError, match=r"in_flight: .* --objective forcing.*objective 'teacher_forcing'"):
+        check_independent_levels(state)
+    check_independent_levels({"train_config": {"objective": "forcing"}})

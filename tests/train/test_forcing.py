@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from sae_diffusion.diffusion.forcing import forcing_loss, forcing_sigmas
 from sae_diffusion.diffusion.loss import loss_weight
 from sae_diffusion.diffusion.noise import NoiseConfig
 from sae_diffusion.model import Denoiser, ModelConfig
+from sae_diffusion.settings import read_run_settings
 from sae_diffusion.train import Trainer, load_denoiser
 from sae_diffusion.train.checkpoint import _digest, read_state
 from safetensors.torch import load_file
@@ -171,11 +173,11 @@ def test_objective_is_fixed_for_a_run_and_old_checkpoints_are_of_teacher_forcing
     capsys.readouterr()
     trainer(tmp_path, steps=2)
     assert "changed since" not in capsys.readouterr().out
-    with pytest.raises(ValueError, match=r"objective: .* trained with 'teacher', this run has 'forcing'"):
+    with pytest.raises(ValueError, match=r"objective: .* trained with 'teacher_forcing', this run has 'forcing'"):
         trainer(tmp_path, objective="forcing", steps=2)
     with pytest.raises(ValueError, match=r"clean_frames: must be in \[0, 1\], got 2"):
         config(tmp_path, clean_frames=2)
-    with pytest.raises(ValueError, match="objective: must be teacher or forcing, got 'student'"):
+    with pytest.raises(ValueError, match="objective: must be teacher_forcing or forcing, got 'student'"):
         config(tmp_path, objective="student")
 
 
@@ -234,21 +236,52 @@ def test_command_line_trains_and_samples_with_a_window(recorded, tmp_path, capsy
     videos = {}
     for window in ("None", "1", "3"):
         out = tmp_path / window
-        assert main([*sample, f"--window-frames={window}", f"--out={out}"]) == 0
+        assert main([*sample, f"--in-flight={window}", f"--out={out}"]) == 0
         videos[window] = (out / "strip.png").read_bytes()
     assert videos["None"] == videos["1"] != videos["3"]
     nothing = ["sample", f"--run-dir={run}", "--frames=3", "--samples=1", "--device=cpu", f"--out={tmp_path / 'n'}"]
-    assert main([*nothing, "--window-frames=2"]) == 0
+    assert main([*nothing, "--in-flight=2"]) == 0
     capsys.readouterr()
-    assert main([*nothing, "--window-frames=4"]) == 2
-    assert "window_frames: at most sampling_steps = 3 blocks" in capsys.readouterr().err
+    assert main([*nothing, "--in-flight=4"]) == 2
+    assert "in_flight: at most sampling_steps = 3 blocks" in capsys.readouterr().err
 
 
 def test_command_line_refuses_a_window_for_teacher_forcing(recorded, tmp_path, capsys):
     run = tmp_path / "run"
     assert main(["train", f"--data={recorded}", f"--run-dir={run}", *MICRO]) == 0
     capsys.readouterr()
-    assert main(["sample", f"--run-dir={run}", "--frames=2", "--window-frames=2", "--device=cpu"]) == 2
+    assert main(["sample", f"--run-dir={run}", "--frames=2", "--in-flight=2", "--device=cpu"]) == 2
     error = capsys.readouterr().err
-    assert error.startswith("sae: window_frames: needs a network trained with an independent noise level")
+    assert error.startswith("sae: in_flight: needs a network trained with an independent noise level")
     assert error.count("\n") == 1
+
+
+@pytest.mark.parametrize("settings", ["config.yaml", "run.json"])
+def test_a_run_from_when_the_objective_was_called_teacher_resumes_and_samples(recorded, tmp_path, capsys, settings):
+    run = tmp_path / "run"
+    train = ["train", f"--data={recorded}", f"--run-dir={run}", *MICRO, "--checkpoint-every=1"]
+    assert main(train) == 0
+    state_file = run / "step-0000001" / "state.json"
+    state = json.loads(state_file.read_text())
+    assert state["train_config"]["objective"] == "teacher_forcing" and state.pop("digest")
+    state["train_config"]["objective"] = "teacher"
+    state_file.write_text(json.dumps({**state, "digest": _digest(state)}))
+    written = run / "config.yaml"
+    text = written.read_text()
+    assert "objective: teacher_forcing\n" in text
+    written.write_text(text.replace("objective: teacher_forcing\n", "objective: teacher\n"))
+    sample = ["sample", f"--run-dir={run}", "--frames=2", "--samples=1", "--device=cpu"]
+    if settings == "run.json":
+        clips, sampler = read_run_settings(run)
+        values = {"objective": "teacher", "clips": dataclasses.asdict(clips), "sampler": dataclasses.asdict(sampler)}
+        (run / "run.json").write_text(json.dumps(values))
+        written.unlink()
+        assert main(sample) == 0
+    else:
+        with pytest.warns(DeprecationWarning, match="objective teacher: is now called teacher_forcing"):
+            assert main(sample) == 0
+    capsys.readouterr()
+    assert main([*train, "--steps=2"]) == 0
+    out = capsys.readouterr().out
+    assert "resuming" in out and "step 2" in out
+    assert "objective: teacher_forcing\n" in written.read_text()

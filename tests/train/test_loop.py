@@ -13,7 +13,7 @@ from sae_diffusion.images.train import ImageTrainer
 from test_old_checkpoints import assert_same, images, series, tensors, video
 
 TASKS = {
-    "teacher": functools.partial(video, objective="teacher"),
+    "teacher": functools.partial(video, objective="teacher_forcing"),
     "forcing": functools.partial(video, objective="forcing"),
     "series": series,
     "images": images,

@@ -151,7 +151,7 @@ def network(dtype, **changes):
         (3, False, {"patch_size": 2, "sigma_data": 0.5}),
     ],
 )
-def test_loss_from_the_raw_output_is_the_loss_of_the_denoised_frames(copies, spatial, changes, autocast):
+def test_loss_from_the_model_output_is_the_loss_of_the_denoised_frames(copies, spatial, changes, autocast):
     """Loss and gradient of all parameters, in fp32 and under bf16 autocast, each route against fp64."""
     x0 = torch.randn(2, 3, 2, 8, 8, generator=generator(1))
     actions = torch.randint(-1, 3, (2, 3), generator=generator(2))
@@ -162,7 +162,7 @@ def test_loss_from_the_raw_output_is_the_loss_of_the_denoised_frames(copies, spa
         with torch.autocast("cpu", torch.bfloat16, enabled=autocast and dtype == torch.float32):
             losses = denoising_loss(
                 net, x0.to(dtype), actions, sigmas.to(dtype), noisy_copies=copies, seed=-5, offset=2,
-                spatial_only=spatial, sigma_data=net.config.sigma_data, raw=raw,
+                spatial_only=spatial, sigma_data=net.config.sigma_data, model_output=raw,
             )  # fmt: skip
         # Frames weigh differently, so that one frame's noise cannot stand in for another's.
         total = (losses * torch.linspace(1, 2, losses.numel()).view_as(losses)).sum()
@@ -180,13 +180,13 @@ def test_loss_from_the_raw_output_is_the_loss_of_the_denoised_frames(copies, spa
         torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5 * want.abs().max().item())
 
 
-def test_denoiser_gives_its_raw_output():
-    """D = c_skip x + c_out raw, with every flag; and raw is asked for by name only where it is given."""
+def test_denoiser_gives_its_model_output():
+    """D = c_skip x + c_out F, with every flag; and the output F is asked for by name only where it is given."""
     for changes, options, streams in (({}, {"noisy_copies": 2}, 3), ({"patch_size": 2}, {"spatial_only": True}, 1)):
         net = network(torch.float64, **changes)
         x = torch.randn(2, 2 * streams, 2, 8, 8, generator=generator(5), dtype=torch.float64)
         sigma = torch.rand(2, 2 * streams, generator=generator(6), dtype=torch.float64) + 0.1
-        raw, d = net(x, sigma, raw=True, **options), net(x, sigma, **options)
+        raw, d = net(x, sigma, model_output=True, **options), net(x, sigma, **options)
         s = sigma[:, :, None, None, None]
         torch.testing.assert_close(d, x / (s**2 + 1) + s / (s**2 + 1).sqrt() * raw, rtol=1e-12, atol=1e-12)
 

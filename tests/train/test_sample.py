@@ -8,11 +8,9 @@ import math
 import av
 import numpy as np
 import pytest
-import tyro
 from PIL import Image
-from sae_diffusion import cli, rollout
+from sae_diffusion import cli
 from sae_diffusion.data.dataset import is_heldout
-from sae_diffusion.demo import DemoConfig
 from sae_diffusion.media import SCREEN, fit_grid, write_mp4
 
 SIZE = 16
@@ -230,13 +228,3 @@ def test_the_screen_shows_the_denoising_loss_and_its_held_out_value(tmp_path, ca
             assert first != last and f"held out {last:.4f}" in shown[3]
         weights[name] = (out / "step-0000004" / "model.safetensors").read_bytes()
     assert weights["with"] == weights["without"], "measuring changes no bit of training"
-
-
-def test_old_names_warn_and_do_the_same(monkeypatch):
-    shown = rollout.Rollout(np.zeros((1, 2, 8, 8, 3), np.uint8), None, 0)
-    with pytest.warns(DeprecationWarning, match="film: is now called video"):
-        assert np.array_equal(shown.film(), shown.video())
-    monkeypatch.setattr(rollout, "videos_from_nothing", lambda *arguments, **options: (arguments, options))
-    with pytest.warns(DeprecationWarning, match="films_from_nothing: is now called videos_from_nothing"):
-        assert rollout.films_from_nothing(1, 2, seed=3) == ((1, 2), {"seed": 3})
-    assert tyro.cli(DemoConfig, args=["--films", "3"]).videos == 3

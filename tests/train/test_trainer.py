@@ -299,21 +299,21 @@ def test_gradient_is_that_of_the_mean_over_the_global_batch(tmp_path, monkeypatc
         torch.testing.assert_close(got, p.grad, rtol=1e-5, atol=1e-6 * p.grad.abs().max().item())
 
 
-def test_takes_the_loss_from_the_raw_output_where_the_model_gives_it(tmp_path, monkeypatch):
+def test_takes_the_loss_from_the_model_output_where_the_model_gives_it(tmp_path, monkeypatch):
     from sae_diffusion.train import objectives as module
 
     asked = []
 
-    def keep(denoiser, *arguments, raw, **options):
-        asked.append(raw)
-        return real(denoiser, *arguments, raw=False, **options)
+    def keep(denoiser, *arguments, model_output, **options):
+        asked.append(model_output)
+        return real(denoiser, *arguments, model_output=False, **options)
 
     real = module.denoising_loss
     monkeypatch.setattr(module, "denoising_loss", keep)
     gradients_of_one_step(tmp_path / "without", micro_batch=4)
-    monkeypatch.setattr(Stub, "gives_raw_output", True, raising=False)
+    monkeypatch.setattr(Stub, "gives_model_output", True, raising=False)
     gradients_of_one_step(tmp_path / "with", micro_batch=4)
-    assert asked == [False, True] and Denoiser.gives_raw_output
+    assert asked == [False, True] and Denoiser.gives_model_output
 
 
 def test_accumulation_equals_one_large_batch(tmp_path, monkeypatch):

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from sae_kernels import FrameLayout, edm_loss, token_noise
+from sae_kernels._deprecated import renamed_arguments
 
 from .loss import weighted_error
 from .noise import NoiseConfig, sample_sigmas
@@ -34,6 +35,7 @@ def forcing_sigmas(
     return torch.where(clean < clean_frames, finished, noisy)
 
 
+@renamed_arguments(raw="model_output")
 def forcing_loss(
     denoiser: Callable[..., torch.Tensor],
     x0: torch.Tensor,
@@ -44,7 +46,7 @@ def forcing_loss(
     offset: int = 0,
     spatial_only: bool = False,
     sigma_data: float = 1.0,
-    raw: bool | None = None,
+    model_output: bool | None = None,
 ) -> torch.Tensor:
     """Weighted squared error of every frame of a noisy sequence that sees its own noisy past.
 
@@ -55,7 +57,7 @@ def forcing_loss(
         x0: (B, T, C, Y, X) normalised clips.
         actions: (B, T) int64, (B, T, A) float or None.
         sigmas: (B, T), a level for each frame.
-        seed, offset, spatial_only, sigma_data, raw: as in `denoising_loss`.
+        seed, offset, spatial_only, sigma_data, model_output: as in `denoising_loss`.
 
     Returns:
         (B, T) in fp32 (fp64 where the denoiser's output is).
@@ -67,14 +69,14 @@ def forcing_loss(
         raise ValueError(
             f"sigmas: must have shape (B, T) of x0 (B, T, C, Y, X), got {tuple(sigmas.shape)} and {tuple(x0.shape)}"
         )
-    if raw is None:
-        raw = getattr(denoiser, "gives_raw_output", False)
+    if model_output is None:
+        model_output = getattr(denoiser, "gives_model_output", False)
     frames, tokens = x0.shape[1], x0.shape[-2] * x0.shape[-1]
     layout = FrameLayout(frames=frames, tokens_per_frame=tokens, noisy_copies=1)
     levels = torch.cat([sigmas, sigmas], dim=1)
     x: Any = token_noise(x0.contiguous(), torch.ones_like(levels), levels, layout, seed=seed, offset=offset)
     options: dict[str, Any] = {"spatial_only": True} if spatial_only else {"noisy_copies": 0}
-    if raw:
-        output = denoiser(x[:, frames:], sigmas, actions, raw=True, **options)
+    if model_output:
+        output = denoiser(x[:, frames:], sigmas, actions, model_output=True, **options)
         return edm_loss(output, x0, sigmas, layout, seed=seed, offset=offset, sigma_data=sigma_data)
     return weighted_error(denoiser(x[:, frames:], sigmas, actions, **options), x0, sigmas, sigma_data)

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from sae_kernels import FrameLayout, edm_loss, token_noise
+from sae_kernels._deprecated import renamed_arguments
 
 MAX_LOG10_FIT = 4.0
 
@@ -21,6 +22,7 @@ def loss_weight(sigma: torch.Tensor, sigma_data: float = 1.0) -> torch.Tensor:
     return (sigma**2 + sigma_data**2) / (sigma * sigma_data) ** 2
 
 
+@renamed_arguments(raw="model_output")
 def denoising_loss(
     denoiser: Callable[..., torch.Tensor],
     x0: torch.Tensor,
@@ -32,12 +34,12 @@ def denoising_loss(
     offset: int = 0,
     spatial_only: bool = False,
     sigma_data: float = 1.0,
-    raw: bool | None = None,
+    model_output: bool | None = None,
 ) -> torch.Tensor:
     """Weighted squared error of the denoised noisy copies, per frame.
 
-    From a network's raw output the loss is taken by `sae_kernels.edm_loss`, which makes the noise again: of target,
-    denoised frames and their error none is stored.
+    From the network's own output the loss is computed by `sae_kernels.edm_loss`, which makes the noise again: neither
+    the target, nor the denoised frames, nor their error are stored.
 
     Args:
         denoiser: called as denoiser(x, sigma, actions, noisy_copies=K), or with spatial_only=True on noisy frames.
@@ -48,8 +50,8 @@ def denoising_loss(
         seed, offset: of the counter-based noise (`sae_kernels.token_noise`): the same values give the same noise.
         spatial_only: train every frame by itself, without a past.
         sigma_data: of the denoiser's preconditioning.
-        raw: whether the denoiser takes raw=True and then returns what c_out multiplies, as `Denoiser` does. None asks
-            its attribute `gives_raw_output`, which a wrapper such as DistributedDataParallel hides.
+        model_output: whether the denoiser takes model_output=True and then returns what c_out multiplies, as `Denoiser`
+            does. None reads its attribute `gives_model_output`, which a wrapper such as DistributedDataParallel hides.
 
     Returns:
         (B, K T) in fp32 (fp64 where the denoiser's output is): loss_weight(sigma) * mean over C, Y, X of (D - x0)^2.
@@ -68,15 +70,15 @@ def denoising_loss(
     layout = FrameLayout(frames=frames, tokens_per_frame=x0.shape[-2] * x0.shape[-1], noisy_copies=noisy_copies)
     x: Any = token_noise(x0.contiguous(), torch.ones_like(sigmas), sigmas, layout, seed=seed, offset=offset)
     noisy_sigmas = sigmas[:, frames:]
-    if raw is None:
-        raw = getattr(denoiser, "gives_raw_output", False)
-    options: dict[str, Any] = {"raw": True} if raw else {}
+    if model_output is None:
+        model_output = getattr(denoiser, "gives_model_output", False)
+    options: dict[str, Any] = {"model_output": True} if model_output else {}
     if spatial_only:
         repeated = None if actions is None else torch.cat([actions] * noisy_copies, dim=1)
         denoised = denoiser(x[:, frames:], noisy_sigmas, repeated, spatial_only=True, **options)
     else:
         denoised = denoiser(x, sigmas, actions, noisy_copies=noisy_copies, **options)[:, frames:]
-    if raw:
+    if model_output:
         return edm_loss(denoised, x0, noisy_sigmas, layout, seed=seed, offset=offset, sigma_data=sigma_data)
     return weighted_error(denoised, x0, noisy_sigmas, sigma_data)
 

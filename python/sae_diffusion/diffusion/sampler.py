@@ -1,12 +1,12 @@
-"""Sampling of video with a cache: a window of blocks rolls over the video, each block at its own noise level.
+"""Sampling of video with a cache, one block after another or with several in flight, each at its own noise level.
 
 Block k of f frames starts from noise after k N / W steps (rounded down) and takes the N noise levels of
-`sigma_schedule` (Karras et al. 2022), one for each step of the whole window, so that W blocks are in flight at a time
-and the first of them is done first. Where W divides N this is `schedules.Triangular(blocks, N, N // W)` in the "ve"
-scaling. W = 1 is block by block. With W > 1 the network sees finished frames through its cache, and the blocks in
-flight with their own noise levels: it must have been trained with independent ones (`sae train --objective forcing`).
+`sigma_schedule` (Karras et al. 2022), one at every step, so that W blocks are in flight at a time and the first of them
+is done first. Where W divides N this is `schedules.Triangular(blocks, N, N // W)` in the "ve" scaling. W = 1 is block
+by block. With W > 1 the network sees finished frames through its cache, and the blocks in flight with their own noise
+levels: it must have been trained with independent ones (`sae train --objective forcing`).
 
-A window of W blocks needs about N / W passes for each new block instead of N, each over W blocks. It is exact for
+W blocks in flight need about N / W passes for each new block instead of N, each over W blocks. This is exact for
 W = 1 only: a block in flight does not look at those after it, which is what makes room for new ones.
 
 B batch, n given frames, N new frames (above: noise levels), f frames per block, C channels, Y, X pixels.
@@ -15,7 +15,6 @@ B batch, n given frames, N new frames (above: noise levels), f frames per block,
 from __future__ import annotations
 
 import itertools
-import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -23,7 +22,9 @@ from typing import Any
 import torch
 
 from sae_kernels import token_noise_eps
+from sae_kernels._deprecated import renamed_arguments, renamed_fields, warn_renamed
 
+from ..renamed import current_value
 from .config import SamplerConfig
 from .steps import CORRECTED, STEPS, At, Churn, Level, Sigma, trapezoid
 
@@ -42,6 +43,7 @@ def sigma_schedule(config: SamplerConfig) -> torch.Tensor:
     return torch.cat([(first + ramp * (last - first)) ** config.rho, ramp.new_zeros(1)])
 
 
+@renamed_fields(window_frames="in_flight")
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Request:
     """What is to be generated, from what, and how.
@@ -51,8 +53,9 @@ class Request:
         context: given frames (B, n, C, Y, X), normalised, n a multiple of f; None to start from nothing or `cache`.
         actions: (B, n + N) int64 or (B, n + N, A) float, the action that caused each frame; None for no conditioning.
         config: the sampler.
-        window_frames: W f, frames in flight, a multiple of f, W at most config.sampling_steps; None is f, block by
-            block. More than f are for networks trained with independent levels, see `check_trained_for_window`.
+        in_flight: W f, frames that are generated together, each block at its own level: a multiple of f, W at most
+            config.sampling_steps; None is f, block by block. More than f are for networks trained with independent
+            levels, see `check_independent_levels`.
         seed: of the noise.
         batch: B when neither context, actions nor cache tell it; 1 by default.
         guide: the weaker network of autoguidance.
@@ -63,7 +66,7 @@ class Request:
     context: torch.Tensor | None = None
     actions: torch.Tensor | None = None
     config: SamplerConfig = field(default_factory=SamplerConfig)
-    window_frames: int | None = None
+    in_flight: int | None = None
     seed: int = 0
     batch: int | None = None
     guide: Any = None
@@ -74,7 +77,7 @@ class Request:
         """The batch.
 
         Raises:
-            ValueError: shapes that do not agree, a window that breaks its rule, or a guide that is missing or not used.
+            ValueError: shapes that do not agree, `in_flight` breaks its rule, or a guide is missing or not used.
         """
         f, config = denoiser.config.frames_per_block, self.config
         given = 0 if self.context is None else self.context.shape[1]
@@ -108,17 +111,18 @@ class Request:
             )
         if self.guide is None and config.guidance_kind == "auto" and config.guidance != 1:
             raise ValueError("guide: guidance_kind 'auto' needs a second network, got None")
-        window = f if self.window_frames is None else self.window_frames
-        if window < 1 or window % f:
-            raise ValueError(f"window_frames: must be a positive multiple of frames_per_block = {f}, got {window}")
-        if window // f > config.sampling_steps:
+        in_flight = f if self.in_flight is None else self.in_flight
+        if in_flight < 1 or in_flight % f:
+            raise ValueError(f"in_flight: must be a positive multiple of frames_per_block = {f}, got {in_flight}")
+        if in_flight // f > config.sampling_steps:
             raise ValueError(
-                f"window_frames: at most sampling_steps = {config.sampling_steps} blocks can be in flight, one for "
-                f"each noise level, got {window // f}"
+                f"in_flight: at most sampling_steps = {config.sampling_steps} blocks can be in flight, one for each "
+                f"noise level, got {in_flight // f}"
             )
         return batch
 
 
+@renamed_arguments(window_frames="in_flight")
 def generate(
     denoiser: Any,
     context: torch.Tensor | None,
@@ -144,6 +148,7 @@ def generate(
     return torch.cat(blocks, dim=1)
 
 
+@renamed_arguments(window_frames="in_flight")
 def iter_frames(
     denoiser: Any,
     context: torch.Tensor | None,
@@ -152,18 +157,19 @@ def iter_frames(
     config: SamplerConfig | None = None,
     **options: Any,
 ) -> Iterator[torch.Tensor]:
-    """Yield finished blocks (B, f, C, Y, X) one at a time; memory is bounded when the network has a window.
+    """Yield finished blocks (B, f, C, Y, X) one at a time; memory is bounded when the attention has a window.
 
-    The noise of a frame depends on (seed, absolute frame index, sample index) only, so a call that continues a cache
-    goes on bit for bit as one longer call would (block by block; a window runs empty at the end of a call).
+    The noise of a frame depends on (seed, absolute frame index, sample index) only, so block by block a call that
+    continues a cache goes on bit for bit as one longer call would. With several blocks in flight it does not: a call
+    finishes all of them.
 
     Args:
         denoiser: a `Denoiser` in eval mode.
         context, actions, num_frames, config: see `Request`.
-        options: further fields of `Request` by name: window_frames, seed, batch, guide, cache, guide_cache.
+        options: further fields of `Request` by name: in_flight, seed, batch, guide, cache, guide_cache.
 
     Raises:
-        ValueError: shapes that do not agree, a window that breaks its rule, or a guide that is missing or not used.
+        ValueError: shapes that do not agree, `in_flight` breaks its rule, or a guide is missing or not used.
     """
     request = Request(
         num_frames=num_frames, context=context, actions=actions, config=config or SamplerConfig(), **options
@@ -180,12 +186,18 @@ def generate_window(
     config: SamplerConfig | None = None,
     **options: Any,
 ) -> torch.Tensor:
-    """Deprecated: `generate` with window_frames."""
-    warnings.warn("generate_window: use generate(..., window_frames=...)", DeprecationWarning, stacklevel=2)
-    return generate(denoiser, context, actions, num_frames, config, window_frames=window_frames, **options)
+    """Deprecated: `generate` with in_flight."""
+    warn_renamed("generate_window", "generate(..., in_flight=...)")
+    return generate(denoiser, context, actions, num_frames, config, in_flight=window_frames, **options)
 
 
 def check_trained_for_window(state: Mapping[str, Any]) -> None:
+    """Deprecated: `check_independent_levels`."""
+    warn_renamed("check_trained_for_window", "check_independent_levels")
+    check_independent_levels(state)
+
+
+def check_independent_levels(state: Mapping[str, Any]) -> None:
     """Refuse a checkpoint whose training never showed the network several noise levels in one sequence.
 
     Args:
@@ -194,17 +206,18 @@ def check_trained_for_window(state: Mapping[str, Any]) -> None:
     Raises:
         ValueError: its objective is not "forcing".
     """
-    objective = state.get("train_config", {}).get("objective", "teacher")
+    saved = state.get("train_config", {}).get("objective", "teacher_forcing")
+    objective = current_value("objective", saved, warn=False)
     if objective != "forcing":
         raise ValueError(
-            "window_frames: needs a network trained with an independent noise level for every frame "
+            "in_flight: needs a network trained with an independent noise level for every frame "
             f"(sae train --objective forcing), this checkpoint has objective {objective!r}"
         )
 
 
-def first_step(block: int, steps: int, window: int) -> int:
-    """The step before which a block enters the window: no more than `window` are in it at a time."""
-    return block * steps // window
+def first_step(block: int, steps: int, in_flight: int) -> int:
+    """The step before which a block starts from noise: no more than `in_flight` are in flight at a time."""
+    return block * steps // in_flight
 
 
 class _Run:
@@ -237,10 +250,10 @@ class _Run:
         f, steps, context = self.block_frames, self.config.sampling_steps, self.request.context
         if context is not None and context.shape[1]:
             self.append(context.to(self.device, self.dtype))
-        window = (self.request.window_frames or f) // f
+        in_flight = (self.request.in_flight or f) // f
         blocks, entered = self.request.num_frames // f, 0
         for step in itertools.count():
-            if entered < blocks and first_step(entered, steps, window) == step:
+            if entered < blocks and first_step(entered, steps, in_flight) == step:
                 self.enter()
                 entered += 1
             if not len(self.steps):

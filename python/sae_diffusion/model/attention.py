@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sae_kernels import FrameLayout, frame_attention, qkv_prepare
+from sae_kernels._deprecated import renamed_members
 
 from .config import ModelConfig
 from .frame_pass import ROTARY_BASE, FramePass
@@ -39,7 +40,7 @@ class Attention(nn.Module):
         raise NotImplementedError
 
 
-class FrameAttention(Attention):
+class SpatialAttention(Attention):
     """Every token sees every token of its own frame."""
 
     def attend(self, qkv: Tensor, frames: FramePass) -> Tensor:
@@ -47,7 +48,7 @@ class FrameAttention(Attention):
         return F.scaled_dot_product_attention(q, k, v).transpose(1, 2)
 
 
-class VideoAttention(FrameAttention):
+class TemporalAttention(SpatialAttention):
     """Every token sees every token of the visible frames, with rotary embedding over absolute frame position.
 
     All tokens of a frame have one phase; a frame's clean and noisy copies share it. The xPos decay of the reference
@@ -94,3 +95,6 @@ class VideoAttention(FrameAttention):
 
     def _whole(self, q: Tensor, k: Tensor, v: Tensor, layout: FrameLayout) -> Tensor:
         return cast(Tensor, frame_attention(q, k, v, layout, impl=self.impl))
+
+
+__getattr__ = renamed_members(__name__, {"FrameAttention": SpatialAttention, "VideoAttention": TemporalAttention})

@@ -9,8 +9,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sae_kernels import normalize_weights, normalize_weights_
+from sae_kernels._deprecated import renamed_arguments, renamed_attributes
 
-from .attention import VideoAttention
+from .attention import TemporalAttention
 from .cache import Cache
 from .config import ModelConfig
 from .conv import CausalConv
@@ -22,6 +23,7 @@ from .unet import UNet
 SMALLEST_SIGMA_LABEL = 1e-4
 
 
+@renamed_attributes(gives_raw_output="gives_model_output")
 class Denoiser(nn.Module):
     """Estimate of the clean frames from noisy ones, their noise levels, their actions and the clean frames before them.
 
@@ -34,8 +36,8 @@ class Denoiser(nn.Module):
     frame i. Results are fp32, or fp64 for a network in fp64; the U-Net computes in its parameters' dtype or autocast's.
     """
 
-    # Tells losses that forward takes raw=True.
-    gives_raw_output = True
+    # Tells losses that forward takes model_output=True.
+    gives_model_output = True
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -46,9 +48,10 @@ class Denoiser(nn.Module):
         # off where parameters are sharded or gradients are sent while backward runs: these come all at its end.
         self.weights_at_once = True
         for name, module in self.named_modules():
-            if isinstance(module, (CausalConv, VideoAttention)):
+            if isinstance(module, (CausalConv, TemporalAttention)):
                 module.key = name
 
+    @renamed_arguments(raw="model_output")
     def forward(
         self,
         x: Tensor,
@@ -57,7 +60,7 @@ class Denoiser(nn.Module):
         *,
         noisy_copies: int = 1,
         spatial_only: bool = False,
-        raw: bool = False,
+        model_output: bool = False,
     ) -> Tensor:
         """Denoise whole sequences: the clean stream, then `noisy_copies` noisy copies of it.
 
@@ -68,7 +71,7 @@ class Denoiser(nn.Module):
             noisy_copies: K >= 0; 0 is the plain causal sequence.
             spatial_only: every frame by itself, without past; then F is any number of frames, noisy_copies is ignored
                 and actions are of F frames.
-            raw: return the network's output itself, what c_out multiplies, shaped like x, in the dtype it comes in.
+            model_output: return the U-Net's output itself, which c_out multiplies, shaped like x and in its own dtype.
 
         Returns:
             D, like x.
@@ -83,7 +86,7 @@ class Denoiser(nn.Module):
         if x.shape[1] == 0 or x.shape[1] % streams:
             raise ValueError(f"x: frames must be a positive multiple of 1 + noisy_copies = {streams}, got {x.shape[1]}")
         mode = "spatial" if spatial_only else "sequence"
-        return self._run(x, sigma, actions, mode, noisy_copies=streams - 1, raw=raw)
+        return self._run(x, sigma, actions, mode, noisy_copies=streams - 1, model_output=model_output)
 
     def new_cache(self, batch: int) -> Cache:
         """An empty cache for `batch` videos."""
@@ -154,7 +157,7 @@ class Denoiser(nn.Module):
         *,
         noisy_copies: int = 0,
         cache: Cache | None = None,
-        raw: bool = False,
+        model_output: bool = False,
     ) -> Tensor:
         frames = x.shape[1] // (1 + noisy_copies)
         self._check_actions(actions, x.shape[0], frames)
@@ -180,7 +183,7 @@ class Denoiser(nn.Module):
         out = run(inputs.to(weights).transpose(1, 2), actions, frame_pass).transpose(1, 2)
         if self.config.patch_size > 1:
             out = F.pixel_shuffle(out, self.config.patch_size)
-        if raw:
+        if model_output:
             return out
         out = out.to(dtype)
         c_skip = d**2 / total

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from sae_kernels import modulated_silu, mp_cat, mp_silu, mp_sum, pixel_norm_silu
 
-from .attention import Attention, FrameAttention, VideoAttention
+from .attention import Attention, SpatialAttention, TemporalAttention
 from .config import ModelConfig
 from .conv import CausalConv
 from .frame_pass import FramePass
@@ -86,7 +86,7 @@ class Block(nn.Module):
         self.skip = Linear(in_channels, out_channels) if in_channels != out_channels else None
         self.attention: Attention | None = None
         if attention is not None:
-            kind = {"video": VideoAttention, "frame": FrameAttention}[attention]
+            kind = {"video": TemporalAttention, "frame": SpatialAttention}[attention]
             self.attention = kind(out_channels, config)
 
     def forward(self, x: Tensor, emb: Tensor, frames: FramePass) -> Tensor:

@@ -7,6 +7,7 @@ from typing import Literal
 
 from ..checks import check_integers, check_number, check_numbers
 from ..diffusion.config import NoiseConfig
+from ..renamed import current_value
 
 MAX_STD = 12**-0.5  # of an average of weights: gamma = 0, a plain average over all of training
 
@@ -30,9 +31,9 @@ class TrainConfig:
         batch_size: clips in a step, over all processes.
         micro_batch: clips in one forward; None = batch_size. batch_size / micro_batch must be a multiple of the number
             of processes. Randomness belongs to the micro-batch, so results do not depend on the number of processes.
-        objective: "teacher", noisy frames see the clean frames before them; "forcing", one sequence whose frames all
-            have noise levels of their own and see each other's noisy frames (diffusion forcing), for sampling with
-            several frames in flight.
+        objective: "teacher_forcing", noisy frames see the clean frames before them; "forcing" (diffusion forcing), one
+            sequence whose frames all have noise levels of their own and see each other's noisy frames, for sampling
+            with several frames in flight.
         clean_frames: probability that a frame of "forcing" is nearly clean, as finished frames are in sampling: its
             level is drawn from U(0, noise.context_sigma_max).
         noisy_copies: K, noisy copies that share a clip's clean copy; "forcing" has none.
@@ -76,7 +77,7 @@ class TrainConfig:
     clip_length: int = 16
     batch_size: int = 8
     micro_batch: int | None = None
-    objective: Literal["teacher", "forcing"] = "teacher"
+    objective: Literal["teacher_forcing", "forcing"] = "teacher_forcing"
     clean_frames: float = 0.25
     noisy_copies: int = 1
     steps: int = 40_000
@@ -113,8 +114,9 @@ class TrainConfig:
             self, 0, "steps", "seed", "lr_ref_steps", "lr_ramp_steps", "spatial_every", "checkpoint_every",
             "keep_checkpoints", "snapshot_every", "log_every", "heldout_every", "sample_every", "num_workers",
         )  # fmt: skip
-        if self.objective not in ("teacher", "forcing"):
-            raise ValueError(f"objective: must be teacher or forcing, got {self.objective!r}")
+        object.__setattr__(self, "objective", current_value("objective", self.objective))
+        if self.objective not in ("teacher_forcing", "forcing"):
+            raise ValueError(f"objective: must be teacher_forcing or forcing, got {self.objective!r}")
         if self.precision not in ("fp32", "bf16", "fp16"):
             raise ValueError(f"precision: must be fp32, bf16 or fp16, got {self.precision!r}")
         check_numbers(self, "in [0, 1]", "action_dropout", "clean_frames")

@@ -37,7 +37,7 @@ def frame_losses(
         "seed": seed,
         "spatial_only": spatial_only,
         "sigma_data": float(getattr(model.config, "sigma_data", 1.0)),
-        "raw": bool(getattr(model, "gives_raw_output", False)),
+        "model_output": bool(getattr(model, "gives_model_output", False)),
     }
     module = model if module is None else module
     if config.objective == "forcing":

@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 
+from ..renamed import current_value
+
 if TYPE_CHECKING:
     from .ema import WeightAverage
     from .loop import Loop
@@ -164,7 +166,8 @@ def saved_fields(config: Any, saved: dict[str, Any]) -> dict[str, Any]:
         factory = f.default_factory
         default = factory() if factory is not dataclasses.MISSING else f.default
         fields[f.name] = None if default is dataclasses.MISSING else json_fields(default)
-    fields |= {name: value for name, value in saved.items() if name not in REMOVED}
+    kept = {name: value for name, value in saved.items() if name not in REMOVED}
+    fields |= {name: current_value(name, value, warn=False) for name, value in kept.items()}
     for name, value in fields.items():
         now = getattr(config, name, None)
         if isinstance(value, dict) and dataclasses.is_dataclass(now):
