@@ -72,11 +72,14 @@ def open_run(preset: Preset) -> Parts:
     dataset = open_clips(
         train.data, clips, preset.model, train.clip_length, "train" if clips.heldout_fraction else "all"
     )
+    stats, config = FrameStats.estimate(dataset), fit_to_data(preset.model, dataset)
+    if config.prior == "previous-frame":
+        config = dataclasses.replace(config, change_std=stats.change_std(dataset))
     torch.manual_seed(train.seed)
-    model = Denoiser(fit_to_data(preset.model, dataset))
+    model = Denoiser(config)
     others = [episode for episode in dataset.others if dataset.frames_of(episode) >= train.clip_length]
     heldout = dataset.cut(train.clip_length, others) if others else None
-    return Parts(model, dataset, FrameStats.estimate(dataset), heldout)
+    return Parts(model, dataset, stats, heldout)
 
 
 def make_trainer(preset: Preset, name: PresetName = "tiny") -> Trainer:

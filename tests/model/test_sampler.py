@@ -35,6 +35,9 @@ class Chain(torch.nn.Module):
         self.weight = torch.nn.Parameter(torch.zeros((), dtype=dtype))
         self.decay, self.levels, self.prefills = decay, [], []
 
+    def expected(self, cache):
+        return None
+
     def new_cache(self, batch):
         return SimpleNamespace(batch=batch, frames=0, last=None)
 

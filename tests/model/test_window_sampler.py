@@ -169,6 +169,9 @@ class Recorder(torch.nn.Module):
         self.weight = torch.nn.Parameter(torch.zeros((), dtype=torch.float64))
         self.calls: list[tuple[int, list[float]]] = []
 
+    def expected(self, cache):
+        return None
+
     def new_cache(self, batch):
         return SimpleNamespace(batch=batch, frames=0)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -11,6 +12,13 @@ import torch
 
 if TYPE_CHECKING:
     from .dataset import ClipDataset
+
+
+def _spread(dataset: ClipDataset, max_clips: int) -> list[int]:
+    """Indices of up to `max_clips` clips, evenly over the data set."""
+    if max_clips < 1:
+        raise ValueError(f"max_clips: must be at least 1, got {max_clips}")
+    return np.unique(np.linspace(0, len(dataset) - 1, min(max_clips, len(dataset))).round().astype(int)).tolist()
 
 
 @dataclass(frozen=True)
@@ -33,12 +41,11 @@ class FrameStats:
     @classmethod
     def estimate(cls, dataset: ClipDataset, max_clips: int = 64) -> FrameStats:
         """From `max_clips` clips spread evenly over the data set, in fp64; a constant channel gets std 1."""
-        if max_clips < 1:
-            raise ValueError(f"max_clips: must be at least 1, got {max_clips}")
-        indices = np.unique(np.linspace(0, len(dataset) - 1, min(max_clips, len(dataset))).round().astype(int))
         count, mean, squares = 0, np.zeros(dataset.frame_shape[2]), np.zeros(dataset.frame_shape[2])
-        for index in indices:  # Chan et al. 1979: merging means and sums of squares keeps large offsets exact
-            x = dataset[int(index)].frames.reshape(-1, dataset.frame_shape[2]).astype(np.float64)
+        for index in _spread(
+            dataset, max_clips
+        ):  # Chan et al. 1979: merging means and sums of squares keeps large offsets exact
+            x = dataset[index].frames.reshape(-1, dataset.frame_shape[2]).astype(np.float64)
             x = x if dataset.is_latent else x / 127.5 - 1
             delta, total = x.mean(0) - mean, count + len(x)
             squares += ((x - x.mean(0)) ** 2).sum(0) + delta**2 * count * len(x) / total
@@ -46,6 +53,14 @@ class FrameStats:
         std = np.sqrt(squares / count)
         constant = std <= 1e-6 * np.maximum(np.abs(mean), 1e-6)
         return cls(tuple(mean.tolist()), tuple(np.where(constant, 1.0, std).tolist()), dataset.is_latent)
+
+    def change_std(self, dataset: ClipDataset, max_clips: int = 64) -> float:
+        """Root mean square of the change from one normalised frame to the next, in `max_clips` clips; 1 without any."""
+        squares, count = 0.0, 0
+        for index in _spread(dataset, max_clips):
+            change = self.normalize(dataset[index].frames).double().diff(dim=0)
+            squares, count = squares + change.square().sum().item(), count + change.numel()
+        return math.sqrt(squares / count) if squares else 1.0
 
     def _tensors(self, like: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         dtype = torch.promote_types(torch.float32, like.dtype)

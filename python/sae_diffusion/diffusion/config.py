@@ -43,6 +43,41 @@ class NoiseConfig:
 
 
 @dataclass(frozen=True)
+class OwnContextConfig:
+    """When and how training shows the network its own frames as context, see `with_own_frames`.
+
+    Args:
+        start: the first optimizer step that does; None = never.
+        ramp: optimizer steps over which the largest share of own frames in a clip rises from 0 to 1.
+        given: first frames of a clip that stay as recorded.
+        sigma_min: least noise level that a frame starts from.
+        sigma_max: greatest one.
+        steps: Euler steps that lead to a frame.
+        depth: the frames are made up to so many times, each time from a context with those before.
+
+    Raises:
+        ValueError: a field breaks its rule; the message names field, rule and value.
+    """
+
+    start: int | None = None
+    ramp: int = 0
+    given: int = 2
+    sigma_min: float = 3.0
+    sigma_max: float = 15.0
+    steps: int = 1
+    depth: int = 1
+
+    def __post_init__(self) -> None:
+        if self.start is not None:
+            check_integers(self, 1, "start")
+        check_integers(self, 0, "ramp")
+        check_integers(self, 1, "given", "steps", "depth")
+        check_numbers(self, "positive", "sigma_min", "sigma_max")
+        if self.sigma_max < self.sigma_min:
+            raise ValueError(f"sigma_max: must be at least sigma_min = {self.sigma_min}, got {self.sigma_max}")
+
+
+@dataclass(frozen=True)
 class SamplerConfig:
     """How a frame is drawn.
 

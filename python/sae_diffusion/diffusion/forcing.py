@@ -7,10 +7,10 @@ from typing import Any
 
 import torch
 
-from sae_kernels import FrameLayout, edm_loss, token_noise
+from sae_kernels import FrameLayout, token_noise
 from sae_kernels._deprecated import renamed_arguments
 
-from .loss import weighted_error
+from .loss import frame_errors
 from .noise import NoiseConfig, sample_sigmas
 
 
@@ -46,6 +46,7 @@ def forcing_loss(
     offset: int = 0,
     spatial_only: bool = False,
     sigma_data: float = 1.0,
+    prior: Any = None,
     model_output: bool | None = None,
 ) -> torch.Tensor:
     """Weighted squared error of every frame of a noisy sequence that sees its own noisy past.
@@ -57,7 +58,7 @@ def forcing_loss(
         x0: (B, T, C, Y, X) normalised clips.
         actions: (B, T) int64, (B, T, A) float or None.
         sigmas: (B, T), a level for each frame.
-        seed, offset, spatial_only, sigma_data, model_output: as in `denoising_loss`.
+        seed, offset, spatial_only, sigma_data, prior, model_output: as in `denoising_loss`.
 
     Returns:
         (B, T) in fp32 (fp64 where the denoiser's output is).
@@ -77,6 +78,10 @@ def forcing_loss(
     x: Any = token_noise(x0.contiguous(), torch.ones_like(levels), levels, layout, seed=seed, offset=offset)
     options: dict[str, Any] = {"spatial_only": True} if spatial_only else {"noisy_copies": 0}
     if model_output:
-        output = denoiser(x[:, frames:], sigmas, actions, model_output=True, **options)
-        return edm_loss(output, x0, sigmas, layout, seed=seed, offset=offset, sigma_data=sigma_data)
-    return weighted_error(denoiser(x[:, frames:], sigmas, actions, **options), x0, sigmas, sigma_data)
+        options["model_output"] = True
+    output = denoiser(x[:, frames:], sigmas, actions, **options)
+    expected = None if prior is None or spatial_only else prior(x[:, frames:], sigmas)
+    return frame_errors(
+        output, x0, sigmas, layout, model_output=model_output, seed=seed, offset=offset, sigma_data=sigma_data,
+        expected=expected,
+    )  # fmt: skip

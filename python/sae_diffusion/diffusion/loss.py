@@ -14,7 +14,7 @@ from sae_kernels._deprecated import renamed_arguments
 MAX_LOG10_FIT = 4.0
 
 
-def loss_weight(sigma: torch.Tensor, sigma_data: float = 1.0) -> torch.Tensor:
+def loss_weight(sigma: torch.Tensor, sigma_data: float | torch.Tensor = 1.0) -> torch.Tensor:
     """lambda = (sigma^2 + sigma_data^2) / (sigma sigma_data)^2: the loss of an untrained network is 1 at every level.
 
     Source: Karras et al. 2022 (EDM), table 1.
@@ -34,6 +34,8 @@ def denoising_loss(
     offset: int = 0,
     spatial_only: bool = False,
     sigma_data: float = 1.0,
+    prior: Any = None,
+    context: torch.Tensor | None = None,
     model_output: bool | None = None,
 ) -> torch.Tensor:
     """Weighted squared error of the denoised noisy copies, per frame.
@@ -50,6 +52,9 @@ def denoising_loss(
         seed, offset: of the counter-based noise (`sae_kernels.token_noise`): the same values give the same noise.
         spatial_only: train every frame by itself, without a past.
         sigma_data: of the denoiser's preconditioning.
+        prior: the denoiser's `FramePrior`, where its preconditioning is built on one: errors are weighted by
+            loss_weight(sigma, the prior's std) then. It is not used with spatial_only.
+        context: (B, T, C, Y, X) shown to the network in place of x0 in the clean copy, with the same noise.
         model_output: whether the denoiser takes model_output=True and then returns what c_out multiplies, as `Denoiser`
             does. None reads its attribute `gives_model_output`, which a wrapper such as DistributedDataParallel hides.
 
@@ -70,6 +75,8 @@ def denoising_loss(
     layout = FrameLayout(frames=frames, tokens_per_frame=x0.shape[-2] * x0.shape[-1], noisy_copies=noisy_copies)
     x: Any = token_noise(x0.contiguous(), torch.ones_like(sigmas), sigmas, layout, seed=seed, offset=offset)
     noisy_sigmas = sigmas[:, frames:]
+    if context is not None:
+        x[:, :frames] += context - x0
     if model_output is None:
         model_output = getattr(denoiser, "gives_model_output", False)
     options: dict[str, Any] = {"model_output": True} if model_output else {}
@@ -78,17 +85,45 @@ def denoising_loss(
         denoised = denoiser(x[:, frames:], noisy_sigmas, repeated, spatial_only=True, **options)
     else:
         denoised = denoiser(x, sigmas, actions, noisy_copies=noisy_copies, **options)[:, frames:]
+    expected = None if prior is None or spatial_only else prior(x[:, :frames], sigmas[:, :frames])
+    return frame_errors(
+        denoised, x0, noisy_sigmas, layout, model_output=model_output, seed=seed, offset=offset, sigma_data=sigma_data,
+        expected=expected,
+    )  # fmt: skip
+
+
+def frame_errors(
+    output: torch.Tensor,
+    x0: torch.Tensor,
+    sigma: torch.Tensor,
+    layout: FrameLayout,
+    *,
+    model_output: bool,
+    seed: int,
+    offset: int,
+    sigma_data: float,
+    expected: tuple[torch.Tensor, torch.Tensor] | None,
+) -> torch.Tensor:
+    """The loss of each noisy frame, (B, K T), of a denoiser's output for noisy copies (B, K T, C, Y, X).
+
+    Around a prior N(m, s^2) preconditioning, weight and so the loss are those of EDM for (x - m) / s at the level
+    sigma / s, with sigma_data = 1.
+
+    Args:
+        model_output: whether the output is what c_out multiplies, or D.
+        expected: the prior's mean (B, T, C, Y, X) and std (B, T); None = N(0, sigma_data^2).
+    """
+    if model_output and expected is not None:
+        mean, std = expected
+        x0, sigma_data = (x0 - mean) / std[..., None, None, None], 1.0
+        sigma = sigma / std.repeat(1, layout.noisy_copies)
     if model_output:
-        return edm_loss(denoised, x0, noisy_sigmas, layout, seed=seed, offset=offset, sigma_data=sigma_data)
-    return weighted_error(denoised, x0, noisy_sigmas, sigma_data)
-
-
-def weighted_error(denoised: torch.Tensor, x0: torch.Tensor, sigmas: torch.Tensor, sigma_data: float) -> torch.Tensor:
-    """loss_weight(sigma) * mean over C, Y, X of (D - x0)^2, (B, K T), of denoised copies (B, K T, C, Y, X)."""
-    if denoised.dtype != torch.float64:
-        denoised = denoised.float()
-    error = denoised.unflatten(1, (-1, x0.shape[1])) - x0.unsqueeze(1)
-    return loss_weight(sigmas, sigma_data) * error.square().mean(dim=(-3, -2, -1)).flatten(1)
+        return edm_loss(output, x0, sigma, layout, seed=seed, offset=offset, sigma_data=sigma_data)
+    spread = sigma_data if expected is None else expected[1].repeat(1, layout.noisy_copies)
+    if output.dtype != torch.float64:
+        output = output.float()
+    error = output.unflatten(1, (-1, x0.shape[1])) - x0.unsqueeze(1)
+    return loss_weight(sigma, spread) * error.square().mean(dim=(-3, -2, -1)).flatten(1)
 
 
 def _basis(sigma: torch.Tensor) -> torch.Tensor:

@@ -275,8 +275,11 @@ class _Run:
 
     @torch.no_grad()
     def enter(self) -> None:
-        """A block of pure noise, behind the others."""
+        """A block of pure noise, behind the others, around what the network expects of frames after its cache."""
         new = self.sigmas[0].item() * self.noise([0] * self.block_frames, ahead=len(self.steps))
+        network, cache = self.networks[0]
+        mean = network.expected(cache)
+        new = new if mean is None else new + mean.to(new)[:, None]
         self.steps = torch.cat([self.steps, torch.zeros(self.block_frames, dtype=torch.long)])
         self.x = torch.cat([self.x, new], dim=1)
         self.last_x0 = torch.cat([self.last_x0, torch.zeros_like(new)], dim=1)

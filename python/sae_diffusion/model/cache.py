@@ -140,12 +140,14 @@ class Cache:
     Attributes:
         batch: B.
         frames: clean frames appended so far; the next frame has this position.
+        last: the last of them (B, C, Y, X) and its noise level (B,), for a prior that is built on it.
     """
 
     def __init__(self, config: ModelConfig, batch: int) -> None:
         self.config = config
         self.batch = batch
         self.frames = 0
+        self.last: tuple[Tensor, Tensor] | None = None
         self._conv: dict[str, ConvEntry] = {}
         self._attention: dict[str, AttentionEntry] = {}
 
@@ -171,6 +173,8 @@ class Cache:
         found = {f"{key}.history": entry.history for key, entry in self._conv.items()}
         for key, entry in self._attention.items():
             found |= {f"{key}.keys": entry.keys, f"{key}.values": entry.values}
+        if self.last is not None:
+            found |= {"last.frame": self.last[0], "last.sigma": self.last[1]}
         return found
 
     @property

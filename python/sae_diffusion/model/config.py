@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from ..checks import check_numbers
 
 _TEMPORAL_MIXINGS = ("joint", "gated")
+_PRIORS = ("data", "previous-frame")
 
 
 @dataclass(frozen=True)
@@ -31,6 +32,11 @@ class ModelConfig:
         num_actions: number of discrete actions, 0 for none; `sae train` takes it from the data.
         action_dim: length of a continuous action, 0 for none; `sae train` takes it from the data.
         sigma_data: standard deviation of the data.
+        prior: what a frame is expected to be before it is denoised, which its preconditioning is built on: "data",
+            N(0, sigma_data^2), or "previous-frame", near the frame before it, see `model.prior.FramePrior`; then the
+            network is shown each frame twice, as it is and as its difference from that one.
+        change_std: standard deviation of the change from one frame to the next, for prior "previous-frame";
+            `sae train` takes it from the data.
         window: blocks before its own that a block attends to, None = all. Convolutions always reach back kt - 1 frames.
         sink: first blocks that every block attends to, however far back.
         frames_per_block: frames denoised together.
@@ -56,6 +62,8 @@ class ModelConfig:
     num_actions: int = 0
     action_dim: int = 0
     sigma_data: float = 1.0
+    prior: str = "data"
+    change_std: float = 0.1
     window: int | None = None
     sink: int = 0
     frames_per_block: int = 1
@@ -79,9 +87,11 @@ class ModelConfig:
             raise ValueError(f"window: must be None or an integer >= 0, got {self.window!r}")
         if self.temporal_mixing not in _TEMPORAL_MIXINGS:
             raise ValueError(f"temporal_mixing: must be one of {_TEMPORAL_MIXINGS}, got {self.temporal_mixing!r}")
+        if self.prior not in _PRIORS:
+            raise ValueError(f"prior: must be one of {_PRIORS}, got {self.prior!r}")
         if self.num_actions and self.action_dim:
             raise ValueError(f"action_dim: must be 0 where num_actions = {self.num_actions}, got {self.action_dim}")
-        check_numbers(self, "positive", "sigma_data")
+        check_numbers(self, "positive", "sigma_data", "change_std")
         check_numbers(self, "in [0, 1)", "dropout")
         step = self.patch_size * 2 ** (len(self.channel_mult) - 1)
         for name in ("height", "width"):
@@ -118,6 +128,11 @@ class ModelConfig:
     def patch_channels(self) -> int:
         """Channels of a frame after space-to-depth."""
         return self.channels * self.patch_size**2
+
+    @property
+    def input_channels(self) -> int:
+        """Channels of what the network is shown of a frame, after space-to-depth."""
+        return self.patch_channels * (2 if self.prior == "previous-frame" else 1)
 
     def heads(self, channels: int) -> int:
         return max(1, channels // self.head_dim)

@@ -17,6 +17,7 @@ from .config import ModelConfig
 from .conv import CausalConv
 from .frame_pass import FramePass
 from .layers import NormalizedModule
+from .prior import FramePrior
 from .unet import UNet
 
 # Noise levels below this are labelled as this, so that a level of exactly zero has a finite label.
@@ -42,6 +43,7 @@ class Denoiser(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.config = config
+        self.prior = FramePrior(config)
         self.unet = UNet(config)
         self._layers = [module for module in self.modules() if isinstance(module, NormalizedModule)]
         # In a training pass, normalise the weights of all layers in one launch, and their gradients in another. Turn it
@@ -141,6 +143,14 @@ class Denoiser(nn.Module):
         self._check_blocks(x)
         return self._run(x, sigma, actions, "flight", cache=cache)
 
+    def expected(self, cache: Cache) -> Tensor | None:
+        """The prior's mean (B, C, Y, X) of the frames after the cache; None for 0."""
+        if cache.last is None:
+            return None
+        frame, level = cache.last
+        prior = self.prior(frame[:, None], level[:, None], cache.last)
+        return None if prior is None else prior[0][:, 0]
+
     def normalize_weights_(self) -> None:
         """Give every stored weight unit RMS for each output channel, in place; call before each training step."""
         normalize_weights_([weight for layer in self._layers for weight in layer.raw_weights()])
@@ -164,12 +174,16 @@ class Denoiser(nn.Module):
         weights = self.unet.out_gain.dtype
         dtype = torch.float64 if weights == torch.float64 else torch.float32
         x, sigma = x.to(dtype), sigma.to(dtype)
-        d = self.config.sigma_data
-        total = sigma**2 + d**2
+        mean, std = self._expected(x, sigma, mode, frames, cache)
+        total = sigma**2 + std**2
         c_noise = sigma.clamp(min=SMALLEST_SIGMA_LABEL).log() / 4
         frame_pass = FramePass(self.config, mode, frames, c_noise, noisy_copies=noisy_copies, cache=cache)
 
-        inputs = x * total.rsqrt()[:, :, None, None, None]
+        unknown = x if mean is None else x - mean
+        inputs = unknown * total.rsqrt()[:, :, None, None, None]
+        if self.prior.uses_past:
+            scale = (sigma**2 + self.config.sigma_data**2).rsqrt()[:, :, None, None, None]
+            inputs = torch.cat([inputs, x * scale], dim=2)
         if self.config.patch_size > 1:
             inputs = F.pixel_unshuffle(inputs, self.config.patch_size)
         run: Callable[..., Tensor] = self.unet
@@ -186,9 +200,24 @@ class Denoiser(nn.Module):
         if model_output:
             return out
         out = out.to(dtype)
-        c_skip = d**2 / total
-        c_out = sigma * d * total.rsqrt()
-        return c_skip[:, :, None, None, None] * x + c_out[:, :, None, None, None] * out
+        c_skip = std**2 / total
+        c_out = sigma * std * total.rsqrt()
+        denoised = c_skip[:, :, None, None, None] * unknown + c_out[:, :, None, None, None] * out
+        return denoised if mean is None else denoised + mean
+
+    def _expected(
+        self, x: Tensor, sigma: Tensor, mode: str, frames: int, cache: Cache | None
+    ) -> tuple[Tensor | None, Tensor | float]:
+        """The prior of every frame of a call: its mean, None for 0, and its deviation."""
+        seen, levels = x[:, :frames], sigma[:, :frames]
+        prior = None if mode == "spatial" else self.prior(seen, levels, None if cache is None else cache.last)
+        if cache is not None and mode == "prefill" and self.prior.uses_past:
+            cache.last = seen[:, -1].clone(), levels[:, -1].clone()
+        if prior is None:
+            return None, self.config.sigma_data
+        mean, std = prior
+        streams = x.shape[1] // frames
+        return mean.repeat(1, streams, 1, 1, 1), std.repeat(1, streams)
 
     def _with_weights_at_once(self, x: Tensor, actions: Tensor | None, frames: FramePass) -> Tensor:
         owners = [(layer, weight) for layer in self._layers for weight in layer.raw_weights()]

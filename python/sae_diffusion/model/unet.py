@@ -127,7 +127,7 @@ class UNet(nn.Module):
         self.embedding = Embedding(config)
         channels = config.level_channels[0]
         # One more input channel, constant one, stands for the bias that no layer has.
-        self.conv_in = CausalConv(config.patch_channels + 1, channels, config)
+        self.conv_in = CausalConv(config.input_channels + 1, channels, config)
         skips = [channels]
         self.encoder = nn.ModuleDict()
         for level, (height, out) in enumerate(levels):

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from ..checks import check_integers, check_number, check_numbers
-from ..diffusion.config import NoiseConfig
+from ..diffusion.config import NoiseConfig, OwnContextConfig
 from ..renamed import current_value
 
 MAX_STD = 12**-0.5  # of an average of weights: gamma = 0, a plain average over all of training
@@ -41,9 +41,14 @@ class TrainConfig:
         max_seconds: stop, and save, after so much wall time of this invocation; None = no limit.
         seed: of the data order and of all noise.
         noise: distribution of the noise levels.
+        own_context: from when on, and how, the network is shown its own frames as context; not with "forcing".
+        first_weight: weight of the loss of frames without past, relative to the others; 0 leaves them out.
+        first_fit: frames without past have a loss normaliser of their own: at high noise levels theirs is many times
+            the loss of frames that are continued.
         lr: largest learning rate, see `power_law_lr`.
         lr_ref_steps: optimizer steps after which it falls as 1 / sqrt(step).
         lr_ramp_steps: optimizer steps over which it rises from 0.
+        lr_decay: "power", as above; "cosine", half a cosine down to 0 at `steps` instead.
         betas: of AdamW.
         eps: of AdamW.
         weight_decay: of AdamW.
@@ -84,9 +89,13 @@ class TrainConfig:
     max_seconds: float | None = None
     seed: int = 0
     noise: NoiseConfig = field(default_factory=NoiseConfig)
+    own_context: OwnContextConfig = field(default_factory=OwnContextConfig)
+    first_weight: float = 1.0
+    first_fit: bool = False
     lr: float = 1e-2
     lr_ref_steps: int = 800
     lr_ramp_steps: int = 800
+    lr_decay: Literal["power", "cosine"] = "power"
     betas: tuple[float, float] = (0.9, 0.99)
     eps: float = 1e-8
     weight_decay: float = 0.0
@@ -119,9 +128,13 @@ class TrainConfig:
             raise ValueError(f"objective: must be teacher_forcing or forcing, got {self.objective!r}")
         if self.precision not in ("fp32", "bf16", "fp16"):
             raise ValueError(f"precision: must be fp32, bf16 or fp16, got {self.precision!r}")
+        if self.lr_decay not in ("power", "cosine"):
+            raise ValueError(f"lr_decay: must be power or cosine, got {self.lr_decay!r}")
+        if self.own_context.start is not None and self.objective == "forcing":
+            raise ValueError("own_context.start: must be None with objective 'forcing', whose past is noisy already")
         check_numbers(self, "in [0, 1]", "action_dropout", "clean_frames")
         check_numbers(self, "positive", "lr", "eps")
-        check_numbers(self, "at least 0", "grad_clip", "weight_decay")
+        check_numbers(self, "at least 0", "grad_clip", "weight_decay", "first_weight")
         if self.max_seconds is not None:
             check_numbers(self, "at least 0", "max_seconds")
         if len(self.betas) != 2:

@@ -15,7 +15,7 @@ from ..diffusion.loss import loss_weight
 from ..diffusion.noise import derive_seed
 from ..diffusion.sampler import SamplerConfig, generate
 from .config import TrainConfig
-from .objectives import draw_levels, frame_losses
+from .objectives import draw_levels, frame_losses, mean_loss
 
 HELDOUT = 100  # purpose of derived seeds, apart from those of training
 
@@ -127,7 +127,7 @@ def heldout_loss(
             levels = draw_levels(config, denoiser, x0.shape[0], x0.shape[1], generator).to(device)
             seed = derive_seed(config.seed, HELDOUT, number, 1)
             _, losses = frame_losses(config, denoiser, x0, actions, levels, seed=seed)
-            total += losses.double().mean(1).sum().item()
+            total += mean_loss(config, denoiser, losses.double()).item() * len(losses)
     return total / len(indices)
 
 

@@ -24,3 +24,20 @@ def power_law_lr(step: int, ref: float, *, ref_steps: int, ramp_steps: int = 0) 
     if ramp_steps > 0:
         lr *= min(step / ramp_steps, 1.0)
     return lr
+
+
+def cosine_lr(step: int, ref: float, *, steps: int, ramp_steps: int = 0) -> float:
+    """ref (1 + cos(pi (i - 1) / N)) / 2 * min(i / ramp_steps, 1): a linear ramp, then half a cosine towards 0.
+
+    Args:
+        step: i, the number of this optimizer step, counted from 1.
+        ref: the learning rate that it begins with.
+        steps: N, optimizer steps of the run.
+        ramp_steps: length of the linear ramp; 0 = none.
+
+    Source: Loshchilov and Hutter 2017 (SGDR), eq. 5, without restarts.
+    """
+    if step < 1:
+        raise ValueError(f"step: optimizer steps count from 1, got {step}")
+    lr = ref * (1 + math.cos(math.pi * min((step - 1) / steps, 1.0))) / 2
+    return lr * min(step / ramp_steps, 1.0) if ramp_steps > 0 else lr

@@ -31,16 +31,27 @@ def frame_losses(
     seed: int,
     spatial_only: bool = False,
     module: Callable[..., torch.Tensor] | None = None,
+    context: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Noise level and weighted loss of each noisy frame, both (B, n); `module` is the model as it is to be called."""
     options: dict[str, Any] = {
         "seed": seed,
         "spatial_only": spatial_only,
         "sigma_data": float(getattr(model.config, "sigma_data", 1.0)),
+        "prior": getattr(model, "prior", None),
         "model_output": bool(getattr(model, "gives_model_output", False)),
     }
     module = model if module is None else module
     if config.objective == "forcing":
         return levels, forcing_loss(module, x0, actions, levels, **options)
-    losses = denoising_loss(module, x0, actions, levels, noisy_copies=config.noisy_copies, **options)
+    losses = denoising_loss(module, x0, actions, levels, noisy_copies=config.noisy_copies, context=context, **options)
     return levels[:, x0.shape[1] :], losses
+
+
+def mean_loss(config: TrainConfig, model: Any, losses: torch.Tensor) -> torch.Tensor:
+    """The mean of the losses of whole clips, in any shape that ends in frames, under `first_weight`."""
+    if config.first_weight == 1:
+        return losses.mean()
+    weights = losses.new_ones(config.clip_length)
+    weights[: model.config.frames_per_block] = config.first_weight
+    return (losses.reshape(-1, config.clip_length) * weights).mean() / weights.mean()

@@ -12,17 +12,19 @@ from torch import nn
 
 from ..diffusion.loss import LossNormalizer
 from ..diffusion.noise import derive_seed
+from ..diffusion.own_context import share_of_own_frames, with_own_frames
 from .config import FIXED_ON_RESUME, FREE_ON_RESUME, TrainConfig
 from .ema import PowerEMA
 from .evaluate import heldout_loss
 from .loader import MicroBatchSampler, make_loader, read_batches
 from .loop import Loop, LoopConfig, TrainResult
-from .lr import power_law_lr
-from .objectives import draw_levels, frame_losses
+from .lr import cosine_lr, power_law_lr
+from .objectives import draw_levels, frame_losses, mean_loss
 from .task import Task, json_fields, saved_fields
 
 # purposes of derive_seed(seed, purpose, global micro-batch index); the data order is purpose 0
-SIGMAS, NOISE, DROPOUT = 1, 2, 3
+SIGMAS, NOISE, DROPOUT, OWN_FRAMES = 1, 2, 3, 4
+FIRST = "first"  # the loss normaliser of frames without past
 
 
 class VideoTask(Task):
@@ -43,10 +45,13 @@ class VideoTask(Task):
     def __init__(self, config: TrainConfig, network: nn.Module, dataset: Any, stats: Any, heldout: Any = None) -> None:
         if len(dataset) == 0:
             raise ValueError("dataset: must have at least one clip, got none")
+        if config.first_weight == 0 and config.clip_length <= getattr(network.config, "frames_per_block", 1):
+            raise ValueError("first_weight: must be positive for clips of one block, which has no past, got 0")
         self.config, self.network, self.dataset, self.stats, self.heldout = config, network, dataset, stats, heldout
         self.model_config = json_fields(network.config)
         self.takes_actions = bool(self.model_config.get("num_actions") or self.model_config.get("action_dim"))
         self.kinds = ("video", "spatial") if config.spatial_every else ("video",)
+        self.fits = (*self.kinds, FIRST) if config.first_fit else self.kinds
         # a spatial-only step leaves the temporal mixing out, clips without actions the action embedding
         has_actions = bool(dataset.num_actions or dataset.action_dim)
         self.leaves_parameters_out = config.spatial_every > 0 or (self.takes_actions and not has_actions)
@@ -54,7 +59,7 @@ class VideoTask(Task):
     def to(self, device: torch.device) -> None:
         super().to(device)
         size, every = self.config.normalizer_size, self.config.normalizer_every
-        self.normalizers = {kind: LossNormalizer(size, every, device=device) for kind in self.kinds}
+        self.normalizers = {kind: LossNormalizer(size, every, device=device) for kind in self.fits}
 
     def make_optimizer(self) -> torch.optim.Optimizer:
         config = self.config
@@ -75,6 +80,8 @@ class VideoTask(Task):
 
     def lr(self, step: int) -> float:
         config = self.config
+        if config.lr_decay == "cosine":
+            return cosine_lr(step, config.lr, steps=config.steps, ramp_steps=config.lr_ramp_steps)
         return power_law_lr(step, config.lr, ref_steps=config.lr_ref_steps, ramp_steps=config.lr_ramp_steps)
 
     # ---- one step
@@ -106,9 +113,15 @@ class VideoTask(Task):
         x0 = self.stats.normalize(self._to_device(frames))
         actions = self.actions(actions, dropped)
         torch.manual_seed(derive_seed(config.seed, DROPOUT, index))
+        share, context = share_of_own_frames(config.own_context, step), None
+        if share and kind == "video":
+            own = torch.Generator().manual_seed(derive_seed(config.seed, OWN_FRAMES, index))
+            context = with_own_frames(
+                self.network, x0, actions, levels[:, : x0.shape[1]], config.own_context, share, own
+            )
         return frame_losses(
             config, self.network, x0, actions, levels, seed=derive_seed(config.seed, NOISE, index),
-            spatial_only=kind == "spatial", module=module,
+            spatial_only=kind == "spatial", module=module, context=context,
         )  # fmt: skip
 
     def actions(self, actions: torch.Tensor | None, dropped: torch.Tensor) -> torch.Tensor | None:
@@ -126,12 +139,25 @@ class VideoTask(Task):
         return x.pin_memory().to(self.device, non_blocking=True) if self.device.type == "cuda" else x
 
     def minimised(self, kind: str, *parts: torch.Tensor) -> torch.Tensor:
-        return self.normalizers[kind](*parts).mean()
+        normalised = [self.normalizers[name](*values) for name, *values in self._by_fit(kind, *parts)]
+        return self._mean(kind, normalised[0] if len(normalised) == 1 else torch.cat(normalised, dim=1))
 
     def record(self, kind: str, *parts: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        metrics = (self.minimised(kind, *parts), parts[1].mean())
-        self.normalizers[kind].record(*parts)
+        metrics = (self.minimised(kind, *parts), self._mean(kind, parts[1]))
+        for name, *values in self._by_fit(kind, *parts):
+            self.normalizers[name].record(*values)
         return metrics
+
+    def _by_fit(self, kind: str, *parts: torch.Tensor) -> list[tuple[Any, ...]]:
+        """(normaliser, levels, losses): of all frames, or of (clips and copies, frames) without and with a past."""
+        if FIRST not in self.normalizers or kind == "spatial":
+            return [(kind, *parts)]
+        block = self.network.config.frames_per_block
+        levels, losses = (part.reshape(-1, self.config.clip_length) for part in parts)
+        return [(FIRST, levels[:, :block], losses[:, :block]), (kind, levels[:, block:], losses[:, block:])]
+
+    def _mean(self, kind: str, losses: torch.Tensor) -> torch.Tensor:
+        return losses.mean() if kind == "spatial" else mean_loss(self.config, self.network, losses)
 
     def summary(self, sums: dict[str, list[float]]) -> dict[str, float]:
         steps = sum(s[0] for s in sums.values())
