@@ -20,6 +20,7 @@ from ._lazy import INSTALL
 from .data.cli import DataCommand
 from .diffusion.cli import SchedulePlot
 from .diffusion.config import SamplerConfig
+from .evaluation.cli import Evaluate
 from .images.cli import ImagesCommand
 from .model.config import ModelConfig
 from .presets import PRESETS, ClipConfig, Preset, PresetName
@@ -367,16 +368,18 @@ def parse(arguments: Sequence[str]) -> Any:
     settings = None
     if command == "train" and (file := option(arguments, "--config")) is not None:
         chosen, preset = read_config(file, preset=name, default=Train.preset)
-    elif command == "sample" and run_dir is not None and name is None:
+    elif command in ("sample", "evaluate") and run_dir is not None and name is None:
         settings = read_run_settings(Path(run_dir))
     sampler = settings[1] if settings else preset.sampler
     train = Train(preset=chosen, train=preset.train, model=preset.model, clips=preset.clips, sampler=preset.sampler)
     # A required field has no default; tyro takes the mark for one.
     sample = dataclasses.replace(Sample(run_dir=Path()), run_dir=tyro.MISSING, sampler=sampler)
+    evaluate = Evaluate(sampler=sampler)
     commands = (
         Annotated[Collect, tyro.conf.subcommand("collect")]
         | Annotated[Train, tyro.conf.subcommand("train", default=train)]
         | Annotated[Sample, tyro.conf.subcommand("sample", default=sample)]
+        | Annotated[Evaluate, tyro.conf.subcommand("evaluate", default=evaluate)]
         | Annotated[SchedulePlot, tyro.conf.subcommand("schedule")]
         | Annotated[DataCommand, tyro.conf.subcommand("data")]
         | Annotated[Series, tyro.conf.subcommand("series")]

@@ -88,6 +88,15 @@ def read_run_settings(path: Path) -> tuple[ClipConfig, SamplerConfig] | None:
     return None
 
 
+def read_run_data(path: Path) -> Path | None:
+    """What a run, named as above, was trained on; None if unknown."""
+    for folder in (path, path.parent):
+        if (folder / CONFIG_FILE).exists():
+            data = read_config(folder / CONFIG_FILE)[1].train.data
+            return Path(data) if data else None
+    return None
+
+
 def _load(path: Path | str) -> dict[str, Any]:
     """The mapping in a YAML file."""
     import yaml

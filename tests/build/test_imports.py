@@ -91,7 +91,7 @@ print(sae_kernels.frame_attention(q, q, q, layout).shape[2])
     assert result.stdout.strip() == "12", result.stderr
 
 
-COMMANDS = """; collect; train; sample; schedule; info; data check; series train; series sample; series plot; series study;
+COMMANDS = """; collect; train; sample; evaluate; schedule; info; data check; series train; series sample; series plot; series study;
     images train; images sample; images evaluate; images compare"""
 
 
@@ -116,7 +116,7 @@ print(len(calls), [name for name in heavy if name in sys.modules])
         [sys.executable, "-c", code], capture_output=True, text=True, check=False, cwd=ROOT,
         env=os.environ | {"PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'python'}"},
     )  # fmt: skip
-    assert result.stdout.strip() == "16 []", result.stdout + result.stderr
+    assert result.stdout.strip() == "17 []", result.stdout + result.stderr
 
 
 def test_nothing_imports_the_command_line():

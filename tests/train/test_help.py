@@ -19,7 +19,7 @@ import sae_kernels
 
 ROOT = Path(__file__).parents[2]
 COMMANDS = (
-    "collect", "train", "sample", "info", "schedule", "data check", "series train", "series sample", "series plot", "series study",
+    "collect", "train", "sample", "evaluate", "info", "schedule", "data check", "series train", "series sample", "series plot", "series study",
     "images train", "images sample", "images evaluate", "images compare",
 )  # fmt: skip
 
@@ -81,7 +81,7 @@ def test_an_option_means_one_thing(capsys):
 
 def test_presets_are_listed(capsys):
     assert typing.get_args(PresetName) == tuple(PRESETS)
-    for command in ("train", "sample"):
+    for command in ("train", "sample", "evaluate"):
         shown = help_of(command, capsys)
         assert all(name in shown for name in PRESETS)
 

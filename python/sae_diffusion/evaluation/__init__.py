@@ -1,0 +1,1 @@
+"""Measurements of a video model: its loss on held-out clips, and the films it makes."""

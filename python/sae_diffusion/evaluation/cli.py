@@ -1,0 +1,128 @@
+"""The command `sae evaluate`."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import tyro
+
+from ..diffusion.config import SamplerConfig
+from ..presets import ClipConfig, PresetName
+from ..progress import progress_bar
+from ..settings import read_run_data, read_run_settings
+from .config import EvaluationConfig
+
+
+def settings_as_json(config: Any) -> dict[str, Any]:
+    """Fields by name; infinity, which JSON has not, as text."""
+    fields = dataclasses.asdict(config)
+    return {name: str(value) if value == math.inf else value for name, value in fields.items()}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Evaluate:
+    """Measure a trained model on held-out clips, against repeating the last given frame; or measure films alone.
+
+    Writes evaluation.json and strip.png, and prints a table.
+
+    Args:
+        run_dir: run folder or checkpoint.
+        films: instead of a run, an npz as `sae sample --npz` writes it, made with any tool: uint8 arrays `recorded` and
+            `generated` (N, T, Y, X, C), the given frames included; `context` is their number, if not --context.
+        data: folder or file to take context and actions from; that which the run was trained on if not given.
+        split: episodes that are continued: "heldout", "train" or "all"; "None" takes held-out ones, or all where none
+            is held out or --data is one file.
+        out: folder to write into; <run_dir>/evaluation, or one beside --films, if not given.
+        npz: file to write the films into, as `sae sample` has it.
+        evaluation: what is measured.
+        window_frames: frames in flight at a time, each at its own noise level, for networks trained with --objective
+            forcing; "None" finishes a frame before the next one begins.
+        ema: relative width of the average of weights; "None" takes the weights as trained.
+        preset: where the sampler's defaults come from, if not from the run.
+        sampler: the sampler.
+        device: "auto" takes CUDA where there is one.
+        debug: show where an error came from.
+    """
+
+    run_dir: Path | None = None
+    films: Path | None = None
+    data: Path | None = None
+    split: Literal["heldout", "train", "all"] | None = None
+    out: Path | None = None
+    npz: Path | None = None
+    evaluation: Annotated[EvaluationConfig, tyro.conf.arg(name="")] = field(default_factory=EvaluationConfig)
+    window_frames: int | None = None
+    ema: float | None = 0.05
+    preset: PresetName | None = None
+    sampler: Annotated[SamplerConfig, tyro.conf.arg(name="")] = field(default_factory=SamplerConfig)
+    device: str = "auto"
+    debug: bool = False
+
+    def run(self) -> None:
+        if (self.run_dir is None) == (self.films is None):
+            raise ValueError("run_dir, films: name a run with --run-dir or films with --films, one of them")
+        from .report import show, write_evaluation
+
+        if self.films is not None:
+            numbers, films = self.measure_films(self.films)
+            out = self.out or self.films.with_name(f"{self.films.stem}-evaluation")
+        else:
+            from ..runs import run_folder
+
+            assert self.run_dir is not None
+            numbers, films = self.measure_run(self.run_dir)
+            out = self.out or run_folder(self.run_dir) / "evaluation"
+        for note in numbers["notes"]:
+            print(f"note: {note}", file=sys.stderr)
+        if self.npz is not None:
+            films.save(self.npz)
+            print(self.npz)
+        paths = write_evaluation(out, numbers, films)
+        show(numbers)
+        for path in paths:
+            print(path)
+
+    def measure_films(self, path: Path) -> tuple[dict[str, Any], Any]:
+        from .films import evaluate_films, read_films
+        from .run import wanted_object
+
+        films = read_films(path, self.evaluation.context)
+        with progress_bar("evaluate", 100, "%") as bar:
+            measured = evaluate_films(
+                films, wanted=wanted_object(self.evaluation, self.data), seed=self.evaluation.seed,
+                callback=lambda share: bar.update(100 * share),
+            )  # fmt: skip
+        notes = measured.pop("notes")
+        about = {"films": str(path), "seed": self.evaluation.seed}
+        return {"about": about, "films": measured, "notes": notes}, films
+
+    def measure_run(self, path: Path) -> tuple[dict[str, Any], Any]:
+        data = self.data or read_run_data(path)
+        if data is None:
+            raise ValueError(f"data: {path} does not say what it was trained on; name clips with --data FOLDER")
+        from ..devices import pick_device
+        from ..diffusion.sampler import check_trained_for_window
+        from ..train.checkpoint import load_denoiser
+        from .run import evaluate_run
+
+        model, stats, state = load_denoiser(path, self.ema, device=pick_device(self.device))
+        if self.window_frames is not None:
+            check_trained_for_window(state)
+        settings = read_run_settings(path)
+        with progress_bar("evaluate", 100, "%") as bar:
+            result = evaluate_run(
+                model, stats, data, settings[0] if settings else ClipConfig(), self.sampler, self.evaluation,
+                split=self.split, window_frames=self.window_frames,
+                callback=lambda share, what: bar.update(100 * share, what),
+            )  # fmt: skip
+        about = {
+            "run": str(path), "step": state["step"], "data": str(data), "split": self.split, "ema": self.ema,
+            "window_frames": self.window_frames, "sampler": settings_as_json(self.sampler),
+            "evaluation": settings_as_json(self.evaluation), "parameters": model.num_parameters(),
+        }  # fmt: skip
+        return {"about": about, **result.numbers}, result.films
