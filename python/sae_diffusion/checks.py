@@ -1,4 +1,4 @@
-"""Rules for the numbers of a configuration; each raises a ValueError that names field, rule and value."""
+"""Checks of the numbers in a configuration; each raises a ValueError that names the field, the rule and the value."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _RULES: dict[str, Callable[[float], bool]] = {
 
 
 def check_integers(config: Any, least: int, *names: str, most: int = 2**63 - 1) -> None:
-    """Each of these fields is an integer in [least, most]."""
+    """Check that each of these fields is an integer in [least, most]."""
     for name in names:
         value = getattr(config, name)
         if not _is(value, Integral):
@@ -31,7 +31,7 @@ def check_integers(config: Any, least: int, *names: str, most: int = 2**63 - 1) 
 
 
 def check_numbers(config: Any, rule: str, *names: str) -> None:
-    """Each of these fields is a number that is finite in fp32 and follows the rule."""
+    """Check that each of these fields is a number that is finite in fp32 and follows the rule."""
     for name in names:
         check_number(name, getattr(config, name), rule)
 
@@ -39,7 +39,7 @@ def check_numbers(config: Any, rule: str, *names: str) -> None:
 def check_number(name: str, value: Any, rule: str) -> None:
     if not _is(value, Real):
         raise ValueError(f"{name}: must be a number, got {_shown(value)}")
-    # no conversion to float before: an integer may be too large for one
+    # before any conversion to float, for which an integer may be too large
     if not -FP32_MAX <= value <= FP32_MAX:
         raise ValueError(f"{name}: must be finite in fp32, got {_shown(value)}")
     if not _RULES[rule](float(value)):

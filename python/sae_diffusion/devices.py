@@ -6,7 +6,7 @@ import torch
 
 
 def pick_device(name: str) -> torch.device:
-    """Raises ValueError for a device that is not there."""
+    """The device of that name, or for "auto" CUDA where available; ValueError for a device that does not exist."""
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
@@ -15,5 +15,5 @@ def pick_device(name: str) -> torch.device:
         reason = str(error).splitlines()[0]
         raise ValueError(f"device: must name a device such as cpu or cuda:0, got {name!r} ({reason})") from error
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise ValueError(f"device: {name!r} is not there, CUDA devices of this machine: {torch.cuda.device_count()}")
+        raise ValueError(f"device: must exist, got {name!r} on a machine with {torch.cuda.device_count()} CUDA devices")
     return device

@@ -11,14 +11,14 @@ _held: weakref.WeakSet[RunLock] = weakref.WeakSet()
 
 
 class RunLock:
-    """Only one holder of a folder at a time; the lock goes with the process, however that ends.
+    """Lets only one process use a folder at a time; the lock ends with the process, however that ends.
 
-    A lock on the open folder itself, of which nothing is left on the disk. Children made by a fork do not hold it, so
-    it ends with its process though a data loader's outlives that. Windows has no such lock; there nothing is held.
+    The open folder itself is locked, so no file is left on the disk. Forked children do not hold the lock: it ends with
+    its process even if a data loader outlives that. Windows has no such lock; there nothing is locked.
 
     Args:
-        folder: made if it is not there.
-        doing: what the holder does, for the message, such as "training in".
+        folder: created if it does not exist.
+        doing: what the process does, for the error message, such as "training in".
     """
 
     def __init__(self, folder: str | os.PathLike[str], doing: str) -> None:
@@ -26,10 +26,10 @@ class RunLock:
         self._handle: int | None = None
 
     def acquire(self) -> None:
-        """Take it; nothing happens if this object has it.
+        """Take the lock; does nothing if this object holds it already.
 
         Raises:
-            RuntimeError: another process has it, or another object of this one; the message names folder and process.
+            RuntimeError: another process holds it, or another object in this one; the message names folder and process.
         """
         try:
             import fcntl
@@ -46,7 +46,9 @@ class RunLock:
             os.close(handle)
             raise RuntimeError(f"{self.folder}: another process{holder} is {self.doing} this folder") from error
         except OSError as error:  # some network file systems
-            warnings.warn(f"{self.folder}: cannot be locked ({error}); see that only one process writes", stacklevel=2)
+            warnings.warn(
+                f"{self.folder}: cannot be locked ({error}); make sure that only one process writes there", stacklevel=2
+            )
         self._handle = handle
         _held.add(self)
 
@@ -67,7 +69,7 @@ class RunLock:
 
 
 def _holder(inode: int) -> str:
-    """ " (123)", the process that has a lock on the inode, where Linux says it."""
+    """ " (123)", the process that holds a lock on the inode, or "" where Linux does not tell."""
     try:
         lines = [line.split() for line in Path("/proc/locks").read_text(encoding="ascii").splitlines()]
         found = {words[4] for words in lines if words[1] == "FLOCK" and words[5].rpartition(":")[2] == str(inode)}

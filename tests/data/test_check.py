@@ -41,8 +41,8 @@ def test_each_source_is_good_or_has_a_reason(folder):
         assert source.actions == "discrete actions" and str(source) == "5 frames 4x6x3 uint8, discrete actions"
     for name, reason in (
         ("no-actions.npz", "has no actions, "), ("other-size.npz", "frames are (2, 6, 3), those of"),
-        ("short.npz", "has 2 frames, needs 3"), ("torn.npz", "unreadable npz"),
-        ("wrong-rows.npz", "2 rows of actions for 5 frames"),
+        ("short.npz", "must have at least 3 frames, got 2"), ("torn.npz", "unreadable npz"),
+        ("wrong-rows.npz", "5 frames must have 4 rows of actions"),
     ):  # fmt: skip
         assert not found[name].ok and found[name].reason.startswith(reason) and str(found[name]) == found[name].reason
 
@@ -51,7 +51,7 @@ def test_size_and_stride_are_those_of_the_clips(folder):
     sized = {source.source.rpartition("/")[2]: source for source in check_data(folder, size=(4, 4))}
     assert sized["other-size.npz"].ok and sized["short.npz"].ok and not sized["no-actions.npz"].ok
     strided = list(check_data(folder / "good.npz", clip_length=3, frame_stride=3))
-    assert [source.reason for source in strided] == ["has 5 frames, needs 7"] * 2
+    assert [source.reason for source in strided] == ["must have at least 7 frames, got 5"] * 2
 
 
 def test_latents_are_read_to_the_end(tmp_path):

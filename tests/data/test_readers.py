@@ -148,7 +148,7 @@ def test_latents(tmp_path):
     clips = open_dataset(tmp_path, 6)
     assert clips.is_latent and clips.frame_shape == (3, 3, 8) and clips[1].frames.dtype == np.float32
     np.testing.assert_array_equal(clips[1].frames, latents.astype(np.float32))
-    with pytest.raises(DataError, match="resizes images only"):
+    with pytest.raises(DataError, match="is for images only"):
         open_dataset(tmp_path, 6, size=(2, 2))
     latents[4, 1, 1, 1] = np.nan
     np.savez(tmp_path / "b.npz", frames=latents)
@@ -225,7 +225,7 @@ def test_a_damaged_chunk_names_the_episode_and_is_skipped_alone(tmp_path):
 def test_short_clips_raise_or_are_listed(tmp_path):
     for name, frames in (("a", 9), ("b", 5), ("c", 12)):
         np.savez(tmp_path / f"{name}.npz", frames=video(frames))
-    with pytest.raises(DataError, match=r"b\.npz: has 5 frames, needs 8"):
+    with pytest.raises(DataError, match=r"b\.npz: must have at least 8 frames, got 5"):
         open_dataset(tmp_path, 8)
     clips = open_dataset(tmp_path, 8, on_error="skip")
     assert [Path(s).name for s, _ in clips.skipped] == ["b.npz"] and len(clips) == 2
@@ -238,20 +238,20 @@ def test_short_clips_raise_or_are_listed(tmp_path):
     [
         ({"frames": video(9, (6, 9))}, r"frames are \(6, 9, 3\), those of .*a\.npz are \(6, 8, 3\); give a size"),
         ({"frames": np.zeros((9, 6, 8, 3), np.float32)}, "frames are float32, those of"),
-        ({"frames": np.zeros((9, 6, 8, 3), np.int32)}, "uint8 or floats, are int32"),
-        ({"frames": np.zeros((9, 6, 8), np.uint8)}, r"are \(9, 6, 8\)"),
-        ({"frames": np.zeros((0, 6, 8, 3), np.uint8)}, r"are \(0, 6, 8, 3\)"),
-        ({"video": video(9)}, r"no array `frames`.*video"),
-        ({"frames": np.array([None, {}], object)}, "uint8 or floats, are object"),
+        ({"frames": np.zeros((9, 6, 8, 3), np.int32)}, "uint8 or floats, got int32"),
+        ({"frames": np.zeros((9, 6, 8), np.uint8)}, r"got \(9, 6, 8\)"),
+        ({"frames": np.zeros((0, 6, 8, 3), np.uint8)}, r"got \(0, 6, 8, 3\)"),
+        ({"video": video(9)}, r"must hold an array `frames`, got .*video"),
+        ({"frames": np.array([None, {}], object)}, "uint8 or floats, got object"),
         ({"frames": video(9), "actions": np.array([{}] * 8, object)}, "unreadable npz.*allow_pickle"),
         ({"frames": video(9), "actions": None}, r"has no actions, .*a\.npz has discrete actions"),
         ({"frames": video(9), "actions": np.zeros((8, 2))}, "has continuous actions of 2 numbers"),
-        ({"frames": video(9), "actions": np.zeros(7, int)}, r"7 rows of actions for 9 frames: must be 8 .* or 9"),
+        ({"frames": video(9), "actions": np.zeros(7, int)}, r"9 frames must have 8 rows of actions .* or 9 .*, got 7"),
         ({"frames": video(9), "actions": np.full(8, -1)}, "-1 to -1"),
         ({"frames": video(9), "actions": np.zeros((8, 2), int)}, r"one integer or A floats per row.*\(8, 2\)"),
-        ({"frames": video(9), "actions": np.zeros(8, bool)}, "are bool"),
+        ({"frames": video(9), "actions": np.zeros(8, bool)}, "got bool"),
         ({"frames": video(9), "actions": np.full((8, 1), np.inf)}, "action 0 is NaN or infinite"),
-        ({"frames": video(9)[None], "actions": np.zeros((2, 8), int)}, r"like frames .*\(2, 8\)"),
+        ({"frames": video(9)[None], "actions": np.zeros((2, 8), int)}, r"for frames .*, got \(2, 8\)"),
     ],
 )
 def test_wrong_files_are_named_or_skipped(tmp_path, arrays, message):
@@ -291,10 +291,10 @@ def test_wrong_paths_and_arguments(tmp_path):
     (tmp_path / "c").mkdir()
     for text in ("{", "[]", '{"format": "sae-episodes", "version": 2}'):
         (tmp_path / "c" / "dataset.json").write_text(text)
-        with pytest.raises(DataError, match=r"dataset\.json: not a description"):
+        with pytest.raises(DataError, match=r"dataset\.json: must be a description"):
             open_dataset(tmp_path / "c", 4)
     shutil.copy(recorded() / "dataset.json", tmp_path / "c" / "dataset.json")
-    with pytest.raises(DataError, match="no complete shard"):
+    with pytest.raises(DataError, match="must hold a complete shard"):
         open_dataset(tmp_path / "c", 4)
 
 
@@ -416,14 +416,14 @@ def test_side_files(tmp_path, kind, extra, continuous):
 @pytest.mark.parametrize(
     ("name", "text", "message"),
     [
-        ("csv", "1\n2\n", "2 rows of actions for 6 frames"),
-        ("csv", "1,2\n3\n1,1\n2,2\n3,3\n", "row 1 must be 2 numbers"),
-        ("csv", "1\n2\nleft\n3\n4\n", "row 2 must be 1 numbers, is 'left'"),
-        ("csv", "", "0 rows"),
+        ("csv", "1\n2\n", "6 frames must have 5 rows of actions .*, got 2"),
+        ("csv", "1,2\n3\n1,1\n2,2\n3,3\n", "row 1 must hold 2 numbers"),
+        ("csv", "1\n2\nleft\n3\n4\n", "row 2 must hold 1 numbers, got 'left'"),
+        ("csv", "", "got 0"),
         ("json", "[1, 2", "unreadable actions"),
         ("json", "[[1, 2], [3], [4], [5], [6]]", "unreadable actions"),
         ("json", '["a", "b", "c", "d", "e"]', "integers or floats"),
-        ("json", "[true, true, false, true, true]", "are bool"),
+        ("json", "[true, true, false, true, true]", "got bool"),
         ("npy", "not numpy", "unreadable actions"),
     ],
 )
@@ -441,7 +441,7 @@ def test_two_side_files_or_a_missing_one(tmp_path):
     with pytest.raises(DataError, match=r"b\.mp4: has no actions, .*a\.mp4 has discrete"):
         open_dataset(tmp_path, 6)
     side(tmp_path / "a.mp4", "csv", np.zeros(5, int))
-    with pytest.raises(DataError, match=r"a\.mp4: has several files of actions"):
+    with pytest.raises(DataError, match=r"a\.mp4: must have one file of actions"):
         open_dataset(tmp_path, 6)
 
 
@@ -578,7 +578,7 @@ def test_a_file_that_changes_under_a_reader_is_named_at_the_next_read(tmp_path, 
     change(path, other)
     for data in (clips, fresh):
         for i in (0, len(clips) - 1):
-            with pytest.raises(DataError, match=rf"{path.name}.*(has changed since it was opened|cannot be opened)"):
+            with pytest.raises(DataError, match=rf"{path.name}.*(has changed since it was opened|can no longer be opened)"):
                 data[i]
 
 
@@ -661,10 +661,10 @@ def test_channels_first_and_pixels_as_floats_are_refused_by_name(tmp_path, many)
         np.savez(tmp_path / "x.npz", frames=np.stack([array, array]) if many else array)
         return open_dataset(tmp_path / "x.npz", 2)
 
-    with pytest.raises(DataError, match=r"channels last, \(T, Y, X, C\), look like \(T, C, Y, X\)"):
+    with pytest.raises(DataError, match=r"channels last, \(T, Y, X, C\), got what looks like \(T, C, Y, X\)"):
         opened(np.moveaxis(frames, -1, -3))
     for pixels in (frames.astype(np.float32), frames.astype(np.float64) * 0.7):
-        with pytest.raises(DataError, match=r"floats are latents, these are 0 to .* like the pixels of images"):
+        with pytest.raises(DataError, match=r"float frames must be latents, got values from 0 to .* like those of pixels"):
             opened(np.maximum(pixels - pixels.min(), 0))
     assert opened(frames).frame_shape == (16, 16, 3) and opened(frames[:, :3, :4]).frame_shape == (3, 4, 3)
     latents = RNG.standard_normal((6, 4, 4, 8)).astype(np.float32) * 20

@@ -174,7 +174,7 @@ def test_two_workers_and_growth_give_the_same_bytes(tmp_path):
 def test_other_settings_are_refused_by_name(tmp_path, field, settings):
     toy(tmp_path, 1)
     before = content(tmp_path)
-    with pytest.raises(ValueError, match=rf"with {field}=.*asked for {field}="):
+    with pytest.raises(ValueError, match=rf"with {field}=.*got {field}="):
         toy(tmp_path, 2, **settings)
     assert content(tmp_path) == before
 
@@ -182,7 +182,7 @@ def test_other_settings_are_refused_by_name(tmp_path, field, settings):
 def test_folders_that_are_not_ours_or_in_use_are_refused(tmp_path):
     (tmp_path / "a").mkdir()
     (tmp_path / "a" / "holiday.jpg").write_bytes(b"")
-    with pytest.raises(ValueError, match=r"no dataset\.json"):
+    with pytest.raises(ValueError, match=r"must be empty or hold dataset\.json"):
         toy(tmp_path / "a")
     toy(tmp_path / "b", 1)
     handle = os.open(tmp_path / "b", os.O_RDONLY)

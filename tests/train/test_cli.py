@@ -106,7 +106,9 @@ def test_errors_are_one_line(capsys, tmp_path, recorded):
     assert "cuda" in fails(
         ["train", "--data", str(recorded), "--device", "cuda:99", "--run-dir", str(tmp_path)], capsys
     )
-    assert "needs 40" in fails(["train", "--data", str(recorded), "--clip-length=40", "--clips.on-error=raise"], capsys)
+    assert "at least 40 frames" in fails(
+        ["train", "--data", str(recorded), "--clip-length=40", "--clips.on-error=raise"], capsys
+    )
 
 
 def test_debug_shows_the_traceback(tmp_path):
@@ -159,7 +161,9 @@ def test_a_dry_run_measures_and_writes_nothing(recorded, tmp_path, capsys, monke
     assert cli.main([*arguments, "--dry-run"]) == 0
     assert [p.name for p in (tmp_path / "run").iterdir()] == ["config.yaml"]
     assert (tmp_path / "run" / "config.yaml").read_text() == "not: ours"
-    assert "needs 40" in fails([*arguments, "--dry-run", "--clip-length=40", "--clips.on-error=raise"], capsys)
+    assert "at least 40 frames" in fails(
+        [*arguments, "--dry-run", "--clip-length=40", "--clips.on-error=raise"], capsys
+    )
     assert "lr" in fails([*arguments, "--dry-run", "--lr=-1"], capsys)
 
 

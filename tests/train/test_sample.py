@@ -194,7 +194,7 @@ def test_training_says_what_it_skips_and_that_nothing_is_held_out(tmp_path, caps
     err = capsys.readouterr().err
     assert err.count("warning: none of 2 episodes is held out") == 1
     assert err.count(f"skipped {folder / 'broken.npz'}: unreadable npz") == 1
-    assert err.count("has 2 frames, needs 4") == 1
+    assert err.count("must have at least 4 frames, got 2") == 1
     # Strips show what there is.
     assert (tmp_path / "run" / "samples" / "step-0000001.png").exists()
     write_clips(folder, [8], heldout=True)

@@ -1,4 +1,4 @@
-"""Data: recording environments, reading clips, and frames to and from the network's units."""
+"""Data: recording environments, reading clips, and converting frames to and from the network's units."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ __all__ = [
     "collect",
     "open_dataset",
 ]
-# The processes that record need not import torch.
+# Lazy, so that processes that record do not import torch.
 __getattr__ = lazy_names(
     __name__,
     {

@@ -1,4 +1,4 @@
-"""Actions as files have them, beside a video or alone, and what they must be."""
+"""Reading and checking actions: from a file beside a video, or from a file of their own."""
 
 from __future__ import annotations
 
@@ -16,21 +16,21 @@ ACTION_SUFFIXES = (".npy", ".csv", ".json")
 
 
 def check_actions(raw: Any, frames: int, source: str) -> np.ndarray:
-    """N-1 rows for N frames (row t causes frame t+1), or N with the last ignored; int64 (N-1,) or float32 (N-1, A)."""
+    """int64 (N-1,) or float32 (N-1, A) from N-1 rows for N frames, row t causing frame t+1; a last row N is unused."""
     rows = np.asarray(raw)
     if rows.dtype.kind not in "iuf":
-        raise DataError(source, f"actions must be integers or floats, are {rows.dtype}")
+        raise DataError(source, f"actions must be integers or floats, got {rows.dtype}")
     if rows.ndim == 2 and rows.shape[1] == 1 and rows.dtype.kind != "f":
         rows = rows[:, 0]
     if rows.ndim == 1 and rows.dtype.kind == "f":
         rows = rows[:, None]
     if rows.ndim != (2 if rows.dtype.kind == "f" else 1) or 0 in rows.shape[1:]:
-        raise DataError(source, f"actions must be one integer or A floats per row, are {rows.dtype} {rows.shape}")
+        raise DataError(source, f"actions must be one integer or A floats per row, got {rows.dtype} {rows.shape}")
     if len(rows) not in (frames - 1, frames):
         raise DataError(
             source,
-            f"{len(rows)} rows of actions for {frames} frames: must be {frames - 1} (row t causes frame t+1) "
-            f"or {frames} (the last ignored)",
+            f"{frames} frames must have {frames - 1} rows of actions (row t causes frame t+1) or {frames} (the last "
+            f"is ignored), got {len(rows)}",
         )
     rows = rows[: frames - 1]
     if rows.dtype.kind == "f":
@@ -38,7 +38,7 @@ def check_actions(raw: Any, frames: int, source: str) -> np.ndarray:
             raise DataError(source, f"action {int(np.argmin(np.isfinite(rows).all(1)))} is NaN or infinite")
         return rows.astype(np.float32)
     if len(rows) and (rows.min() < 0 or rows.max() > 2**31):
-        raise DataError(source, f"discrete actions must be 0, 1, 2, ..., are {rows.min()} to {rows.max()}")
+        raise DataError(source, f"discrete actions must be 0, 1, 2, ..., got values from {rows.min()} to {rows.max()}")
     return rows.astype(np.int64)
 
 
@@ -57,26 +57,26 @@ def _read_csv(path: Path) -> np.ndarray:
         rows = rows[1:]  # a header
     for i, row in enumerate(rows):
         if len(row) != len(rows[0]) or not all(number(cell) for cell in row):
-            raise ValueError(f"row {i} must be {len(rows[0])} numbers, is {','.join(row)!r}")
+            raise ValueError(f"row {i} must hold {len(rows[0])} numbers, got {','.join(row)!r}")
     discrete = all(len(row) == 1 and re.fullmatch(r"[+-]?\d+", row[0]) for row in rows)
     return np.array([[int(c) if discrete else float(c) for c in row] for row in rows])
 
 
 def read_side_file(video: Path, frames: int) -> np.ndarray | None:
-    """Actions of `clip.mp4`: `clip.actions.npy`, `.csv` (header or not) or `.json` (a list, or {"actions": list})."""
+    """Actions of `clip.mp4`: `clip.actions.npy`, `.csv` (a header is optional), `.json` (list or {"actions": list})."""
     found = [p for s in ACTION_SUFFIXES if (p := video.with_name(f"{video.stem}.actions{s}")).exists()]
     if not found:
         return None
     if len(found) > 1:
-        raise DataError(video, f"has several files of actions: {', '.join(p.name for p in found)}")
+        raise DataError(video, f"must have one file of actions, got {', '.join(p.name for p in found)}")
     return check_actions(_read_rows(found[0]), frames, str(found[0]))
 
 
 def read_actions(path: Path) -> np.ndarray:
-    """All rows of a file of actions as beside a video, each causing one frame: int64 (N,) or float32 (N, A)."""
+    """All rows of a file in the formats of `read_side_file`, each causing one frame: int64 (N,) or float32 (N, A)."""
     rows = _read_rows(path)
     if rows.ndim < 1 or not len(rows):
-        raise DataError(path, f"must hold a row of actions for each frame, is {rows.dtype} {rows.shape}")
+        raise DataError(path, f"must hold a row of actions for each frame, got {rows.dtype} {rows.shape}")
     return check_actions(rows, len(rows) + 1, str(path))
 
 
@@ -89,6 +89,6 @@ def _read_rows(path: Path) -> np.ndarray:
         if path.suffix == ".json":
             content = json.loads(path.read_text(encoding="utf-8"))
             return np.array(content["actions"] if isinstance(content, dict) else content)
-        raise ValueError(f"must end with {', '.join(ACTION_SUFFIXES)}")
+        raise ValueError(f"the name must end with one of {', '.join(ACTION_SUFFIXES)}")
     except Exception as error:
         raise DataError(path, f"unreadable actions: {error!r}") from error

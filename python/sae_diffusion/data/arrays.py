@@ -18,10 +18,10 @@ from .format import DataError, read_member
 
 
 class NpzReader:
-    """npz files: `frames` (T, Y, X, C) or (N, T, Y, X, C), uint8 or float (latents); optional `actions` likewise.
+    """npz files: `frames` (T, Y, X, C) or (N, T, Y, X, C), uint8 or float (latents); optional `actions` to match.
 
-    Of uncompressed files (np.savez) a clip reads its own frames only; of compressed ones the two used last are held
-    whole.
+    From an uncompressed file (np.savez) only a clip's own frames are read; the two compressed files used last are kept
+    in memory.
     """
 
     def __init__(self, root: Path, files: list[Path]) -> None:
@@ -39,25 +39,25 @@ class NpzReader:
             with zipfile.ZipFile(file) as archive:
                 names = archive.namelist()
                 if "frames.npy" not in names:
-                    raise ValueError(f"no array `frames`, only {names}")
+                    raise ValueError(f"must hold an array `frames`, got {names}")
                 stamp = _zip_stamp(archive)
                 shape, _, dtype = _read_header(archive.open("frames.npy"))
                 actions = read_member(archive, "actions") if "actions.npy" in names else None
         except Exception as error:
             raise DataError(file, f"unreadable npz: {error!r}") from error
         if dtype != np.uint8 and dtype.kind != "f":
-            raise DataError(file, f"frames must be uint8 or floats, are {dtype}")
+            raise DataError(file, f"frames must be uint8 or floats, got {dtype}")
         if len(shape) not in (4, 5) or 0 in shape:
-            raise DataError(file, f"frames must be (T, Y, X, C) or (N, T, Y, X, C), are {shape}")
+            raise DataError(file, f"frames must be (T, Y, X, C) or (N, T, Y, X, C), none of them 0, got {shape}")
         y, x, c = shape[-3:]
         if dtype == np.uint8 and y in (1, 3, 4) and c > 4:
             raise DataError(
-                file, f"frames must have channels last, (T, Y, X, C), look like (T, C, Y, X): {shape}; "
+                file, f"frames must have channels last, (T, Y, X, C), got what looks like (T, C, Y, X): {shape}; "
                 "store np.moveaxis(frames, -3, -1)"
             )  # fmt: skip
         clips = [None] if len(shape) == 4 else range(shape[0])
         if actions is not None and len(shape) == 5 and (actions.ndim < 2 or len(actions) != shape[0]):
-            raise DataError(file, f"actions must be ({shape[0]}, T-1[, A]) like frames {shape}, are {actions.shape}")
+            raise DataError(file, f"actions must be ({shape[0]}, T-1[, A]) for frames {shape}, got {actions.shape}")
         name = file.relative_to(self.root).as_posix()
         for n in clips:
             source = str(file) if n is None else f"{file}, clip {n}"
@@ -79,8 +79,8 @@ class NpzReader:
         low, high = some.min(), some.max()
         if low >= 0 and 16 < high <= 255:
             raise DataError(
-                episode.source, f"floats are latents, these are {low:g} to {high:g} like the pixels of images; "
-                "store frames.astype(np.uint8)"
+                episode.source, f"float frames must be latents, got values from {low:g} to {high:g} like those of "
+                "pixels; store frames.astype(np.uint8)"
             )  # fmt: skip
 
     def frames(self, episode: Episode, indices: range) -> np.ndarray:
@@ -121,7 +121,7 @@ def _zip_stamp(archive: zipfile.ZipFile) -> str:
 
 @dataclass(frozen=True)
 class _Stored:
-    """An uncompressed array (..., T, Y, X, C) in a file: read and not mapped, so that a file cut short is an error."""
+    """An uncompressed array (..., T, Y, X, C) in a file; read, not mapped, so that a truncated file is an error."""
 
     path: Path
     offset: int
@@ -136,7 +136,7 @@ class _Stored:
             for i, part in zip(indices, parts):
                 file.seek(self.offset + (first + i) * out[0].nbytes)
                 if file.readinto(part.data) != part.nbytes:
-                    raise ValueError(f"cut short at frame {i}")
+                    raise ValueError(f"truncated at frame {i}")
         return out
 
 
@@ -146,7 +146,7 @@ def _read_header(file: Any) -> tuple[tuple[int, ...], bool, np.dtype]:
         return np.lib.format.read_array_header_1_0(file)
     if version == (2, 0):
         return np.lib.format.read_array_header_2_0(file)
-    raise ValueError(f"npy version {version}")
+    raise ValueError(f"the npy version must be 1.0 or 2.0, got {version}")
 
 
 def _open_member(path: Path, name: str) -> np.ndarray | _Stored:

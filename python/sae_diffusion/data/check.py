@@ -1,4 +1,4 @@
-"""Is a folder of data good to train on: every source, its frames and actions, or why it cannot be used."""
+"""Checks a folder of training data: each source with its frames and actions, or the reason why it cannot be used."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from .format import DataError
 
 @dataclass(frozen=True)
 class Source:
-    """One episode as found; `reason` says why training would skip it, and is None where it would not.
+    """One episode; `reason` says why training would skip it, None where it would not.
 
     Attributes:
         shape: (Y, X, C) of a frame.
-        actions: what kind, in words.
+        actions: their kind, in words.
     """
 
     source: str
@@ -45,15 +45,15 @@ def check_data(
     frame_stride: int = 1,
     size: tuple[int, int] | None = None,
 ) -> Iterator[Source]:
-    """Every source of what `open_dataset` opens, all of its content read.
+    """Every source that `open_dataset` would open, after reading all of its content.
 
     Args:
-        clip_length: a source with fewer frames than a clip of that length is bad.
-        frame_stride: of such a clip.
-        size: (Y, X) that images will be resized to; without it all must be of one size.
+        clip_length: frames of a clip; sources too short for one clip are bad.
+        frame_stride: frames from one frame of a clip to the next.
+        size: (Y, X) that images will be resized to; without it all must have the same size.
 
     Raises:
-        DataError: there is nothing that could be looked through.
+        DataError: there is nothing to check.
     """
     reader = detect(Path(path))
     span = (clip_length - 1) * frame_stride + 1
@@ -64,14 +64,14 @@ def check_data(
                 continue
             reason = _not_finite(reader, found)
             if found.length < span:
-                reason = f"has {found.length} frames, needs {span}"
+                reason = f"must have at least {span} frames, got {found.length}"
             yield Source(found.source, reason, found.length, found.frame_shape, found.dtype, found.action_kind)
     except DataError as error:  # of the folder as a whole
         yield Source(error.source, error.reason)
 
 
 def _not_finite(reader: Reader, episode: Episode, at_once: int = 256) -> str | None:
-    """What is wrong with the latents, which opening a data set does not read."""
+    """What is wrong with the latents, which are not read when a data set is opened."""
     if episode.dtype == "float32":
         for first in range(0, episode.length, at_once):
             try:

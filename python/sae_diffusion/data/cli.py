@@ -15,21 +15,21 @@ from ..checks import check_integers
 
 @dataclass(frozen=True, kw_only=True)
 class DataCommand:
-    """Look through training data: a line for each source, and exit code 1 where one cannot be used.
+    """Check training data: one line for each source, and exit code 1 if any of them cannot be used.
 
     Args:
-        task: what to do.
+        task: "check", the only task.
         path: folder or file, as --data of `sae train`.
-        clip_length: frames of a clip; sources with fewer are bad.
+        clip_length: frames of a clip; sources too short for one clip are bad.
         frame_stride: frames from one frame of a clip to the next.
-        size: height and width that images will be resized to; "None" wants all to be of one size.
-        json: print JSON.
+        size: height and width that images will be resized to; "None": all must have the same size.
+        json: print the result as JSON.
         seed: accepted for symmetry.
-        device: accepted for symmetry; data are read on the CPU.
-        debug: show where an error came from.
+        device: accepted for symmetry; data is read on the CPU.
+        debug: show the traceback of an error.
     """
 
-    # a union of one, or a Literal of one, would not be shown
+    # tyro does not show a union or a Literal with a single member
     task: tyro.conf.Positional[Annotated[str, tyro.conf.arg(metavar="check")]]
     path: tyro.conf.Positional[Path]
     clip_length: int = 1

@@ -22,11 +22,11 @@ from .videos import VIDEO_SUFFIXES, VideoReader
 
 
 class ClipDataset(torch.utils.data.Dataset):
-    """Clips of fixed length; `ds[i]` -> Clip depends on i and the files only. Made by `open_dataset`.
+    """Clips of fixed length, made by `open_dataset`; `ds[i]` is a Clip that depends on i and the files only.
 
     frame_shape (Y, X, C); is_latent; num_actions (discrete, 0 = none); action_dim (continuous, 0 = none); fps or None;
-    episodes; others, the usable ones that are not in the split; skipped: list of (source, reason). Can be pickled, and
-    used after a fork.
+    episodes; others, usable episodes outside the split; skipped, a list of (source, reason). It can be pickled, and can
+    be used after a fork.
     """
 
     def __init__(
@@ -55,17 +55,18 @@ class ClipDataset(torch.utils.data.Dataset):
         self.fps, self.others = fps, list(others)
         counts = [(episode.length - self._span) // self.clip_stride + 1 for episode in self.episodes]
         self._ends = np.cumsum(counts).tolist()
-        self._versions: dict[str, tuple[int, int]] = {}  # of files whose time changed and whose content did not
+        # of files whose modification time changed but whose content did not
+        self._versions: dict[str, tuple[int, int]] = {}
 
     def __len__(self) -> int:
         return self._ends[-1]
 
     def frames_of(self, episode: Episode) -> int:
-        """Length of the longest clip of an episode."""
+        """Frames of the longest clip that an episode can give."""
         return (episode.length - 1) // self.frame_stride + 1
 
     def cut(self, clip_length: int, episodes: Sequence[Episode]) -> ClipDataset:
-        """Clips of another length from some of the episodes; those too short for one are left out, not all may be."""
+        """Clips of another length from `episodes`; those too short are left out, but one must be long enough."""
         return ClipDataset(
             self._reader,
             [episode for episode in episodes if self.frames_of(episode) >= clip_length],
@@ -79,9 +80,9 @@ class ClipDataset(torch.utils.data.Dataset):
         )
 
     def locate(self, index: int) -> tuple[Episode, range]:
-        """The episode of clip `index` and the frames of it that the clip takes."""
+        """The episode of clip `index`, and the indices of the clip's frames in it."""
         if not -len(self) <= index < len(self):
-            raise IndexError(f"index: must be below {len(self)}, got {index}")
+            raise IndexError(f"index: must be in [{-len(self)}, {len(self)}), got {index}")
         index %= len(self)
         which = bisect_right(self._ends, index)
         start = (index - (self._ends[which - 1] if which else 0)) * self.clip_stride
@@ -91,22 +92,22 @@ class ClipDataset(torch.utils.data.Dataset):
         episode, indices = self.locate(int(index))
         try:
             frames = self._reader.frames(episode, indices)
-        finally:  # what could not be read may be so because it changed
+        finally:  # a read may have failed because the file changed
             self._check_unchanged(episode)
         wanted = (self.clip_length, *episode.frame_shape)
         if frames.shape != wanted or frames.dtype != episode.dtype:
             raise DataError(
-                episode.source, f"frames must be {episode.dtype} {wanted}, are {frames.dtype} {frames.shape}"
+                episode.source, f"frames must be {episode.dtype} {wanted}, got {frames.dtype} {frames.shape}"
             )
         if self.size is not None:
             frames = resize_frames(frames, self.size)
         return Clip(frames, _into_frames(episode.actions, indices), f"{episode.source}, frame {indices.start}")
 
     def _check_unchanged(self, episode: Episode) -> None:
-        """A touched or copied file, or a folder that `collect` adds to, passes: the content decides.
+        """The content decides: a file that was touched or copied, or a folder that `collect` has added to, passes.
 
         Raises:
-            DataError: the file is gone, or holds something else than when the data set was opened.
+            DataError: the file is gone, or its content differs from when the data set was opened.
         """
         version = file_version(episode.file)
         if version == self._versions.get(episode.source, episode.version):
@@ -114,7 +115,7 @@ class ClipDataset(torch.utils.data.Dataset):
         found = f"{episode.version[0]} bytes then, {version[0]} now"
         try:
             same = self._reader.stamp(episode) == episode.stamp
-        except Exception as error:  # whatever a broken file provokes
+        except Exception as error:  # a broken file can raise anything
             same, found = False, f"{found}: {error}"
         if not same:
             raise DataError(episode.source, f"has changed since it was opened ({found})")
@@ -131,7 +132,7 @@ class ClipDataset(torch.utils.data.Dataset):
 
 
 def _into_frames(actions: np.ndarray | None, indices: range) -> np.ndarray | None:
-    """The action that caused each frame: the one taken at the frame before it, one stride earlier, if there is one."""
+    """The action that caused each frame: the one taken one stride earlier; unknown where there is no such frame."""
     if actions is None:
         return None
     if actions.ndim == 1:
@@ -142,12 +143,12 @@ def _into_frames(actions: np.ndarray | None, indices: range) -> np.ndarray | Non
 
 
 def is_heldout(identity: str, fraction: float) -> bool:
-    """A fixed draw per episode: adding data never moves an episode to the other side."""
+    """A draw that depends on the episode alone: adding data never moves an episode to the other split."""
     return int.from_bytes(hashlib.sha256(identity.encode()).digest()[:8], "big") < fraction * 2**64
 
 
 def detect(path: Path) -> Reader:
-    """Of a folder of `collect`, of videos or of npz files, or of one such file."""
+    """The reader for a folder written by `collect`, a folder of videos or of npz files, or one such file."""
     if not path.exists():
         raise DataError(path, "does not exist")
     if path.is_file():
@@ -166,7 +167,7 @@ def detect(path: Path) -> Reader:
 
 
 def scan(reader: Reader, size: tuple[int, int] | None, *, verify: bool) -> Iterator[Episode | DataError]:
-    """Every episode, or why it cannot be used: unreadable, or it does not go together with the first usable one.
+    """Every episode, or the reason why it cannot be used: unreadable, or not of one kind with the first usable one.
 
     Args:
         size: that images will be resized to.
@@ -199,15 +200,15 @@ def open_dataset(
     split: str = "all",
     heldout_fraction: float = 0.1,
 ) -> ClipDataset:
-    """Open a folder of `collect`, a folder (or one file) of videos, or a folder (or one file) of npz, whichever it is.
+    """Open a folder written by `collect`, a folder of videos or of npz files, or one such file.
 
     A clip is `clip_length` frames, every `frame_stride`-th; clips start every `clip_stride` frames (default: where the
-    one before ends, no overlap). With a stride the action into a frame is the one taken at the clip's frame before it.
-    `size` (Y, X) resizes images by area. `split`: "train" | "heldout" by a hash of each episode's identity.
-    A file that changes afterwards is a DataError when a clip of it is read.
-    What cannot be used (corrupt, of another shape, other actions, too short) raises DataError (a ValueError) naming
-    file and reason, or with on_error="skip" is listed in `.skipped`. Skipping verifies all of the content at once;
-    raising verifies recorded shards as they are read, the others at once as well.
+    one before ends, no overlap). With a stride, the action of a frame is the one taken at the clip's frame before it.
+    `size` (Y, X) resizes images by area. `split`: "all", or "train" or "heldout" by a hash of each episode's identity.
+    If a file changes afterwards, reading a clip of it is a DataError.
+    What cannot be used (corrupt, of another shape, with other actions, too short) raises a DataError (a ValueError)
+    that names file and reason; with on_error="skip" it is listed in `.skipped` instead. With "skip" all of the content
+    is verified at once; with "raise" recorded shards are verified as they are read, everything else at once.
     """
     for name, value in (("clip_length", clip_length), ("frame_stride", frame_stride), ("clip_stride", clip_stride)):
         if value is not None and value < 1:
@@ -253,12 +254,12 @@ def open_dataset(
             long_enough.append(episode)
         else:
             strided = f" (a clip of {clip_length}, every {frame_stride}th)" if frame_stride > 1 else ""
-            refuse(DataError(episode.source, f"has {episode.length} frames, needs {span}{strided}"))
+            refuse(DataError(episode.source, f"must have at least {span} frames{strided}, got {episode.length}"))
     if not long_enough:
         reasons = Counter(reason for _, reason in skipped).most_common(3)
         raise DataError(
             str(path),
-            f"nothing to read: {len(found)} usable episodes, {len(used)} of them in split {split!r}, {len(skipped)} "
+            f"nothing to read: {len(found)} usable episodes, {len(used)} of them in split {split!r}; {len(skipped)} "
             f"skipped {[f'{n} x {reason}' for reason, n in reasons]}",
         )
     return ClipDataset(
@@ -276,9 +277,9 @@ def open_dataset(
 
 
 def _unlike(episode: Episode, first: Episode | None, size: tuple[int, int] | None) -> str:
-    """Why an episode does not go together with the first one, or with the size asked for; or ""."""
+    """Why an episode cannot be used with the first one, or with the requested size; "" if it can."""
     if size is not None and episode.dtype != "uint8":
-        return f"size={tuple(size)} resizes images only, frames are {episode.dtype} latents"
+        return f"size={tuple(size)} is for images only, frames are {episode.dtype} latents"
     if first is None:
         return ""
     if episode.dtype != first.dtype:
@@ -299,5 +300,5 @@ def collate(clips: Sequence[Clip]) -> tuple[torch.Tensor, torch.Tensor | None]:
     if not actions:
         return frames, None
     if len(actions) != len(clips):
-        raise ValueError(f"clips: all or none must have actions, got {len(actions)} of {len(clips)}")
+        raise ValueError(f"clips: all or none must have actions, got actions in {len(actions)} of {len(clips)}")
     return frames, torch.from_numpy(np.stack(actions))

@@ -1,4 +1,4 @@
-"""What is read: episodes, found when a data set is opened, and clips of them."""
+"""Episodes, found when a data set is opened, and the clips that are cut from them."""
 
 from __future__ import annotations
 
@@ -26,10 +26,10 @@ class Clip:
 
 @dataclass(frozen=True)
 class Episode:
-    """Frames without a cut, as found when opening. `actions[t]` (N-1 rows) causes frame t+1."""
+    """Consecutive frames, as found when the data set was opened. `actions[t]` (N-1 rows) causes frame t+1."""
 
-    source: str  # for people: the file, and the episode in it
-    identity: str  # decides the split; the same wherever the folder lies and whatever else is in it
+    source: str  # for messages: the file, and the episode in it
+    identity: str  # decides the split; independent of where the folder is and what else is in it
     stamp: str  # a checksum of the content, see `Reader.stamp`
     file: Path
     key: Any  # the reader's own: what to read in the file
@@ -37,7 +37,7 @@ class Episode:
     frame_shape: tuple[int, int, int]
     dtype: str  # "uint8" or "float32"
     actions: np.ndarray | None = field(repr=False)
-    version: tuple[int, int] = (0, 0)  # of the file before it was looked through, see `file_version`
+    version: tuple[int, int] = (0, 0)  # of the file before it was scanned, see `file_version`
 
     @property
     def action_kind(self) -> str:
@@ -49,11 +49,11 @@ class Episode:
 
 
 def file_version(file: Path) -> tuple[int, int]:
-    """(size, time of change in ns): equal as long as nobody writes to the file or puts another in its place."""
+    """(size, time of change in ns): equal as long as the file is neither written to nor replaced."""
     try:
         status = file.stat()
     except OSError as error:
-        raise DataError(file, f"cannot be opened any more: {error.strerror}") from error
+        raise DataError(file, f"can no longer be opened: {error.strerror}") from error
     return status.st_size, status.st_mtime_ns
 
 
@@ -61,9 +61,9 @@ class Reader(Protocol):
     def files(self) -> list[Path]: ...
 
     def scan(self, file: Path, verify: bool) -> Iterator[Episode | DataError]:
-        """What a file holds; a DataError, raised or yielded, for what it should hold and does not."""
+        """The episodes of a file; a DataError, raised or yielded, for each that cannot be used."""
 
     def frames(self, episode: Episode, indices: range) -> np.ndarray: ...
 
     def stamp(self, episode: Episode) -> str:
-        """Of what the file holds now, nothing that was opened before being used again."""
+        """A checksum of what the file holds now, read anew."""

@@ -5,10 +5,10 @@
         index.npy                        uint8, JSON: which episodes, their seeds, lengths and ends
         00000017/actions.npy             (N-1,) int64 or (N-1, A) float32; row t causes frame t+1
         00000017/frames/000003.npy       uint8 (up to FRAMES_PER_CHUNK, Y, X, 3)
-    staging/episode-00000017.npz         finished episodes of a shard that is not full yet, same members
+    staging/episode-00000017.npz         finished episodes of a shard that is not full yet, with the same members
 
-A zip file has its own directory, so that a clip costs the few chunks it touches and not the shard. Every file appears
-whole or not at all, and its bytes depend on the settings only.
+A zip file has a directory, so reading a clip reads only the chunks that it touches. Every file appears whole or not at
+all, and its bytes depend on the settings only.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ import numpy as np
 
 FORMAT = "sae-episodes"
 VERSION = 1
-FRAMES_PER_CHUNK = 16  # what a clip reads at least; 16 frames of 64x64 take about 1 ms to decompress
+FRAMES_PER_CHUNK = 16  # the least that is read for a clip; 16 frames of 64x64 take about 1 ms to decompress
 
 
 class DataError(ValueError):
@@ -35,7 +35,7 @@ class DataError(ValueError):
         self.source, self.reason = str(source), reason
         super().__init__(f"{self.source}: {reason}")
 
-    def __reduce__(self) -> tuple[Any, ...]:  # so that it crosses from a DataLoader worker
+    def __reduce__(self) -> tuple[Any, ...]:  # so that it can be sent from a DataLoader worker
         return DataError, (self.source, self.reason)
 
 
@@ -73,22 +73,22 @@ def staged_path(root: Path, episode: int) -> Path:
 
 
 def read_description(root: Path) -> dict[str, Any]:
-    """The content of dataset.json; DataError where it is not ours or from a newer version."""
+    """The content of dataset.json; DataError if it is not in this format and version."""
     path = root / "dataset.json"
     try:
         description = json.loads(path.read_text(encoding="utf-8"))
         if description["format"] != FORMAT or description["version"] != VERSION:
-            raise ValueError(f"is {description['format']} version {description['version']}")
+            raise ValueError(f"got {description['format']} version {description['version']}")
         size, space = description["size"], description["action_space"]
         if len(size) != 2 or min(size) < 1 or space["kind"] not in ("discrete", "continuous"):
-            raise ValueError(f"size {size} or action_space {space} make no sense")
+            raise ValueError(f"size or action_space is invalid, got {size} and {space}")
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise DataError(path, f"not a description of {FORMAT} version {VERSION}: {error!r}") from error
+        raise DataError(path, f"must be a description in format {FORMAT} version {VERSION}: {error!r}") from error
     return description
 
 
 def _write_member(archive: zipfile.ZipFile, name: str, array: np.ndarray) -> None:
-    # opened by name, zipfile stamps 1980-01-01, so that the same data gives the same bytes
+    # a member opened by name is dated 1980-01-01, so that the same data gives the same bytes
     with archive.open(name + ".npy", "w", force_zip64=True) as file:
         np.lib.format.write_array(file, np.ascontiguousarray(array), allow_pickle=False)
 
@@ -102,13 +102,13 @@ def read_member(archive: zipfile.ZipFile, name: str) -> np.ndarray:
     """One array, its checksum verified."""
     with archive.open(name + ".npy") as file:
         array = np.lib.format.read_array(file, allow_pickle=False)
-        if file.read(1):  # reaching the end is what makes zipfile compare the checksum
-            raise ValueError(f"{name}: bytes after the array")
+        if file.read(1):  # zipfile compares the checksum only at the end
+            raise ValueError(f"{name}: must end with the array, got more bytes")
     return array
 
 
 class EpisodeWriter:
-    """Takes one episode frame by frame, in bounded memory; see `write_episode`."""
+    """Writes one episode frame by frame, in bounded memory; see `write_episode`."""
 
     def __init__(self, archive: zipfile.ZipFile, episode: int) -> None:
         self._archive, self.episode = archive, episode
@@ -119,7 +119,7 @@ class EpisodeWriter:
 
     def add(self, frame: np.ndarray, action: Any) -> None:
         if (action is None) != (self.count == 0):
-            raise ValueError(f"action: None for the first frame and only there, got {action!r} for frame {self.count}")
+            raise ValueError(f"action: must be None for the first frame only, got {action!r} for frame {self.count}")
         if action is not None:
             self.actions.append(action)
         self.frames.append(frame)
@@ -142,7 +142,7 @@ class EpisodeWriter:
 
 @contextmanager
 def write_episode(path: Path, episode: int) -> Iterator[EpisodeWriter]:
-    """`add(frame uint8 (Y, X, 3), action)` (None for the first frame) per frame, then `finish`; or no file appears."""
+    """Call `add(uint8 (Y, X, 3), action)` for each frame, action None for the first, then `finish`, else no file."""
     with (
         atomic_path(path) as temporary,
         zipfile.ZipFile(temporary, "w", zipfile.ZIP_DEFLATED, compresslevel=6) as archive,
@@ -150,11 +150,11 @@ def write_episode(path: Path, episode: int) -> Iterator[EpisodeWriter]:
         writer = EpisodeWriter(archive, episode)
         yield writer
         if not writer.complete:
-            raise RuntimeError(f"{path}: left without finish()")
+            raise RuntimeError(f"{path}: finish() was not called")
 
 
 class Shard:
-    """Reads a shard (or a staged episode). Opened per process: the handle is never shared by a fork nor pickled."""
+    """Reads a shard (or a staged episode). Each process opens its own handle: it is not shared by a fork or pickled."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -163,12 +163,12 @@ class Shard:
         try:
             index = json.loads(read_member(self.archive, "index").tobytes())
             if index["format"] != FORMAT or index["version"] != VERSION:
-                raise ValueError(f"is {index['format']} version {index['version']}")
+                raise ValueError(f"got {index['format']} version {index['version']}")
             self.chunk = int(index["chunk"])
             self.episodes: dict[int, dict[str, Any]] = {int(e["episode"]): e for e in index["episodes"]}
             if self.chunk < 1 or any(int(e["frames"]) < 1 for e in self.episodes.values()):
-                raise ValueError("index with no frames")
-        except Exception as error:  # whatever a broken file provokes in zipfile, zlib, numpy or json
+                raise ValueError("the index must list episodes with frames, got one without")
+        except Exception as error:  # a broken file can raise anything from zipfile, zlib, numpy or json
             raise DataError(path, f"unreadable shard: {error!r}") from error
 
     @property
@@ -209,21 +209,21 @@ class Shard:
                 if chunk.dtype != np.uint8 or chunk.ndim != 4 or len(chunk) != wanted:
                     raise DataError(
                         f"{self.path}, episode {episode}",
-                        f"chunk {number} must be uint8 ({wanted}, Y, X, C), is {chunk.dtype} {chunk.shape}",
+                        f"chunk {number} must be uint8 ({wanted}, Y, X, C), got {chunk.dtype} {chunk.shape}",
                     )
             picked.append(chunk[i % self.chunk])
         return np.stack(picked)
 
     def verify(self, episode: int, frame_shape: tuple[int, ...]) -> None:
-        """Read everything of an episode; DataError where a checksum or a shape is wrong."""
+        """Read a whole episode; DataError if a checksum or a shape is wrong."""
         self.actions(episode)
         for start in range(0, self.episodes[episode]["frames"], self.chunk):
             got = self.frames(episode, [start]).shape[1:]
             if got != frame_shape:
-                raise DataError(f"{self.path}, episode {episode}", f"frames must be {frame_shape}, are {got}")
+                raise DataError(f"{self.path}, episode {episode}", f"frames must be {frame_shape}, got {got}")
 
     def stamp(self, episode: int) -> str:
-        """The checksums of an episode's members, from the directory alone."""
+        """The checksums of an episode's members, read from the zip directory only."""
         try:
             return "".join(f"{self.archive.getinfo(name + '.npy').CRC:08x}" for name in self._members(episode))
         except KeyError as error:
@@ -231,7 +231,7 @@ class Shard:
 
 
 def pack_shard(path: Path, sources: dict[int, Shard]) -> None:
-    """Write the episodes of `sources` (episode number to a file that has it), in order, as one shard."""
+    """Write the episodes of `sources` (episode number -> a file that holds it), in order, as one shard."""
     with (
         atomic_path(path) as temporary,
         zipfile.ZipFile(temporary, "w", zipfile.ZIP_DEFLATED, compresslevel=6) as archive,
@@ -243,7 +243,7 @@ def pack_shard(path: Path, sources: dict[int, Shard]) -> None:
 
 
 def resize_frames(frames: np.ndarray, size: tuple[int, int]) -> np.ndarray:
-    """Area average of uint8 (T, Y, X, C) down to size (Y, X); nearest where it enlarges."""
+    """uint8 (T, Y, X, C) at size (Y, X): area average when shrinking, nearest pixel when enlarging."""
     if frames.shape[1:3] == tuple(size):
         return frames
     from PIL import Image

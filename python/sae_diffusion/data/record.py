@@ -1,4 +1,4 @@
-"""Record gymnasium environments: seeded, parallel, resumable; the same bytes whichever way it went."""
+"""Record gymnasium environments: seeded, parallel, resumable; the bytes do not depend on how often it was resumed."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from .format import (
 )
 
 Policy = Callable[[Any, Any, np.random.Generator], Any]  # (observation, action_space, rng) -> action
-Progress = Callable[[int, int, int], None]  # (episodes done, episodes asked for, frames so far)
+Progress = Callable[[int, int, int], None]  # (episodes done, episodes requested, frames so far)
 
 
 def hold_random(observation: Any, action_space: Any, rng: np.random.Generator) -> Any:
@@ -49,13 +49,13 @@ class Collected:
 
 
 def episode_seeds(seed: int, episode: int) -> tuple[int, int]:
-    """(environment's seed, action generator's seed) of one episode: a function of these two numbers alone."""
+    """(environment's seed, action generator's seed) of one episode: a function of `seed` and `episode` only."""
     first, second = np.random.SeedSequence([seed, episode]).generate_state(2)
     return int(first) & 0x7FFFFFFF, int(second) & 0x7FFFFFFF
 
 
 def make_env(env_id: str, env_kwargs: dict[str, Any] | None = None) -> Any:
-    """`gymnasium.make` with rgb_array rendering and no display; ImportError names the package that is missing."""
+    """`gymnasium.make` with rgb_array rendering and no display; an ImportError names a missing package."""
     os.environ.setdefault("SDL_VIDEODRIVER", "dummy")
     os.environ.setdefault("SDL_AUDIODRIVER", "dummy")
     os.environ.setdefault("PYGAME_HIDE_SUPPORT_PROMPT", "1")
@@ -73,7 +73,7 @@ def make_env(env_id: str, env_kwargs: dict[str, Any] | None = None) -> Any:
     try:
         return gymnasium.make(env_id, render_mode="rgb_array", **(env_kwargs or {}))
     except gymnasium.error.DependencyNotInstalled as error:
-        raise ImportError(f"{env_id} needs a package that is missing: {error}") from error
+        raise ImportError(f"{env_id} needs a package that is not installed: {error}") from error
     except (gymnasium.error.Error, ModuleNotFoundError) as error:
         raise ValueError(f"env_id: gymnasium cannot make {env_id!r}: {error}") from error
 
@@ -94,11 +94,11 @@ def _action_space(env: Any, env_id: str) -> dict[str, Any]:
         return {"kind": "discrete", "n": int(space.n), "start": int(space.start)}
     if isinstance(space, Box) and np.issubdtype(space.dtype, np.floating):
         return {"kind": "continuous", "dim": int(np.prod(space.shape)), "shape": list(space.shape)}
-    raise ValueError(f"env_id: {env_id} must have a Discrete or a floating Box action space, got {space}")
+    raise ValueError(f"env_id: {env_id} must have a Discrete or a floating-point Box action space, got {space}")
 
 
 def _play(env: Any, description: dict[str, Any], policy: Policy, seeds: tuple[int, int]) -> Generator[Any, None, str]:
-    """Yields (action that caused the frame, or None; frame at the environment's own size); returns how it ended."""
+    """Yields (action that caused the frame or None, frame at the environment's own size); returns how it ended."""
     observation, _ = env.reset(seed=seeds[0])
     env.action_space.seed(seeds[1])
     rng = np.random.default_rng(seeds[1])
@@ -130,7 +130,7 @@ def _play(env: Any, description: dict[str, Any], policy: Policy, seeds: tuple[in
 
 
 def _record(root: Path, description: dict[str, Any], policy: Policy, episode: int) -> int:
-    """Record one episode to the staging folder. A fresh environment each: nothing leaks from one to the next."""
+    """Record one episode into the staging folder, in a new environment so that no state carries over."""
     space, seeds = description["action_space"], episode_seeds(description["seed"], episode)
     env = make_env(description["env_id"], description["env_kwargs"])
     try:
@@ -161,7 +161,7 @@ def _check_resume(root: Path, description: dict[str, Any]) -> None:
     for field in {**description, **old}:
         if old.get(field) != description.get(field):
             raise ValueError(
-                f"out: {root} was recorded with {field}={old.get(field)!r}, asked for {field}="
+                f"out: {root} was recorded with {field}={old.get(field)!r}, got {field}="
                 f"{description.get(field)!r}; collect into another folder"
             )
 
@@ -173,13 +173,13 @@ def _positive(name: str, value: Any, minimum: int = 1) -> None:
 
 @dataclass(frozen=True)
 class Timing:
-    """When frames are recorded and actions chosen, in steps of the environment.
+    """When frames are recorded and actions are chosen, in steps of the environment.
 
     Args:
         frame_skip: steps between two frames.
-        hold: steps that an action is kept for, a multiple of frame_skip, so that each transition has one action.
-        skip_first: steps that are played before recording begins, likewise a multiple.
-        max_frames: an episode is cut after so many frames; None = played to its end.
+        hold: steps for which an action is kept, a multiple of frame_skip, so that each transition has one action.
+        skip_first: steps that are played before recording begins, also a multiple of frame_skip.
+        max_frames: an episode is cut after this many frames; None = played to its end.
 
     Raises:
         ValueError: a field breaks its rule; the message names field, rule and value.
@@ -219,14 +219,14 @@ def collect(
 ) -> Collected:
     """Record `episodes` episodes of any gymnasium environment that renders rgb arrays into the folder `out`.
 
-    Frames are area-averaged to `size` (Y, X); `timing` says when one is recorded and an action chosen (None =
-    `Timing()`); an episode ends with its last frame when terminated or truncated. `policy`: "hold-random" or a function
-    (observation, action_space, rng) -> action that can be pickled. ALE environments have a frame skip of their own:
-    env_kwargs={"frameskip": 1} turns it off.
+    Frames are area-averaged to `size` (Y, X); `timing` says when a frame is recorded and when an action is chosen (None
+    = `Timing()`); an episode that is terminated or truncated ends with the frame after that step. `policy`:
+    "hold-random" or a function (observation, action_space, rng) -> action that can be pickled. ALE environments have a
+    frame skip of their own: env_kwargs={"frameskip": 1} turns it off.
 
-    Calling again goes on where it stopped, a larger `episodes` adds to the folder; the bytes are those of a single
-    uninterrupted call, with any num_workers. `progress(done, episodes, frames)` after each episode.
-    Raises ValueError for settings (naming the first that differs from the folder's), ImportError for a missing package.
+    A second call continues where the first one stopped, and a larger `episodes` adds to the folder; the bytes are those
+    of a single uninterrupted call, for any num_workers. Each episode ends with `progress(done, episodes, frames)`.
+    Raises ValueError for a setting that breaks its rule or is not the folder's, ImportError for a missing package.
     """
     timing = Timing() if timing is None else timing
     for name, value in (
@@ -266,7 +266,7 @@ def collect(
             "skip_first": timing.skip_first,
             "max_frames": timing.max_frames,
             "fps": rate / timing.frame_skip,
-            "autoreset": "disabled",  # every episode has an environment of its own, no reset transition is recorded
+            "autoreset": "disabled",  # each episode has its own environment; no reset transition is recorded
             "gymnasium": gymnasium.__version__,
             "episodes_per_shard": episodes_per_shard,
             "frames_per_chunk": FRAMES_PER_CHUNK,
@@ -280,7 +280,7 @@ def collect(
         if (root / "dataset.json").exists():
             _check_resume(root, description)
         elif any(not entry.name.startswith(".") for entry in root.iterdir()):
-            raise ValueError(f"out: {root} has files but no dataset.json; collect into an empty folder")
+            raise ValueError(f"out: {root} must be empty or hold dataset.json, got other files")
         else:
             write_json(root / "dataset.json", description)
         return _fill(root, description, play, episodes, num_workers, progress)
@@ -308,7 +308,7 @@ def _fill(
         _pack(root, episode // per_shard, per_shard, episodes, lengths)
         if progress is not None:
             progress(sum(number < episodes for number in lengths), episodes, sum(lengths.values()))
-    with suppress(OSError):  # it may hold episodes beyond those asked for now
+    with suppress(OSError):  # it may hold episodes beyond those requested now
         (root / "staging").rmdir()
     return Collected(root, len(lengths), sum(lengths.values()), len(lengths) - before)
 
@@ -330,7 +330,7 @@ def _record_all(
 
 
 def _pack(root: Path, shard_number: int, per_shard: int, episodes: int, lengths: dict[int, int]) -> None:
-    """Write a shard once all its episodes are there, then drop their staged files."""
+    """Write a shard once all its episodes are there, then delete their staged files."""
     wanted = range(shard_number * per_shard, min((shard_number + 1) * per_shard, episodes))
     if any(number not in lengths for number in wanted):
         return

@@ -26,7 +26,7 @@ class RecordedReader:
         found = sorted(self.root.glob("shard-*.npz"))
         if not found:
             staged = len(list(self.root.glob("staging/episode-*.npz")))
-            raise DataError(self.root, f"no complete shard ({staged} staged episodes): let `collect` finish first")
+            raise DataError(self.root, f"must hold a complete shard, got {staged} staged episodes; finish `collect`")
         return found
 
     def _shard(self, file: Path) -> Shard:
@@ -51,9 +51,11 @@ class RecordedReader:
                 if (actions.dtype.kind, actions.ndim) != wanted or (
                     actions.ndim == 2 and actions.shape[1] != space["dim"]
                 ):
-                    raise DataError(source, f"actions {actions.dtype} {actions.shape} do not fit dataset.json: {space}")
+                    raise DataError(
+                        source, f"actions must fit dataset.json, {space}, got {actions.dtype} {actions.shape}"
+                    )
                 if actions.ndim == 1 and actions.size and actions.max() >= space["n"]:
-                    raise DataError(source, f"action {actions.max()} but dataset.json has only {space['n']}")
+                    raise DataError(source, f"actions must be below {space['n']} (dataset.json), got {actions.max()}")
                 stamp = shard.stamp(number)
                 yield Episode(source, f"{name}/{number}", stamp, file, number, entry["frames"], shape, "uint8", actions)
             except DataError as error:

@@ -1,4 +1,4 @@
-"""Between frames on disk and what the network sees."""
+"""Conversion between frames on disk and the normalised frames that the network sees."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def _spread(dataset: ClipDataset, max_clips: int) -> list[int]:
 class FrameStats:
     """Per-channel mean and standard deviation of a training set, so that the network's data has sigma_data = 1.
 
-    In units of uint8/127.5 - 1 for images, of the latents themselves where `latent`.
+    In units of uint8 / 127.5 - 1 for images, in the latents' own units where `latent`.
     """
 
     mean: tuple[float, ...]
@@ -34,17 +34,16 @@ class FrameStats:
 
     def __post_init__(self) -> None:
         if len(self.mean) != len(self.std) or not self.mean:
-            raise ValueError(f"mean, std: one number per channel, got {len(self.mean)} and {len(self.std)}")
+            raise ValueError(f"mean, std: must have one number per channel, got {len(self.mean)} and {len(self.std)}")
         if not all(np.isfinite(self.mean)) or not all(np.isfinite(s) and s > 0 for s in self.std):
-            raise ValueError(f"mean, std: must be finite and std > 0, got {self.mean} and {self.std}")
+            raise ValueError(f"mean, std: must be finite, and std > 0, got {self.mean} and {self.std}")
 
     @classmethod
     def estimate(cls, dataset: ClipDataset, max_clips: int = 64) -> FrameStats:
-        """From `max_clips` clips spread evenly over the data set, in fp64; a constant channel gets std 1."""
+        """From up to `max_clips` clips spread evenly over the data set, in fp64; a constant channel gets std 1."""
         count, mean, squares = 0, np.zeros(dataset.frame_shape[2]), np.zeros(dataset.frame_shape[2])
-        for index in _spread(
-            dataset, max_clips
-        ):  # Chan et al. 1979: merging means and sums of squares keeps large offsets exact
+        # Chan et al. 1979: merging means and sums of squares keeps large offsets exact
+        for index in _spread(dataset, max_clips):
             x = dataset[index].frames.reshape(-1, dataset.frame_shape[2]).astype(np.float64)
             x = x if dataset.is_latent else x / 127.5 - 1
             delta, total = x.mean(0) - mean, count + len(x)
@@ -82,7 +81,7 @@ class FrameStats:
     def denormalize(self, x: torch.Tensor) -> torch.Tensor:
         """(..., T, C, Y, X) floats -> (..., T, Y, X, C): uint8, rounded and clamped, or floats for latents."""
         if not x.is_floating_point():
-            raise TypeError(f"x: must be floating, got {x.dtype}")
+            raise TypeError(f"x: must be floating-point, got {x.dtype}")
         if x.ndim < 4 or x.shape[-3] != len(self.mean):
             raise ValueError(f"x: must be (..., T, {len(self.mean)}, Y, X), got {tuple(x.shape)}")
         mean, std = self._tensors(x)

@@ -1,4 +1,4 @@
-"""Files of video, decoded with PyAV."""
+"""Video files, decoded with PyAV."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ VIDEO_SUFFIXES = (".mp4", ".m4v", ".mov", ".mkv", ".webm")
 
 
 class VideoReader:
-    """Video files (PyAV), each with an optional side file of actions; each decoded once when opened."""
+    """Video files, each with an optional file of actions beside it; decoded once when the data set is opened."""
 
     def __init__(self, root: Path, files: list[Path]) -> None:
         try:
@@ -37,22 +37,22 @@ class VideoReader:
         try:
             with av.open(str(file)) as container:
                 if not container.streams.video:
-                    raise ValueError("no video stream")
+                    raise ValueError("must have a video stream, got none")
                 stream = _one_thread(container.streams.video[0])
                 packets = 0
                 for packet in container.demux(stream):
                     packets += packet.size > 0
                     for image in packet.decode():
                         if image.is_corrupt or image.pts is None or (times and image.pts <= times[-1]):
-                            raise ValueError(f"frame {len(times)} is damaged or has no increasing time stamp")
+                            raise ValueError(f"frame {len(times)} is damaged, or its time stamp does not increase")
                         if shape not in (None, (image.height, image.width, 3)):
-                            raise ValueError(f"frame {len(times)} changes the size from {shape}")
+                            raise ValueError(f"frame {len(times)} differs in size from the first, {shape}")
                         shape = (image.height, image.width, 3)
                         times.append(image.pts)
                 if packets < stream.frames:
-                    raise ValueError(f"cut short: {packets} of {stream.frames} frames are there")
+                    raise ValueError(f"truncated: has {packets} of {stream.frames} frames")
             if shape is None:
-                raise ValueError("no frames")
+                raise ValueError("must have frames, got none")
             digest = _sha256(file)
         except Exception as error:  # PyAV's errors share no base class
             raise DataError(file, f"unreadable video: {error!r}") from error
@@ -63,12 +63,12 @@ class VideoReader:
 
     def frames(self, episode: Episode, indices: range) -> np.ndarray:
         wanted = [int(t) for t in episode.key[indices.start : indices.stop : indices.step]]
-        reason = "frames are gone that were there when it was opened"
+        reason = "some frames are missing that were there when it was opened"
         for seek in (wanted[0], None):  # from the key frame before the clip, else from the start
             found: list[np.ndarray] = []
             try:
                 found = _decode(episode.file, wanted, seek)
-            except Exception as error:  # only its words: its traceback would keep decoder and frames alive
+            except Exception as error:  # only its text: its traceback would keep decoder and frames alive
                 reason = f"unreadable video: {error!r}"
             if len(found) == len(wanted):
                 return np.stack(found)
@@ -87,7 +87,7 @@ def _sha256(file: Path) -> str:
 
 
 def _decode(file: Path, times: list[int], seek: int | None) -> list[np.ndarray]:
-    """The frames at `times`, up to the first that is not there."""
+    """The frames at `times`, up to the first that is missing."""
     import av
 
     found: list[np.ndarray] = []
@@ -106,6 +106,6 @@ def _decode(file: Path, times: list[int], seek: int | None) -> list[np.ndarray]:
 
 
 def _one_thread(stream: Any) -> Any:
-    """A decoder with threads that is alive at a fork (an exception may hold it) hangs the child that frees it."""
+    """One thread, because freeing a threaded decoder in a forked child hangs (an exception can keep one alive)."""
     stream.thread_type, stream.codec_context.thread_count = "NONE", 1
     return stream
