@@ -101,7 +101,7 @@ def test_every_clip_is_the_plain_slice_of_its_episode(lengths, clip, stride, ste
                 causes = [100 * n + t - stride if t >= stride else None for t in range(start, start + span, stride)]
                 expected.append((n, list(range(start, start + span, stride)), causes))
         if not expected:
-            with pytest.raises(DataError, match=r"frames, needs"):
+            with pytest.raises(DataError, match=r"must have at least \d+ frames"):
                 open_dataset(folder, clip, frame_stride=stride, clip_stride=step)
             return
         clips = open_dataset(folder, clip, frame_stride=stride, clip_stride=step, on_error="skip")
