@@ -45,16 +45,16 @@ class Collect:
     Args:
         out: folder to record into.
         env: any id with rgb_array rendering.
-        episodes: how many the folder shall hold in the end.
+        episodes: how many the folder holds in the end.
         size: height and width of a recorded frame.
         frame_skip: environment steps between two recorded frames.
         hold: environment steps that the random policy keeps an action for.
-        max_frames: cut episodes after so many frames.
+        max_frames: cut episodes after this many frames.
         skip_first: environment steps played before recording begins.
         workers: processes.
         seed: of environments and actions.
-        device: accepted for symmetry; environments run on the CPU.
-        debug: show where an error came from.
+        device: accepted for consistency; environments run on the CPU.
+        debug: show the traceback of an error.
     """
 
     out: Path
@@ -85,22 +85,22 @@ class Collect:
 
 @dataclass(frozen=True, kw_only=True)
 class Train:
-    """Train a world model; the same command resumes, `torchrun -m sae_diffusion train ...` uses several devices.
+    """Train a world model. The same command resumes; `torchrun -m sae_diffusion train ...` uses several devices.
 
-    Height, width, channels and actions of the model follow the data; images are resized to the preset's size. All
-    settings are written into the run folder as config.yaml, with which --config repeats the run.
+    The model's height, width, channels and actions follow the data; images are resized to the preset's size. All
+    settings are written to config.yaml in the run folder, with which --config repeats the run.
 
     Args:
         config: YAML file of options, nested as they are here: those without a dot at the top, `--model.window 8` as
-            `model: {window: 8}`. Options of the command line win over the file, the file over the preset.
-        preset: where the defaults of all options below come from.
+            `model: {window: 8}`. The command line overrides the file, and the file overrides the preset.
+        preset: sets the defaults of all options below.
         train: the run.
         model: the network.
         clips: how clips are cut from the data.
         sampler: for the strips written every --sample-every steps.
-        dry_run: open the data, say what would be trained, measure the memory and the time of a step, and stop; nothing
-            is written.
-        debug: show where an error came from.
+        dry_run: open the data, say what would be trained, measure the memory and time of a step, and stop; writes
+            nothing.
+        debug: show the traceback of an error.
     """
 
     config: Path | None = None
@@ -114,7 +114,7 @@ class Train:
 
     def run(self) -> None:
         if not self.train.data:
-            raise ValueError("data: name the training data with --data FOLDER")
+            raise ValueError("data: must name the training data, as in --data FOLDER, got none")
         from .runs import make_trainer, open_run
 
         settings = Preset(self.model, self.train, self.sampler, self.clips)
@@ -139,7 +139,7 @@ class Train:
             print(f"{result.checkpoint}: step {result.step}, stopped by: {result.reason}")
 
     def introduce(self, model: Any, data: Any, device: Any) -> None:
-        """Say what will be trained on what."""
+        """Print what will be trained, and on what."""
         from .runs import skipped_sources
 
         for line in skipped_sources(data):
@@ -147,8 +147,8 @@ class Train:
         if not data.others:
             print(
                 f"warning: none of {len(data.episodes)} episodes is held out (--clips.heldout-fraction "
-                f"{self.clips.heldout_fraction:g}): nothing tells learning from memorising, and `sae sample` will "
-                "continue clips the network has seen",
+                f"{self.clips.heldout_fraction:g}): learning cannot be told from memorising, and `sae sample` will "
+                "continue clips that the network was trained on",
                 file=sys.stderr,
             )
         print(
@@ -166,30 +166,30 @@ class Sample:
 
     Args:
         run_dir: run folder or checkpoint.
-        data: folder or file to take context (and actions) from; none generates from nothing.
-        split: episodes that are continued: "heldout", "train" or "all"; "None" takes held-out ones, or all where none
-            is held out or --data is one file.
-        out: folder to write into; <run_dir>/samples if not given.
-        npz: file to write as well: arrays `recorded` and `generated` (N, T, Y, X, C) as on disk, uint8 for images, and
-            `context`, the number of their first frames that were given.
-        frames: new frames, fewer where clips of the data are shorter; "None" takes 28, or one per row of --actions.
-        context: given frames.
+        data: folder or file that context (and actions) come from; "None" generates from nothing.
+        split: episodes to continue: "heldout", "train" or "all"; "None" takes held-out ones, or all if none is held
+            out or --data is one file.
+        out: folder to write into; "None": <run_dir>/samples.
+        npz: another file to write: arrays `recorded` and `generated` (N, T, Y, X, C) as on disk, uint8 for images, and
+            `context`, the number of given frames at their start.
+        frames: new frames, fewer if the clips of the data are shorter; "None": 28, or one per row of --actions.
+        context: frames given to each video.
         samples: how many videos.
-        actions: told to the model for new frames: "recorded" ones, "random" ones, or those in a file (.npy, .csv or
-            .json, a row for each new frame), the same for all videos.
-        hold: frames that a random action is kept for.
+        actions: of the new frames: "recorded", "random", or a file (.npy, .csv or .json, a row for each new frame)
+            whose actions are used in all videos.
+        hold: frames for which a random action is kept.
         in_flight: frames that are generated together, each at its own noise level, for networks trained with
-            --objective forcing; "None" finishes a frame before the next one begins.
+            --objective forcing; "None" finishes each frame before it begins the next.
         ema: relative width of the average of weights; "None" takes the weights as trained.
-        guide: checkpoint of the weaker network of --guidance-kind auto.
+        guide: checkpoint of the weaker network for --guidance-kind auto.
         guide_ema: as --ema, for the guide.
-        preset: where the sampler's defaults come from, if not from the run.
+        preset: sets the sampler's defaults, in place of the run.
         sampler: the sampler.
         fps: of the written video.
-        scale: enlargement of the pictures.
+        scale: factor by which the pictures are enlarged.
         seed: of noise and random actions.
         device: "auto" takes CUDA where there is one.
-        debug: show where an error came from.
+        debug: show the traceback of an error.
     """
 
     run_dir: Path
@@ -247,7 +247,7 @@ class Sample:
         actions = None if file is None else given_actions(file, model.config)
         frames = self.frames or (28 if actions is None else len(actions))
         if actions is not None and len(actions) < frames:
-            raise ValueError(f"actions: {file} must have a row for each of {frames} frames, has {len(actions)}")
+            raise ValueError(f"actions: {file} must have a row for each of {frames} frames, got {len(actions)}")
         clips, videos, context = [], self.samples, 0
         if self.data is not None:
             settings = read_run_settings(self.run_dir)
@@ -304,13 +304,13 @@ class Images:
 
 @dataclass(frozen=True, kw_only=True)
 class Info:
-    """Print versions, devices, and which implementation each op takes here and why not the others.
+    """Print versions, devices, and which implementation each op uses here and why not the others.
 
     Args:
-        json: print JSON.
-        seed: accepted for symmetry.
-        device: accepted for symmetry; all devices are listed.
-        debug: show where an error came from.
+        json: print the report as JSON.
+        seed: accepted for consistency.
+        device: accepted for consistency; all devices are listed.
+        debug: show the traceback of an error.
     """
 
     json: bool = False
@@ -333,7 +333,7 @@ class Info:
 
 
 def version() -> str:
-    """Of both packages, read and not imported: sae_kernels imports torch."""
+    """Version of both packages, read from the file: importing sae_kernels would import torch."""
     spec = importlib.util.find_spec("sae_kernels")
     text = Path(str(spec.origin if spec else "")).read_text(encoding="utf-8")
     return text.rpartition('__version__ = "')[2].partition('"')[0]
@@ -347,7 +347,7 @@ def package_version(package: str) -> str:
 
 
 def option(arguments: Sequence[str], name: str) -> str | None:
-    """The last value of an option that sets the defaults of others, which --help shows, so it is looked for first."""
+    """The last value of an option that sets other options' defaults, which --help shows: so it must be found first."""
     value = None
     for i, argument in enumerate(arguments):
         if argument == name and i + 1 < len(arguments):
@@ -358,7 +358,7 @@ def option(arguments: Sequence[str], name: str) -> str | None:
 
 
 def parse(arguments: Sequence[str]) -> Any:
-    """The command that the arguments describe; exits with code 2 when they describe none."""
+    """The command that the arguments describe; exits with code 2 if they are wrong."""
     arguments = current_arguments(arguments)
     command = arguments[0] if arguments else ""
     name, run_dir = cast(PresetName | None, option(arguments, "--preset")), option(arguments, "--run-dir")
@@ -372,7 +372,7 @@ def parse(arguments: Sequence[str]) -> Any:
         settings = read_run_settings(Path(run_dir))
     sampler = settings[1] if settings else preset.sampler
     train = Train(preset=chosen, train=preset.train, model=preset.model, clips=preset.clips, sampler=preset.sampler)
-    # A required field has no default; tyro takes the mark for one.
+    # Marks a required field, which has no default.
     sample = dataclasses.replace(Sample(run_dir=Path()), run_dir=tyro.MISSING, sampler=sampler)
     evaluate = Evaluate(sampler=sampler)
     commands = (
@@ -390,9 +390,9 @@ def parse(arguments: Sequence[str]) -> Any:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one command; errors that a user can mend are one line on stderr and exit code 2.
+    """Run one command; an error that the user can fix is one line on stderr and exit code 2.
 
-    Exit code 1 is what a command found out, such as bad data.
+    Exit code 1 is a finding of the command, such as bad data.
     """
     arguments = sys.argv[1:] if arguments is None else arguments
     if list(arguments) == ["--version"]:
@@ -407,7 +407,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         missing = isinstance(error, ModuleNotFoundError) and (error.name or "").split(".")[0]
         hint = f"; {INSTALL}" if missing else ""
         if os.environ.get("RANK", "0") != "0":
-            # what all ranks meet rank 0 says, and torchrun ends the others; what only this one meets it says itself
+            # An error of all ranks is printed by rank 0, and torchrun ends the others; one of this rank alone, here.
             time.sleep(RANK_0_SECONDS)
         print(f"sae: {' '.join(str(error).split()) or type(error).__name__}{hint}", file=sys.stderr)
         return 2

@@ -1,7 +1,7 @@
 """`make demo`: record LunarLander, train the tiny model for some minutes on the CPU, and show what it has learned.
 
-Everything lies in the output folder, which is also a run folder for `sae train` and `sae sample`. Running it again goes
-on where it stopped: what is recorded and trained is kept, and the rest of the time budget is spent.
+Everything is in the output folder, which is also a run folder for `sae train` and `sae sample`. Running it again
+continues where it stopped: what was recorded and trained is kept, and the rest of the time budget is used.
 """
 
 from __future__ import annotations
@@ -37,24 +37,24 @@ SIGMAS = (0.5, 1.0, 2.0, 5.0, 10.0, 20.0, 40.0)
 
 @dataclass(frozen=True)
 class DemoConfig:
-    """The demonstration's settings.
+    """Settings of the demo.
 
     Args:
         out: folder for everything.
         env: gymnasium environment.
         episodes: recorded, a tenth of them held out.
-        frame_skip: environment steps between two frames; 4 makes 12.5 frames a second, so that motion shows.
+        frame_skip: environment steps between two frames; 4 gives 12.5 frames a second, at which motion is visible.
         hold: environment steps that the random policy keeps an action for.
-        seconds: of training in all.
+        seconds: of training in total.
         context: frames given to each continuation.
         frames: frames generated in each continuation.
-        videos: continuations.
-        eval_clips: held-out clips the measurements are taken on.
-        ema: relative width of the average of weights that is shown and measured.
+        videos: number of continuations.
+        eval_clips: held-out clips to measure on.
+        ema: relative width of the average of weights that is sampled and measured.
         seed: of recording, training and sampling.
-        device: where it trains and samples.
+        device: for training and sampling.
         workers: recording processes.
-        debug: show where an error came from.
+        debug: show the traceback of an error.
     """
 
     out: Path = Path("runs/demo")
@@ -75,7 +75,7 @@ class DemoConfig:
 
 
 def run(config: DemoConfig, preset: Preset) -> dict[str, Any]:
-    """The whole demonstration; returns what it wrote to metrics.json."""
+    """Run the demo; returns what it wrote to metrics.json."""
     config.out.mkdir(parents=True, exist_ok=True)
     preset = dataclasses.replace(
         preset,
@@ -143,11 +143,11 @@ def record(config: DemoConfig, preset: Preset) -> Any:
 
 
 def train(config: DemoConfig, preset: Preset) -> None:
-    """Spend what is left of the time budget, or nothing."""
+    """Train for what is left of the time budget, if anything."""
     latest = latest_checkpoint(config.out)
     spent = read_state(latest)["seconds"] if latest else 0.0
     if latest and (config.seconds - spent < 1 or read_state(latest)["step"] >= preset.train.steps):
-        print(f"trained already: {latest}")
+        print(f"already trained: {latest}")
         return
     trainer = make_trainer(
         dataclasses.replace(preset, train=dataclasses.replace(preset.train, max_seconds=config.seconds - spent))
@@ -181,7 +181,7 @@ def last_clips(dataset: ClipDataset) -> list[int]:
 
 
 def loss_curve(folder: Path) -> Path:
-    """loss.png: the training loss, weighted, over clips seen."""
+    """Write loss.png, the weighted training loss over clips seen."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -199,7 +199,7 @@ def loss_curve(folder: Path) -> Path:
 
 
 def show(metrics: dict[str, Any]) -> None:
-    """The short table."""
+    """Print a short table of the results."""
     from rich.console import Console
     from rich.table import Table
 
@@ -234,7 +234,7 @@ def main() -> int:
         print(f"demo: {' '.join(str(error).split()) or type(error).__name__}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("demo: interrupted; the same command goes on from here", file=sys.stderr)
+        print("demo: interrupted; the same command continues from here", file=sys.stderr)
         return 130
     return 0
 

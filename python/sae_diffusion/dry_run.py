@@ -1,4 +1,4 @@
-"""What a training run will need, measured on its own network and data without its folder."""
+"""Memory and time of a training run, measured on its network and data without writing anything."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ from .train.trainer import VideoTask
 
 @dataclass(frozen=True)
 class Needs:
-    """Seconds, and bytes on the device, of each process.
+    """Bytes on the device, and seconds, of each process.
 
     Attributes:
         state: weights, gradients, optimizer and averages.
-        backward: what a micro-batch keeps for its backward pass; None where `peak` was measured.
-        peak: the largest amount allocated in a step, on CUDA.
-        step: seconds of an optimizer step, its clips being read already.
-        read: seconds for reading the clips of a micro-batch, in one process.
+        backward: what a micro-batch keeps for its backward pass; None if `peak` was measured.
+        peak: the most that was allocated in a step, on CUDA; else None.
+        step: seconds of an optimizer step, without reading its clips.
+        read: seconds for reading the clips of a micro-batch in one process.
     """
 
     config: TrainConfig
@@ -41,7 +41,7 @@ class Needs:
     read: float
 
     def lines(self) -> list[str]:
-        """For people."""
+        """The report as text."""
         config = self.config
         clips = f"{config.micro_size} clip{'s' * (config.micro_size > 1)}"
         memory = f"{_gib(self.state)} for weights, gradients, optimizer and {len(config.ema_stds)} averages, "
@@ -50,7 +50,7 @@ class Needs:
         else:
             memory += f"{_gib(self.backward or 0)} for the backward pass of a micro-batch of {clips}"
         reading = self.read * config.micro_batches / self.processes
-        beside = f"beside it with --num-workers {config.num_workers}" if config.num_workers else "before each step"
+        beside = f"in parallel (--num-workers {config.num_workers})" if config.num_workers else "before each step"
         return [
             f"memory on {self.device}: {memory}",
             f"time: {self.step:.3g} s a step, {config.steps} steps take about {clock(self.step * config.steps)}; "
@@ -80,11 +80,11 @@ class _Probe(VideoTask):
 
 
 def measure(config: TrainConfig, model: Denoiser, dataset: ClipDataset, stats: Any) -> Needs:
-    """Take two steps, the first to warm up. The network is no longer what it was; nothing is written.
+    """Take two steps, the first to warm up. Changes the network's weights; writes nothing.
 
     Raises:
         FloatingPointError: the loss is not finite.
-        ValueError, RuntimeError: the run could not begin, as from `Trainer`.
+        ValueError, RuntimeError: the run could not begin, see `Trainer`.
     """
     task = _Probe(config, model, dataset, stats)
     loop = Loop(task, dataclasses.replace(LoopConfig.of(config), run_dir=None))
@@ -111,7 +111,7 @@ def measure(config: TrainConfig, model: Denoiser, dataset: ClipDataset, stats: A
         seconds = time.monotonic() - start
         size = sum(p.numel() * p.element_size() for p in loop.network.parameters())
         peak = torch.cuda.max_memory_allocated(loop.device) if on_gpu else None
-        state = size * (4 + len(config.ema_stds))  # AdamW keeps two numbers for each weight
+        state = size * (4 + len(config.ema_stds))  # weights, gradients and two moments of AdamW
         return Needs(config, loop.device, loop.world_size, state, backward, peak, seconds, task.read)
     finally:
         loop.close()
@@ -119,7 +119,7 @@ def measure(config: TrainConfig, model: Denoiser, dataset: ClipDataset, stats: A
 
 def _check(loss: torch.Tensor) -> None:
     if not torch.isfinite(loss):  # waits for the device
-        raise FloatingPointError(f"the loss of the first steps is not finite: {loss.item()}")
+        raise FloatingPointError(f"loss: must be finite in the first steps, got {loss.item()}")
 
 
 def _gib(size: int) -> str:

@@ -1,7 +1,7 @@
 """Pictures and videos: GIF, MP4, PNG, comparison strips. Files appear whole or not at all.
 
-Frames are uint8 (T, Y, X, 3), or (T, Y, X, 1), shown grey; floats (latents) of any channel count are shown as the
-grey mean of their channels, black at the video's lowest value and white at its highest.
+Frames are uint8 (T, Y, X, 3), or (T, Y, X, 1), shown in grey; floats (latents) with any number of channels are shown as
+the mean of their channels in grey, black at the video's lowest value and white at its highest.
 """
 
 from __future__ import annotations
@@ -16,17 +16,17 @@ import numpy as np
 from .data.format import atomic_path
 
 BACKGROUND = 24
-LARGEST = 8190  # height and width that every encoder below takes
+LARGEST = 8190  # height and width that all encoders below accept
 SCREEN = (2160, 3840)  # height and width of the largest video
 CONTEXT_BORDER = (110, 110, 110)
 GENERATED_BORDER = (255, 150, 0)
 
 
 def to_rgb(frames: Any, name: str = "frames") -> np.ndarray:
-    """uint8 (T, Y, X, 3), by the rules at the top of this file. ValueError/TypeError naming what came otherwise."""
+    """uint8 (T, Y, X, 3), by the rules at the top of this file; else a ValueError or TypeError that names `name`."""
     x = np.asarray(frames)
     if x.ndim != 4 or 0 in x.shape:
-        raise ValueError(f"{name}: must be (T, Y, X, C), none of them 0, got {x.dtype} {x.shape}")
+        raise ValueError(f"{name}: must be (T, Y, X, C), all at least 1, got {x.dtype} {x.shape}")
     if x.dtype.kind == "f":
         x = x.astype(np.float32).mean(-1, keepdims=True)
         if not np.isfinite(x).all():
@@ -38,12 +38,12 @@ def to_rgb(frames: Any, name: str = "frames") -> np.ndarray:
     if x.shape[-1] == 1:
         x = np.repeat(x, 3, axis=-1)
     if x.shape[-1] != 3:
-        raise ValueError(f"{name}: uint8 frames must have 3 channels, or 1, got {x.shape}")
+        raise ValueError(f"{name}: uint8 frames must have 1 or 3 channels, got {x.shape}")
     return x
 
 
 def enlarge(frames: np.ndarray, scale: int) -> np.ndarray:
-    """Nearest neighbour, (..., Y, X, C) by an integer."""
+    """(..., Y, X, C) enlarged by an integer, nearest neighbour."""
     if isinstance(scale, bool) or not isinstance(scale, int) or scale < 1:
         raise ValueError(f"scale: must be an integer >= 1, got {scale!r}")
     return frames.repeat(scale, axis=-3).repeat(scale, axis=-2)
@@ -64,13 +64,13 @@ def write_png(path: str | os.PathLike[str], image: Any) -> None:
 
 
 def write_gif(path: str | os.PathLike[str], frames: Any, fps: float = 25, scale: int = 1) -> None:
-    """A GIF that loops for ever. Its clock ticks in 1/100 s, so that 60 fps is met on average only."""
+    """A GIF that loops for ever. GIF times are multiples of 1/100 s, so 60 fps holds on average only."""
     from PIL import Image
 
     _check_fps(fps)
     video = enlarge(to_rgb(frames), scale)
     ticks = np.round(np.arange(len(video) + 1) * 100 / fps).astype(int)
-    # 256 colours of each frame's own and no dither, which would flicker
+    # a palette of 256 colours for each frame, and no dither, which would flicker
     images = [Image.fromarray(f).quantize(256, Image.Quantize.MEDIANCUT, dither=Image.Dither.NONE) for f in video]
     with atomic_path(path) as temporary:
         images[0].save(
@@ -92,11 +92,11 @@ def _encoder() -> str:
         except ValueError:  # PyAV's UnknownCodecError
             continue
         return name
-    raise RuntimeError("write_mp4: PyAV has none of the encoders libx264, libopenh264, mpeg4")
+    raise RuntimeError("write_mp4: PyAV must have one of the encoders libx264, libopenh264, mpeg4, got none")
 
 
 def write_mp4(path: str | os.PathLike[str], frames: Any, fps: float = 25, scale: int = 1) -> None:
-    """H.264 where PyAV has an encoder, else MPEG-4 part 2. Odd sizes get their last row or column twice."""
+    """H.264 if PyAV has an encoder for it, else MPEG-4 part 2. For odd sizes the last row or column is repeated."""
     try:
         import av
     except ImportError as error:
@@ -106,7 +106,7 @@ def write_mp4(path: str | os.PathLike[str], frames: Any, fps: float = 25, scale:
     video = np.pad(video, ((0, 0), (0, video.shape[1] % 2), (0, video.shape[2] % 2), (0, 0)), mode="edge")
     codec = _encoder()
     if max(video.shape[1:3]) > LARGEST:
-        raise ValueError(f"frames: at most {LARGEST} pixels high and wide make a video, got {video.shape[1:3]}")
+        raise ValueError(f"frames: must be at most {LARGEST} pixels high and wide, got {video.shape[1:3]}")
     with atomic_path(path) as temporary, av.open(str(temporary), "w", format="mp4") as container:
         stream = container.add_stream(codec, rate=Fraction(fps).limit_denominator(1000))
         stream.height, stream.width, stream.pix_fmt = video.shape[1], video.shape[2], "yuv420p"
@@ -141,16 +141,16 @@ def strip(
     max_frames: int | None = None,
     context: int = 0,
 ) -> np.ndarray:
-    """Rows of frames side by side with labels at the left -> uint8 (Y, X, 3).
+    """Rows of frames side by side, with labels on the left -> uint8 (Y, X, 3).
 
-    rows: (label, frames (T, Y, X, C)), which may differ in length (the place of missing frames stays empty). Of more
-    than `max_frames` frames, that many are shown, evenly spread. With `context` = n an orange line stands between the
-    first n frames and the rest.
+    rows: (label, frames (T, Y, X, C)), which may differ in length (missing frames are left empty). If there are more
+    than `max_frames` frames, that many are shown, evenly spaced. With `context` = n an orange line separates the first
+    n frames from the rest.
     """
     if not rows:
-        raise ValueError("rows: must have at least one")
+        raise ValueError("rows: must hold at least one, got none")
     if gap < 0 or context < 0 or (max_frames is not None and max_frames < 1):
-        raise ValueError(f"gap, context >= 0 and max_frames >= 1, got {gap}, {context}, {max_frames}")
+        raise ValueError(f"gap, context, max_frames: must be >= 0, >= 0 and >= 1, got {gap}, {context}, {max_frames}")
     videos = [enlarge(to_rgb(frames, f"rows[{i}] ({label})"), scale) for i, (label, frames) in enumerate(rows)]
     length = max(len(video) for video in videos)
     shown = np.arange(length)
@@ -182,12 +182,12 @@ def strip(
 
 
 def fit_grid(videos: int, size: tuple[int, int], rows: Sequence[str], scale: int) -> tuple[int, int]:
-    """(columns, scale) in which so many videos of `size` (Y, X), with a labelled line for each of `rows`, fit a screen.
+    """(columns, scale) with which so many videos of `size` (Y, X) fit a screen, one labelled line for each of `rows`.
 
-    `scale` is lowered as far as that needs.
+    `scale` is reduced as far as necessary.
 
     Raises:
-        ValueError: more videos than fit as they are.
+        ValueError: they do not fit even at scale 1.
     """
     for smaller in range(scale, 0, -1):
         width = height = 0
@@ -198,23 +198,23 @@ def fit_grid(videos: int, size: tuple[int, int], rows: Sequence[str], scale: int
         if columns and -(-videos // columns) * height <= SCREEN[0]:
             return columns, smaller
     raise ValueError(
-        f"videos: {videos} videos of {size[0]}x{size[1]} pixels do not fit into a picture of {SCREEN[0]}x{SCREEN[1]}"
+        f"videos: must fit into a picture of {SCREEN[0]}x{SCREEN[1]} pixels, got {videos} of {size[0]}x{size[1]}"
     )
 
 
 def side_by_side(videos: Sequence[tuple[str, Any]], scale: int = 1, gap: int = 4, context: int = 0) -> np.ndarray:
-    """(label, frames) of one height, labels above -> uint8 (T, Y, X, 3) for `write_gif` or `write_mp4`.
+    """(label, frames) of equal height, labels above -> uint8 (T, Y, X, 3) for `write_gif` or `write_mp4`.
 
     A video that ends early keeps its last frame. With `context` = n the border is grey for the first n frames and
     orange afterwards.
     """
     if not videos:
-        raise ValueError("videos: must have at least one")
+        raise ValueError("videos: must hold at least one, got none")
     if gap < 0 or context < 0:
         raise ValueError(f"gap, context: must be >= 0, got {gap}, {context}")
     enlarged = [enlarge(to_rgb(frames, f"videos[{i}] ({label})"), scale) for i, (label, frames) in enumerate(videos)]
     if len({video.shape[1] for video in enlarged}) > 1:
-        raise ValueError(f"videos: must have one height, got {[video.shape[1:3] for video in enlarged]}")
+        raise ValueError(f"videos: must have the same height, got {[video.shape[1:3] for video in enlarged]}")
     texts = [_text_size(label) for label, _ in videos]
     top = max(size[1] for size in texts) + 4 if any(label for label, _ in videos) else 0
     widths = [max(video.shape[2] + 2 * gap, size[0] + 4) for video, size in zip(enlarged, texts, strict=True)]

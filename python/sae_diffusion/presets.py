@@ -1,4 +1,4 @@
-"""Named configurations: one entry for each model, and how it is trained and sampled."""
+"""Named configurations: each a model, and how it is trained and sampled."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ class ClipConfig:
 
     Args:
         frame_stride: keep every n-th frame.
-        clip_stride: frames between the starts of two clips of an episode; None = no overlap.
-        heldout_fraction: share of the episodes kept from training, for evaluation and for context; 0 = train on all.
-        on_error: what cannot be read, or is too short, is an error, or is skipped and counted.
+        clip_stride: frames from the start of one clip of an episode to the next; None = no overlap.
+        heldout_fraction: share of the episodes held out of training, for evaluation and context; 0 = train on all.
+        on_error: "raise" an error for a source that cannot be read or is too short, or "skip" and count it.
     """
 
     frame_stride: int = 1
@@ -38,7 +38,7 @@ class ClipConfig:
 
 @dataclass(frozen=True)
 class Preset:
-    """Everything `sae train` and `sae sample` take their defaults from."""
+    """The defaults of `sae train` and `sae sample`."""
 
     model: ModelConfig
     train: TrainConfig = field(default_factory=TrainConfig)
@@ -47,10 +47,9 @@ class Preset:
 
 
 MODELS = {
-    # 64x64 pixels as 32x32x12, made for some hundred training steps on two CPU cores. Given the past, little of a
-    # frame is unknown: with sigma_data 0.3 D takes the network's own picture wherever sigma is above about that, and
-    # need not wait until the network has learned to subtract the noise it is shown. The window is the
-    # clip length of training less one.
+    # 64x64 pixels as 32x32x12, made for a few hundred training steps on two CPU cores. Given the past, little of a
+    # frame is unknown: with sigma_data 0.3, D is mostly the network's own output wherever sigma is well above 0.3, so
+    # that the network need not first learn to subtract noise. The window is the clip length of training less one.
     "tiny": ModelConfig(
         height=64,
         width=64,
@@ -89,7 +88,7 @@ MODELS = {
     ),
 }
 
-# Noise and schedules of "lunar-lander" and "counter-strike" are those the reference trained with.
+# Noise and schedules of "lunar-lander" and "counter-strike" are those that the reference was trained with.
 PRESETS = {
     "tiny": Preset(
         MODELS["tiny"],

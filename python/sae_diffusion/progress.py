@@ -1,4 +1,4 @@
-"""How far a long command is and how long it will still take: a bar on a terminal, now and then a line elsewhere."""
+"""Progress and remaining time of a long command: a bar on a terminal, a line now and then elsewhere."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ EVERY = 5.0  # seconds between two lines where there is no terminal
 
 
 class Progress:
-    """Writes to stderr. With `start`, so much was done before: rate and remaining time are of what is done now."""
+    """Writes to stderr. What was done before (`start`) does not count towards rate and remaining time."""
 
     def __init__(self, name: str, total: int, unit: str, *, start: int = 0) -> None:
         self.name, self.total, self.unit, self.start = name, total, unit, start
@@ -29,11 +29,11 @@ class Progress:
             self._bar.start()
 
     def update(self, done: float, note: str | None = None, *, left: float | None = None, now: bool = False) -> None:
-        """`done` of the total; `note` stands beside it until another does.
+        """Show `done` of the total; `note` is shown beside it until it is replaced.
 
         Args:
-            left: seconds, where the caller knows better than the mean rate so far.
-            now: write a line even if one was written a moment ago.
+            left: remaining seconds, if the caller knows better than the mean rate so far.
+            now: write a line even if one was written just before.
         """
         self.done, self.note = done, self.note if note is None else note
         if self._bar is not None:

@@ -1,4 +1,4 @@
-"""Continuations of recorded clips, or videos from nothing, and the files that show them."""
+"""Continues recorded clips or generates videos from nothing, and writes files that show the result."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class Rollout:
 
     Attributes:
         frames: (B, n + N, Y, X, C), the given frames first.
-        truth: what was recorded, of the same shape; None where nothing was.
+        truth: the recorded frames, of the same shape; None if there are none.
         context: n.
     """
 
@@ -34,7 +34,7 @@ class Rollout:
     context: int
 
     def strip(self, scale: int = 1, videos: int = 4, max_frames: int | None = None) -> np.ndarray:
-        """A picture (Y, X, 3): recorded above generated for each video, time to the right, a line before generation."""
+        """A picture (Y, X, 3): recorded above generated, time to the right, with a line where generation begins."""
         rows = []
         for i in range(min(videos, len(self.frames))):
             if self.truth is not None:
@@ -43,12 +43,12 @@ class Rollout:
         return strip(rows, scale, max_frames=max_frames, context=self.context)
 
     def video(self, scale: int = 1) -> np.ndarray:
-        """Frames (T, Y, X, 3) that show all videos at once: recorded above generated, in as many lines as that takes.
+        """Frames (T, Y, X, 3) that show all videos at once: recorded above generated, in as many lines as needed.
 
-        Where they would not fit otherwise they are enlarged less.
+        They are enlarged less if they would not fit otherwise.
 
         Raises:
-            ValueError: there are more videos than fit a screen.
+            ValueError: more videos than fit on a screen.
         """
         rows = [("generated", self.frames)]
         if self.truth is not None:
@@ -59,15 +59,15 @@ class Rollout:
             for first in range(0, len(self.frames), columns)
             for label, videos in rows
         ]
-        # A label may be wider than a small video, and the last line shorter.
+        # A label may be wider than a small video, and the last line may hold fewer videos.
         width = max(line.shape[2] for line in lines)
         lines = [np.pad(x, ((0, 0), (0, 0), (0, width - x.shape[2]), (0, 0)), mode="edge") for x in lines]
         return np.concatenate(lines, axis=1)
 
     def save(self, path: Path | str) -> None:
-        """An npz of `generated`, of `recorded` where there is a truth, both (N, T, Y, X, C) as on disk, and `context`.
+        """Write an npz with `generated` and, if there is a truth, `recorded`, both (N, T, Y, X, C) as on disk.
 
-        The first `context` frames of both are those that were given.
+        `context` in it is the number of given frames at their start.
         """
         recorded = {} if self.truth is None else {"recorded": self.truth}
         with atomic_path(path) as temporary, open(temporary, "wb") as file:
@@ -90,14 +90,14 @@ class Rollout:
 
 
 def stack_actions(clips: Sequence[Clip]) -> torch.Tensor | None:
-    """(B, T) int64 or (B, T, A) float32; None where the clips carry no actions."""
+    """(B, T) int64 or (B, T, A) float32; None if the clips have no actions."""
     if any(clip.actions is None for clip in clips):
         return None
     return torch.from_numpy(np.stack([clip.actions for clip in clips]))
 
 
 def random_actions(denoiser: Any, batch: int, frames: int, hold: int, seed: int) -> torch.Tensor | None:
-    """Uniform actions, each kept for `hold` frames; standard normal ones where they are continuous, else None."""
+    """Random actions, each kept for `hold` frames: uniform if discrete, standard normal if continuous, else None."""
     config, generator = denoiser.config, torch.Generator().manual_seed(seed)
     choices = -(-frames // hold)
     if config.num_actions:
@@ -125,8 +125,8 @@ def continue_clips(
 
     Args:
         clips: of one size; context frames long, or context + frames long where `recorded`.
-        recorded: tell the network the clips' own actions, and keep the clips as the truth.
-        actions: otherwise (B, frames, ...), the actions that cause the new frames.
+        recorded: give the network the clips' own actions, and keep the clips as the truth.
+        actions: if not `recorded`, (B, frames, ...), the actions that cause the new frames.
         options: of `generate`: seed, guide, in_flight, callback.
 
     Raises:
@@ -135,7 +135,7 @@ def continue_clips(
     wanted = context + frames if recorded else context
     for clip in clips:
         if len(clip.frames) < wanted:
-            raise ValueError(f"clips: {clip.source} must have {wanted} frames, got {len(clip.frames)}")
+            raise ValueError(f"clips: {clip.source} must have at least {wanted} frames, got {len(clip.frames)}")
     told = stack_actions(clips) if denoiser.config.num_actions or denoiser.config.action_dim else None
     if not recorded and actions is not None:
         unknown = math.nan if actions.is_floating_point() else -1

@@ -1,4 +1,4 @@
-"""A run on video: its data cut into clips, its network, its trainer, and the strips it shows while it trains."""
+"""A run on video: its clips, its network, its trainer, and the strips that it writes while it trains."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from .train.trainer import Trainer
 
 
 def open_clips(path: Path | str, clips: ClipConfig, model: ModelConfig, length: int, split: str) -> ClipDataset:
-    """Clips at the model's size; latents and images of that size are left as they are."""
+    """Clips at the model's size: images of another size are resized, latents are left as they are."""
 
     def open_at(size: tuple[int, int] | None) -> ClipDataset:
         return open_dataset(
@@ -37,7 +37,7 @@ def open_clips(path: Path | str, clips: ClipConfig, model: ModelConfig, length: 
 
 
 def fit_to_data(model: ModelConfig, dataset: ClipDataset) -> ModelConfig:
-    """The model's border made to fit the data."""
+    """The model with the size, channels and actions of the data."""
     height, width, channels = dataset.frame_shape
     return dataclasses.replace(
         model,
@@ -57,7 +57,7 @@ def spread(dataset: ClipDataset, count: int) -> list[int]:
 
 @dataclass(frozen=True)
 class Parts:
-    """What a run is made of; `heldout` are clips that are not trained on."""
+    """The parts of a run; `heldout` are clips that are not trained on."""
 
     model: Denoiser
     dataset: ClipDataset
@@ -66,7 +66,7 @@ class Parts:
 
 
 def open_run(preset: Preset) -> Parts:
-    """The data, and the network that goes with them."""
+    """Open the data and make the network for it."""
     train, clips = preset.train, preset.clips
     pick_device(train.device)
     dataset = open_clips(
@@ -83,7 +83,7 @@ def open_run(preset: Preset) -> Parts:
 
 
 def make_trainer(preset: Preset, name: PresetName = "tiny") -> Trainer:
-    """The trainer of one run; writes config.yaml into its folder.
+    """The trainer of a run; writes config.yaml into its folder.
 
     Args:
         name: of the preset that `preset` was made from, for config.yaml.
@@ -98,7 +98,7 @@ def make_trainer(preset: Preset, name: PresetName = "tiny") -> Trainer:
 
 
 def skipped_sources(dataset: ClipDataset, most: int = 20) -> list[str]:
-    """A line for each source that was skipped, and why; of more than `most` the number of the others."""
+    """A line for each skipped source, with the reason; beyond `most` of them, only how many more."""
     lines = [f"skipped {source}: {reason}" for source, reason in dataset.skipped]
     return lines[:most] + ([f"and {len(lines) - most} more were skipped"] if len(lines) > most else [])
 
@@ -109,7 +109,7 @@ class Continuation:
 
     Attributes:
         clips: of `context` given frames and, where `recorded`, of the `frames` that followed them.
-        notes: what had to be chosen otherwise than asked, for people.
+        notes: messages about what differs from the request.
     """
 
     clips: list[Clip]
@@ -123,13 +123,13 @@ def choose_clips(
     path: Path, clips: ClipConfig, model: ModelConfig, *, samples: int, context: int, frames: int, split: str | None,
     recorded: bool,
 ) -> Continuation:  # fmt: skip
-    """Clips of `path` to be continued: all that was asked for or, where the data are short, what they have.
+    """Clips of `path` to continue: as requested or, where the data has less, what it has.
 
     Args:
-        samples: clips; fewer where there are fewer.
-        context, frames: given and new frames; where clips are shorter first fewer new ones, then fewer given ones.
-        split: None takes held-out episodes, or all of them where none is held out or `path` is one file.
-        recorded: the frames that followed are wanted, for their actions and to compare with.
+        samples: number of clips; fewer if the data has fewer.
+        context, frames: given and new frames; for shorter clips first fewer new ones, then fewer given ones.
+        split: None takes held-out episodes, or all if none is held out or `path` is one file.
+        recorded: also take the frames that followed, for their actions and for comparison.
 
     Raises:
         ValueError: nothing to continue.
@@ -143,18 +143,18 @@ def choose_clips(
         split = "all" if path.is_file() or not episodes["heldout"] else "heldout"
         if split == "all" and path.is_dir():
             notes.append(
-                f"{path}: none of {len(everything.episodes)} episodes is held out, so the videos continue some that "
-                "the network may have been trained on"
+                f"{path}: none of {len(everything.episodes)} episodes is held out, so the videos may continue clips "
+                "that the network was trained on"
             )
     if not episodes[split]:
-        raise ValueError(f"split: none of the {len(everything.episodes)} episodes of {path} is in {split!r}")
+        raise ValueError(f"split: {split!r} must have episodes, got none of the {len(everything.episodes)} in {path}")
     _check_kind(everything.num_actions, everything.action_dim, model, path)
     block = model.frames_per_block
     lengths = sorted((everything.frames_of(episode) for episode in episodes[split]), reverse=True)
     enough = any(length >= context + frames for length in lengths) and (
         len(everything.cut(context + frames, episodes[split])) >= samples
     )
-    # clips of as many episodes as there are videos, rather than the longest clip of the longest episode
+    # so that each video continues an episode of its own, rather than the longest one
     longest = context + frames if enough else min(context + frames, lengths[min(samples, len(lengths)) - 1])
     if longest < context + frames and recorded and not (model.num_actions or model.action_dim):
         recorded = False
@@ -165,7 +165,7 @@ def choose_clips(
     context = min(context, (longest - (frames if recorded else 0)) // block * block)
     if context < 1:
         least = block + recorded * frames
-        raise ValueError(f"data: clips of {path} must have at least {least} frames, the longest has {longest}")
+        raise ValueError(f"data: clips of {path} must have at least {least} frames, got {longest} in the longest")
     if (context, frames) != wanted:
         notes.append(
             f"{path}: clips have {longest} frames, so {context} are given and {frames} generated instead of "
@@ -173,7 +173,7 @@ def choose_clips(
         )
     dataset = everything.cut(context + recorded * frames, episodes[split])
     if len(dataset) < samples:
-        notes.append(f"{path}: {len(dataset)} videos instead of {samples}, so many clips are there")
+        notes.append(f"{path}: {len(dataset)} videos instead of {samples}, as there are no more clips")
     chosen = [dataset[i] for i in spread(dataset, samples)]
     return Continuation(chosen, context, frames, recorded, notes)
 
@@ -182,18 +182,18 @@ def given_actions(path: Path, model: ModelConfig) -> torch.Tensor:
     """The actions in a file, (N,) int64 or (N, A) float32, row i causing the i-th new frame.
 
     Raises:
-        ValueError: they are not what the network was trained with.
+        ValueError: they are not of the kind that the network was trained with.
     """
     rows = read_actions(path)
     if not (model.num_actions or model.action_dim):
-        raise ValueError(f"actions: the network takes none, got {path}")
+        raise ValueError(f"actions: must be None for a network without actions, got {path}")
     discrete, dim = (int(rows.max()) + 1, 0) if rows.ndim == 1 else (0, rows.shape[1])
     _check_kind(discrete, dim, model, path)
     return torch.from_numpy(rows)
 
 
 def _check_kind(num_actions: int, action_dim: int, model: ModelConfig, path: Path) -> None:
-    """Actions of `path` are such as the network takes; files without any, and networks that take none, are welcome."""
+    """Check that the network takes the actions of `path`, unless there are none or it takes none."""
 
     def say(discrete: int, dim: int) -> str:
         return f"{discrete} discrete actions" if discrete else f"actions of {dim} numbers"
@@ -202,8 +202,8 @@ def _check_kind(num_actions: int, action_dim: int, model: ModelConfig, path: Pat
         return
     if num_actions > model.num_actions or action_dim != model.action_dim:
         raise ValueError(
-            f"actions: the network takes {say(model.num_actions, model.action_dim)}, "
-            f"{path} holds {say(num_actions, action_dim)}"
+            f"actions: must be {say(model.num_actions, model.action_dim)}, as the network was trained with, "
+            f"got {say(num_actions, action_dim)} in {path}"
         )
 
 
@@ -213,7 +213,7 @@ def run_folder(path: Path) -> Path:
 
 
 def strip_writer(preset: Preset, videos: int = 2) -> Callable[[Trainer, int], None]:
-    """Writes samples/step-*.png (recorded above generated) with the average of weights, and the same to TensorBoard."""
+    """Writes samples/step-*.png (recorded above generated), generated with averaged weights, and to TensorBoard."""
     length = preset.train.clip_length
 
     def write(trainer: Trainer, step: int) -> None:

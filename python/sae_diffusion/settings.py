@@ -1,7 +1,7 @@
 """A training run's settings as a YAML file: what `sae train --config` reads, and what is written beside the run.
 
 Its keys are the options of `sae train`: those of the training at the top, then `model`, `clips`, `sampler` and `noise`
-with theirs below them, and `preset`. What a file does not name is as in the preset.
+with theirs below them, and `preset`. Whatever the file does not set is as in the preset.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ from .presets import PRESETS, ClipConfig, Preset, PresetName
 from .renamed import current_value
 
 CONFIG_FILE = "config.yaml"  # in a run folder: all of its settings
-OLD_RUN_FILE = "run.json"  # of runs from before that: how clips were cut, and the sampler
-PARTS = ("model", "clips", "sampler")  # of a preset, each under its name; the training's options have none
+OLD_RUN_FILE = "run.json"  # of older runs: how clips were cut, and the sampler
+PARTS = ("model", "clips", "sampler")  # of a preset, each under its name; the training's options are at the top
 
 Config = TypeVar("Config")
 
@@ -32,12 +32,12 @@ def read_config(
     """The settings in a YAML file, over those of a preset.
 
     Args:
-        preset: taken instead of the one that the file names.
-        default: taken where neither says.
+        preset: used instead of the one that the file names.
+        default: used if neither names one.
 
     Raises:
-        ValueError: no YAML, an unknown or repeated key, a value of the wrong type or one that breaks its option's rule;
-            the message names file and key.
+        ValueError: not valid YAML, an unknown or repeated key, or a value of the wrong type or against its option's
+            rule; the message names file and key.
         OSError: the file cannot be read.
     """
     values = _load(path)
@@ -53,7 +53,7 @@ def read_config(
 
 
 def write_config(path: Path, name: PresetName, settings: Preset) -> None:
-    """All settings as YAML that `read_config` gives back as they are; the file appears whole or not at all."""
+    """Write all settings as YAML, which `read_config` reads back; the file appears whole or not at all."""
     import yaml
 
     from .data.format import atomic_path
@@ -107,7 +107,7 @@ def _load(path: Path | str) -> dict[str, Any]:
             if not isinstance(name, str):
                 raise ValueError(f"line {key.start_mark.line + 1}: keys must be names, got {name!r}")
             if names.count(name) > 1:
-                raise ValueError(f"line {key.start_mark.line + 1}: {name}: must be named once")
+                raise ValueError(f"line {key.start_mark.line + 1}: {name}: must be given once, got it again")
         return {name: loader.construct_object(value, deep=True) for name, (_, value) in zip(names, node.value)}
 
     class Loader(yaml.SafeLoader):
@@ -119,7 +119,7 @@ def _load(path: Path | str) -> dict[str, Any]:
             values = yaml.load(file, Loader)
         except yaml.MarkedYAMLError as error:
             line = f"line {error.problem_mark.line + 1}: " if error.problem_mark else ""
-            raise ValueError(f"{path}: {line}no YAML: {error.problem}") from error
+            raise ValueError(f"{path}: {line}must be valid YAML: {error.problem}") from error
         except (ValueError, yaml.YAMLError) as error:
             raise ValueError(f"{path}: {error}") from error
     if not isinstance(values, dict | None):
@@ -131,11 +131,11 @@ def _check_keys(values: Mapping[str, Any], known: list[str], where: str) -> None
     for key in values:
         if key not in known:
             near = difflib.get_close_matches(key.replace("-", "_"), known, n=1)
-            raise ValueError(f"{where}{key}: no such option{f'; did you mean {near[0]}?' if near else ''}")
+            raise ValueError(f"{where}{key}: unknown option{f'; did you mean {near[0]}?' if near else ''}")
 
 
 def _overlay(config: Config, values: Any, path: Path | str, keys: tuple[str, ...]) -> Config:
-    """A copy of a configuration with the fields that `values` names replaced."""
+    """A copy of a configuration with the fields in `values` replaced."""
     where = ".".join(keys)
     if not isinstance(values, dict):
         raise ValueError(f"{path}: {where}: must be a mapping of options to values, got {values!r}")
@@ -158,7 +158,7 @@ def _overlay(config: Config, values: Any, path: Path | str, keys: tuple[str, ...
 
 
 def _value(value: Any, kind: Any) -> Any:
-    """A value from YAML as a field of that type takes it; TypeError says what it must be."""
+    """A value from YAML, converted to the type of its field; a TypeError says what it must be."""
     origin, parts = typing.get_origin(kind), typing.get_args(kind)
     if origin in (Union, types.UnionType):
         if value is None:
@@ -182,7 +182,7 @@ def _value(value: Any, kind: Any) -> Any:
         except TypeError:
             raise TypeError(wanted) from None
     if kind is float:
-        try:  # YAML takes 1e-2, without a point, for a word
+        try:  # YAML reads 1e-2, without a point, as text
             return float("true" if isinstance(value, bool) else value)
         except (TypeError, ValueError, OverflowError):
             raise TypeError("a number") from None

@@ -578,7 +578,9 @@ def test_a_file_that_changes_under_a_reader_is_named_at_the_next_read(tmp_path, 
     change(path, other)
     for data in (clips, fresh):
         for i in (0, len(clips) - 1):
-            with pytest.raises(DataError, match=rf"{path.name}.*(has changed since it was opened|can no longer be opened)"):
+            with pytest.raises(
+                DataError, match=rf"{path.name}.*(has changed since it was opened|can no longer be opened)"
+            ):
                 data[i]
 
 
@@ -664,7 +666,9 @@ def test_channels_first_and_pixels_as_floats_are_refused_by_name(tmp_path, many)
     with pytest.raises(DataError, match=r"channels last, \(T, Y, X, C\), got what looks like \(T, C, Y, X\)"):
         opened(np.moveaxis(frames, -1, -3))
     for pixels in (frames.astype(np.float32), frames.astype(np.float64) * 0.7):
-        with pytest.raises(DataError, match=r"float frames must be latents, got values from 0 to .* like those of pixels"):
+        with pytest.raises(
+            DataError, match=r"float frames must be latents, got values from 0 to .* like those of pixels"
+        ):
             opened(np.maximum(pixels - pixels.min(), 0))
     assert opened(frames).frame_shape == (16, 16, 3) and opened(frames[:, :3, :4]).frame_shape == (3, 4, 3)
     latents = RNG.standard_normal((6, 4, 4, 8)).astype(np.float32) * 20

@@ -69,7 +69,7 @@ def test_running_again_reuses_what_is_there(finished, tmp_path, capsys):
     config, first = finished
     copy = shutil.copytree(config.out, tmp_path / "demo")  # others read what the first time left
     again = run(dataclasses.replace(config, out=copy), MICRO)
-    assert "trained already" in capsys.readouterr().out
+    assert "already trained" in capsys.readouterr().out
     assert again["steps"] == first["steps"] and again["train_seconds"] == first["train_seconds"]
     # The same weights, seed and clips: the same numbers to the last bit.
     assert again["heldout_loss"] == first["heldout_loss"] and again["one_step_psnr"] == first["one_step_psnr"]

@@ -41,7 +41,7 @@ def test_time_and_memory_are_said_for_people():
         needs, config=replace(CONFIG, micro_batch=2, num_workers=2), backward=None, peak=1 << 30
     ).lines()
     assert memory.endswith("averages, 1 GiB at most in a step of micro-batches of 2 clips") and time.endswith(
-        "takes 0.25 s, beside it with --num-workers 2"
+        "takes 0.25 s, in parallel (--num-workers 2)"
     )
 
 
@@ -49,5 +49,5 @@ def test_a_loss_that_is_not_finite_is_an_error():
     model = Stub()
     with torch.no_grad():
         model.out.weight.fill_(torch.inf)
-    with pytest.raises(FloatingPointError, match="the loss of the first steps is not finite"):
+    with pytest.raises(FloatingPointError, match="loss: must be finite in the first steps"):
         measure(CONFIG, model, StubClips(), STATS)

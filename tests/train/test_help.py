@@ -138,4 +138,4 @@ def test_torchrun_shows_an_error_once(tmp_path):
         env=os.environ | {"PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'python'}", "OMP_NUM_THREADS": "1"},
     )  # fmt: skip
     assert done.returncode != 0
-    assert done.stderr.count("sae: data: name the training data") == 1, done.stderr
+    assert done.stderr.count("sae: data: must name the training data") == 1, done.stderr

@@ -93,7 +93,7 @@ def test_short_clips_are_continued_as_far_as_they_go_with_a_note(run, tmp_path, 
     short = tmp_path / "short"
     write_clips(short, [1], heldout=True)
     assert sample(run, tmp_path / "out", "--data", short)[0] == 2
-    assert "must have at least 2 frames, the longest has 1" in capsys.readouterr().err
+    assert "must have at least 2 frames, got 1 in the longest" in capsys.readouterr().err
 
 
 def test_split_names_the_episodes_that_are_continued(run, train_data, tmp_path, capsys):
@@ -128,7 +128,7 @@ def test_any_file_is_context(run, train_data, tmp_path, capsys):
     assert "held out" not in capsys.readouterr().err
     np.savez(tmp_path / "vectors.npz", frames=film[:, :SIZE, :SIZE], actions=np.zeros((10, 2), np.float32))
     assert sample(run, tmp_path / "out", "--data", tmp_path / "vectors.npz")[0] == 2
-    assert "the network takes 3 discrete actions" in capsys.readouterr().err
+    assert "actions: must be 3 discrete actions" in capsys.readouterr().err
 
 
 def test_actions_come_from_a_file(run, train_data, tmp_path, capsys):
@@ -152,9 +152,9 @@ def test_actions_come_from_a_file(run, train_data, tmp_path, capsys):
     capsys.readouterr()
     for options, message in (
         (("--actions=wandering",), "actions: must be recorded, random or a file, got 'wandering'"),
-        (("--actions", tmp_path / "a.npy", "--frames=6"), "must have a row for each of 6 frames, has 5"),
-        (("--actions", tmp_path / "many.npy"), "the network takes 3 discrete actions"),
-        (("--actions", tmp_path / "floats.npy"), "the network takes 3 discrete actions"),
+        (("--actions", tmp_path / "a.npy", "--frames=6"), "must have a row for each of 6 frames, got 5"),
+        (("--actions", tmp_path / "many.npy"), "actions: must be 3 discrete actions"),
+        (("--actions", tmp_path / "floats.npy"), "actions: must be 3 discrete actions"),
         (("--guide", run), "--guide CHECKPOINT and --guidance-kind auto go together"),
         (("--guidance-kind=auto", "--guidance=2"), "--guide CHECKPOINT and --guidance-kind auto go together"),
     ):
@@ -179,9 +179,9 @@ def test_videos_stand_in_a_grid_that_fits():
         columns, scale = fit_grid(videos, (64, 64), ["recorded", "generated"], 4)
         assert 1 <= scale <= 4 and columns * (64 * scale + 8) <= SCREEN[1]
         assert -(-videos // columns) * 2 * (64 * scale + 8) <= SCREEN[0]
-    with pytest.raises(ValueError, match="videos: 100000 videos of 64x64 pixels do not fit"):
+    with pytest.raises(ValueError, match="videos: must fit into a picture of .* pixels, got 100000 of 64x64"):
         fit_grid(100_000, (64, 64), ["generated"], 4)
-    with pytest.raises(ValueError, match="frames: at most 8190 pixels"):
+    with pytest.raises(ValueError, match="frames: must be at most 8190 pixels"):
         write_mp4("never.mp4", np.zeros((1, 2, 9000, 3), np.uint8))
 
 

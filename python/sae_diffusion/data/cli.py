@@ -24,8 +24,8 @@ class DataCommand:
         frame_stride: frames from one frame of a clip to the next.
         size: height and width that images will be resized to; "None": all must have the same size.
         json: print the result as JSON.
-        seed: accepted for symmetry.
-        device: accepted for symmetry; data is read on the CPU.
+        seed: accepted for consistency.
+        device: accepted for consistency; data is read on the CPU.
         debug: show the traceback of an error.
     """
 

@@ -17,23 +17,23 @@ class SchedulePlot:
 
     Args:
         kind: of schedule. "components" is GUD's linear one, for variances that fall from 1 as 1 / (1 + k)^2.
-        curve: log-SNR over a token's window; "components" has its own.
-        tokens: how many.
+        curve: log-SNR while a token is generated; "components" has its own.
+        tokens: number of tokens.
         window: tokens in flight, of "staggered" (inf for all at once) and "rolling".
-        order: in which "staggered" and "triangular" generate; "random" is drawn with --seed.
+        order: order of generation of "staggered" and "triangular"; "random" is drawn with --seed.
         steps_per_token: of "triangular".
         lag: macro steps between two tokens of "triangular".
-        a: of "components": 0 gives all the same SNR, 1 is standard diffusion, above it they come one after another.
-        b: of "columns" and "rows" in [0, 1): 0 is all at once, towards 1 they come one after another.
+        a: of "components": 0 gives all the same SNR, 1 is standard diffusion, and above 1 they come in sequence.
+        b: of "columns" and "rows", in [0, 1): 0 is all at once; near 1 they come one after another.
         size: height and width of "columns" and "rows".
         start: log-SNR at t = 0 of the log-linear curve and of "components".
-        end: log-SNR at t = 1 of the same.
-        scaling: "vp", "ve" or "flow"; that of the curve if not given.
-        rows: steps in t of the table.
-        plot: picture to write (png, pdf, svg); without it the table is printed.
+        end: log-SNR at t = 1 of both.
+        scaling: "vp", "ve" or "flow"; "None" takes that of the curve.
+        rows: steps in t that the table shows.
+        plot: picture to write (png, pdf, svg); "None" prints a table.
         seed: of --order random.
-        device: accepted for symmetry; schedules are made on the CPU.
-        debug: show where an error came from.
+        device: accepted for consistency; schedules are made on the CPU.
+        debug: show the traceback of an error.
     """
 
     kind: Literal[
