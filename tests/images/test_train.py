@@ -136,7 +136,7 @@ def test_other_runs_are_refused_by_name(tmp_path):
     other = ImageSet("digits", 17, images().train[1:], images().heldout)
     with pytest.raises(ValueError, match="trained on other images"):
         ImageTrainer(TINY, other, tmp_path)
-    with pytest.raises(FileNotFoundError, match="neither a checkpoint nor a run folder"):
+    with pytest.raises(FileNotFoundError, match="must be a checkpoint or a run folder"):
         load_model(tmp_path / "nothing")
     state = tmp_path / "step-0000001" / "state.json"
     state.write_text(state.read_text().replace('"levels": 17', '"levels": 18'))
@@ -149,7 +149,7 @@ def test_a_gradient_that_is_not_finite_is_never_saved(tmp_path):
         run_dir = tmp_path / str(steps)
         trainer = ImageTrainer(TINY, images(), run_dir)
         trainer.model.net.last.weight.register_hook(lambda g, t=trainer: g * math.nan if t.step == 3 else g)
-        with pytest.raises(FloatingPointError, match=r"of model is not finite any more at step 4; nothing was saved"):
+        with pytest.raises(FloatingPointError, match=r"of model is no longer finite at step 4; nothing was saved"):
             trainer.train(until=steps, checkpoint_every=2 if steps == 6 else 3)
         resumed = ImageTrainer(TINY, images(), run_dir)
         assert resumed.step == (2 if steps == 6 else 3)
@@ -176,7 +176,7 @@ def test_a_state_that_is_not_of_images_is_named(tmp_path):
     ImageTrainer(TINY, images(), tmp_path).train(until=1)
     save_checkpoint(tmp_path, 2, {}, {})
     for call in (lambda: load_model(tmp_path), lambda: ImageTrainer(TINY, images(), tmp_path)):
-        with pytest.raises(ValueError, match=r"step-0000002/state\.json: lacks kind"):
+        with pytest.raises(ValueError, match=r"step-0000002/state\.json: must have kind"):
             call()
 
 

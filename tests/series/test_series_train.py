@@ -209,7 +209,7 @@ def test_a_gradient_that_is_not_finite_is_never_saved(tmp_path, changes):
     config = tiny(tmp_path, **{"checkpoint_every": 3, **changes})
     trainer = SeriesTrainer(config)
     trainer.model.head.bias.register_hook(lambda g: g * math.nan if trainer.step == 3 else g)
-    with pytest.raises(FloatingPointError, match=r"of model is not finite any more at step 4; nothing was saved"):
+    with pytest.raises(FloatingPointError, match=r"of model is no longer finite at step 4; nothing was saved"):
         trainer.train()
     assert not (config.run_dir / "step-0000004").exists()
     resumed = SeriesTrainer(config)
@@ -239,7 +239,7 @@ def test_a_state_that_is_not_of_series_is_named(tmp_path):
         load_series_model(config.run_dir)
     save_checkpoint(config.run_dir, 3, {}, {})
     for call in (lambda: load_series_model(config.run_dir), SeriesTrainer(config).resume):
-        with pytest.raises(ValueError, match=r"step-0000003/state\.json: lacks config"):
+        with pytest.raises(ValueError, match=r"step-0000003/state\.json: must have config"):
             call()
 
 
@@ -280,7 +280,7 @@ def test_loading_gives_the_average_or_the_weights(tmp_path):
     file.write_bytes(file.read_bytes()[:-1] + b"\x00")
     with pytest.raises(ValueError, match="sha256"):
         load_series_model(file.parent)
-    with pytest.raises(FileNotFoundError, match="neither a checkpoint nor a run folder"):
+    with pytest.raises(FileNotFoundError, match="must be a checkpoint or a run folder"):
         load_series_model(tmp_path / "nothing")
 
 

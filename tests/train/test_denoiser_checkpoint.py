@@ -66,7 +66,7 @@ def test_load_denoiser_gives_the_trained_network(trained):
     assert not torch.equal(between, outputs(load_denoiser(result.checkpoint, ema=0.05)[0]))
     with pytest.raises(ValueError, match=r"^std: "):
         load_denoiser(result.checkpoint, ema=0.5)
-    with pytest.raises(FileNotFoundError, match="neither a checkpoint nor a run folder"):
+    with pytest.raises(FileNotFoundError, match="must be a checkpoint or a run folder"):
         load_denoiser(result.checkpoint.parent / "ema")
 
 
@@ -106,9 +106,9 @@ def test_load_denoiser_names_what_does_not_fit(trained, tmp_path):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda state: state.pop("model_config"), "lacks model_config"),
-        (lambda state: state.update(frame_stats={}), "frame_stats must not be a dict"),
-        (lambda state: state["model_config"].update(colour=1), "does not describe a denoiser .*colour"),
+        (lambda state: state.pop("model_config"), "must have model_config"),
+        (lambda state: state.update(frame_stats={}), "frame_stats has the wrong type, dict"),
+        (lambda state: state["model_config"].update(colour=1), "must describe a denoiser .*colour"),
     ],
 )
 def test_a_state_that_describes_no_denoiser_is_named(trained, tmp_path, change, message):

@@ -76,9 +76,9 @@ def test_validate_is_the_plain_formula(block, frames):
 
 def test_validate_and_psnr_refuse_clips_without_a_past():
     net = Averager(2).eval()
-    with pytest.raises(ValueError, match=r"^dataset: clips must have two blocks = 4 frames, got 3"):
+    with pytest.raises(ValueError, match=r"^dataset: clips must have at least two blocks = 4 frames, got 3"):
         validate(net, StubClips(3, 3), STATS, (1.0,))
-    with pytest.raises(ValueError, match=r"^dataset: clips must have two blocks = 4 frames, got 3"):
+    with pytest.raises(ValueError, match=r"^dataset: clips must have at least two blocks = 4 frames, got 3"):
         one_step_psnr(net, StubClips(3, 3), STATS)
     with pytest.raises(ValueError, match=r"^clips, dataset: "):
         validate(net, StubClips(3, 4), STATS, (1.0,), clips=0)

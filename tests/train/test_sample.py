@@ -179,7 +179,7 @@ def test_videos_stand_in_a_grid_that_fits():
         columns, scale = fit_grid(videos, (64, 64), ["recorded", "generated"], 4)
         assert 1 <= scale <= 4 and columns * (64 * scale + 8) <= SCREEN[1]
         assert -(-videos // columns) * 2 * (64 * scale + 8) <= SCREEN[0]
-    with pytest.raises(ValueError, match="videos: must fit into a picture of .* pixels, got 100000 of 64x64"):
+    with pytest.raises(ValueError, match=r"videos: must fit into a picture of .* pixels, got 100000 of 64x64"):
         fit_grid(100_000, (64, 64), ["generated"], 4)
     with pytest.raises(ValueError, match="frames: must be at most 8190 pixels"):
         write_mp4("never.mp4", np.zeros((1, 2, 9000, 3), np.uint8))

@@ -1,4 +1,4 @@
-"""Checkpoints: one directory each, put in place by a rename, every file hashed; safetensors and JSON only, no pickle.
+"""Checkpoints: one folder each, put in place by a rename, every file hashed; safetensors and JSON only, no pickle.
 
 run_dir/step-0000123/model.safetensors        parameters and buffers
                      ema-0.05.safetensors ... averages of the parameters
@@ -31,7 +31,7 @@ from .ema import Snapshot, list_snapshots, reconstruct
 from .files import check_header, fsync_path, load_into
 
 STATE = "state.json"
-RUNNING = "running."  # prefix of sums for the next record, in which a step that a loss scaler skipped is infinite
+RUNNING = "running."  # prefix of sums for the next record, infinite after a step that the loss scaler skipped
 _NAME = re.compile(r"step-(\d{7,})")
 _FILE = re.compile(r"[\w.-]+\.safetensors")
 
@@ -64,10 +64,10 @@ def versions() -> dict[str, str]:
 
 
 def check_finite(files: Mapping[str, Mapping[str, torch.Tensor]], step: int) -> None:
-    """One pass over all floating tensors, with one wait for the device; the sums named `RUNNING` are left out.
+    """Check all floating-point tensors, waiting for the device once; the sums named `RUNNING` are left out.
 
     Raises:
-        FloatingPointError: naming the step and the first tensor that holds NaN or infinity.
+        FloatingPointError: a tensor holds NaN or infinity; the message names the step and the first such tensor.
     """
     tensors = {
         f"{name} of {stem}": t.detach()
@@ -79,13 +79,13 @@ def check_finite(files: Mapping[str, Mapping[str, torch.Tensor]], step: int) -> 
         return
     first = next(name for name, t in tensors.items() if not torch.isfinite(t).all())
     raise FloatingPointError(
-        f"{first} is not finite any more at step {step}; nothing was saved, lower lr or clip gradients"
+        f"{first} is no longer finite at step {step}; nothing was saved; lower lr or clip gradients"
     )
 
 
 @contextmanager
 def naming_write_errors(run_dir: str | os.PathLike[str], what: str) -> Iterator[None]:
-    """Turns what a full or failing disk raises into one line: what could not be written, where, and what stands.
+    """Turns an error of a full or failing disk into one line: what could not be written, where, and what is left.
 
     Raises:
         OSError: `what` could not be written.
@@ -102,7 +102,7 @@ def naming_write_errors(run_dir: str | os.PathLike[str], what: str) -> Iterator[
 
 
 class _WriteError(OSError):
-    """An OSError that says everything already."""
+    """An OSError whose message is already complete."""
 
 
 def save_checkpoint(
@@ -114,7 +114,7 @@ def save_checkpoint(
     keep: int = 3,
     metadata: Mapping[str, dict[str, str]] | None = None,
 ) -> Path:
-    """Write run_dir/step-<step> so that it is either wholly there or not at all.
+    """Write run_dir/step-<step> whole or not at all.
 
     Args:
         files: stem -> tensors, written as <stem>.safetensors.
@@ -124,7 +124,7 @@ def save_checkpoint(
 
     Raises:
         FloatingPointError: a tensor is not finite, see `check_finite`; nothing was written.
-        OSError: it could not be written, as on a full disk; nothing of it is left, the checkpoints before it stand.
+        OSError: it could not be written, as on a full disk; nothing of it is left, and earlier checkpoints are intact.
     """
     check_finite(files, step)
     run_dir = Path(run_dir)
@@ -146,7 +146,7 @@ def save_checkpoint(
         os.rename(temporary, final)
         fsync_path(run_dir)
     if keep > 0:
-        # later steps can only be damaged ones that a resume has skipped: they must not push out what was just written
+        # later steps are damaged ones that a resume has skipped: they must not displace the one just written
         paths = list_checkpoints(run_dir)
         for old in paths[: paths.index(final) + 1][:-keep]:
             shutil.rmtree(old)
@@ -186,7 +186,7 @@ def _free_name(path: Path) -> Path:
 
 
 def list_checkpoints(run_dir: str | os.PathLike[str]) -> list[Path]:
-    """Checkpoint directories by step, oldest first; complete by construction, not verified."""
+    """Checkpoint folders by step, oldest first; complete by construction, but not verified."""
     found = [(int(m[1]), p) for p in Path(run_dir).glob("step-*") if (m := _NAME.fullmatch(p.name)) and p.is_dir()]
     return [path for _, path in sorted(found)]
 
@@ -195,13 +195,13 @@ def read_state(path: str | os.PathLike[str], **fields: type | tuple[type, ...]) 
     """state.json of a checkpoint, which must hold `fields`, each of its type.
 
     Raises:
-        ValueError: it is missing, unreadable, does not match its own digest or lacks a field.
+        ValueError: it is missing, unreadable, does not match its own digest, or has no such field.
     """
     path = Path(path) / STATE
     try:
         state = json.loads(path.read_text(encoding="utf-8"))
         if not isinstance(state, dict):
-            raise ValueError(f"must be a JSON object, is a {type(state).__name__}")
+            raise ValueError(f"must be a JSON object, got a {type(state).__name__}")
         digest = state.pop("digest", None)
         expected = _digest(state)
     except (OSError, ValueError, RecursionError) as error:
@@ -210,21 +210,21 @@ def read_state(path: str | os.PathLike[str], **fields: type | tuple[type, ...]) 
         raise ValueError(f"{path}: content does not match its digest")
     for name, kind in {"step": int, "sha256": dict, **fields}.items():
         if name not in state:
-            raise ValueError(f"{path}: lacks {name}, so it is not of this kind of run")
+            raise ValueError(f"{path}: must have {name}, got none; it is of another kind of run")
         if not isinstance(state[name], kind) or isinstance(state[name], bool):
-            raise ValueError(f"{path}: {name} must not be a {type(state[name]).__name__}")
+            raise ValueError(f"{path}: {name} has the wrong type, {type(state[name]).__name__}")
     return state
 
 
 def verify_checkpoint(path: str | os.PathLike[str]) -> str | None:
-    """None if every file is there with the right hash and every number in it is finite, else what is wrong."""
+    """None if every file exists, has the right hash and holds finite numbers only; else what is wrong."""
     path = Path(path)
     try:
         hashes = read_state(path)["sha256"]
     except ValueError as error:
         return str(error)
     for name in hashes:
-        # a name may not lead out of the folder
+        # a name must not lead out of the folder
         if not _FILE.fullmatch(name):
             return f"{path / STATE}: names in sha256 must be plain names of safetensors files, got {name!r}"
     for name, expected in hashes.items():
@@ -240,10 +240,10 @@ def verify_checkpoint(path: str | os.PathLike[str]) -> str | None:
 
 
 def _not_finite(path: Path) -> str | None:
-    """What in a safetensors file is not finite; read tensor by tensor."""
+    """Which tensor of a safetensors file is not finite, or None; read tensor by tensor."""
     try:
         with safe_open(path, "pt") as file:
-            for name in file.keys():  # noqa: SIM118 - it is no dict
+            for name in file.keys():  # noqa: SIM118 - not a dict
                 if not name.startswith(RUNNING) and not torch.isfinite(file.get_tensor(name)).all():
                     return f"{path}: tensor {name} is not finite"
     except (SafetensorError, OSError) as error:
@@ -252,7 +252,7 @@ def _not_finite(path: Path) -> str | None:
 
 
 def latest_checkpoint(run_dir: str | os.PathLike[str]) -> Path | None:
-    """The latest checkpoint that verifies, or None; each later one that does not is named in a RuntimeWarning."""
+    """The latest checkpoint that passes `verify_checkpoint`, or None; later, damaged ones are RuntimeWarnings."""
     for path in reversed(list_checkpoints(run_dir)):
         reason = verify_checkpoint(path)
         if reason is None:
@@ -262,11 +262,11 @@ def latest_checkpoint(run_dir: str | os.PathLike[str]) -> Path | None:
 
 
 def find_checkpoint(path: str | os.PathLike[str]) -> Path:
-    """`path` itself if it is a checkpoint, or the latest that verifies of a run directory.
+    """`path` itself if it is a checkpoint, or the latest undamaged one of a run folder.
 
     Raises:
-        FileNotFoundError: no checkpoint there.
-        ValueError: it is the checkpoint, and is damaged or not finite.
+        FileNotFoundError: there is no checkpoint.
+        ValueError: `path` is a checkpoint and is damaged or not finite.
     """
     path = Path(path)
     if (path / STATE).is_file():
@@ -275,7 +275,7 @@ def find_checkpoint(path: str | os.PathLike[str]) -> Path:
         return path
     latest = latest_checkpoint(path)
     if latest is None:
-        raise FileNotFoundError(f"{path}: neither a checkpoint nor a run folder with one")
+        raise FileNotFoundError(f"{path}: must be a checkpoint or a run folder with one")
     return latest
 
 
@@ -285,7 +285,7 @@ def load_denoiser(
     """A trained network, ready for sampling.
 
     Args:
-        path: a checkpoint directory, or a run directory, whose latest checkpoint that verifies is taken.
+        path: a checkpoint folder, or a run folder, whose latest undamaged checkpoint is taken.
         ema: relative width of the average to load; None = the weights as trained. A width that was not tracked is
             reconstructed from the run's snapshots.
 
@@ -293,9 +293,9 @@ def load_denoiser(
         (Denoiser in eval mode, FrameStats, state.json as a dict).
 
     Raises:
-        FileNotFoundError: no checkpoint there.
-        ValueError: a checkpoint that is damaged or not finite, or a tensor that differs from the model its
-            configuration describes.
+        FileNotFoundError: there is no checkpoint.
+        ValueError: the checkpoint is damaged or not finite, or a tensor does not fit the model that its configuration
+            describes.
     """
     from ..data import FrameStats
     from ..model import Denoiser, ModelConfig
@@ -306,7 +306,7 @@ def load_denoiser(
         config = ModelConfig(**state["model_config"])
         stats = FrameStats.from_json(state["frame_stats"])
     except (TypeError, KeyError) as error:
-        raise ValueError(f"{path / STATE}: does not describe a denoiser ({error!r})") from error
+        raise ValueError(f"{path / STATE}: must describe a denoiser ({error!r})") from error
     with torch.device("meta"):
         check_header(path / "model.safetensors", Denoiser(config).state_dict())
     model = Denoiser(config)
@@ -320,10 +320,10 @@ def load_denoiser(
 
 
 def load_average(path: str | os.PathLike[str], std: float) -> dict[str, torch.Tensor]:
-    """The parameters' average of relative width `std` at a checkpoint, as tracked or reconstructed after the fact."""
+    """The average of relative width `std` at a checkpoint, as tracked or reconstructed from snapshots."""
     path = Path(path)
     own = [Snapshot.read(p) for p in sorted(path.glob("ema-*.safetensors"))]
     if not own:
-        raise ValueError(f"{path}: holds no averages")
+        raise ValueError(f"{path}: must hold averages of the weights, got none")
     now = own[0].clips_seen
     return reconstruct([*list_snapshots(path.parent / "ema"), *own], std, now)

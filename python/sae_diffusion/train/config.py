@@ -1,4 +1,4 @@
-"""Everything a training run is told, apart from the model."""
+"""The settings of a training run, apart from the model."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from ..renamed import current_value
 
 MAX_STD = 12**-0.5  # of an average of weights: gamma = 0, a plain average over all of training
 
-# what may not change between a run and its resumption: the weights, the data order or the averages would be others
+# must not change when a run resumes: they decide the weights, the data order or the averages
 FIXED_ON_RESUME = ("clip_length", "seed", "ema_stds", "normalizer_size", "objective")
-# what may change without a word: nothing of it enters the arithmetic
+# may change silently: they do not enter the arithmetic
 FREE_ON_RESUME = (
     "data", "run_dir", "steps", "max_seconds", "num_workers", "compile", "device", "checkpoint_every",
     "keep_checkpoints", "snapshot_every", "log_every", "heldout_every", "sample_every", "tensorboard",
@@ -29,8 +29,8 @@ class TrainConfig:
         run_dir: where checkpoints, metrics.jsonl, TensorBoard curves and EMA snapshots go.
         clip_length: T, frames in a clip.
         batch_size: clips in a step, over all processes.
-        micro_batch: clips in one forward; None = batch_size. batch_size / micro_batch must be a multiple of the number
-            of processes. Randomness belongs to the micro-batch, so results do not depend on the number of processes.
+        micro_batch: clips in one forward pass; None = batch_size. batch_size / micro_batch must be a multiple of the
+            number of processes. Random numbers belong to the micro-batch, so results do not depend on that number.
         objective: "teacher_forcing", noisy frames see the clean frames before them; "forcing" (diffusion forcing), one
             sequence whose frames all have noise levels of their own and see each other's noisy frames, for sampling
             with several frames in flight.
@@ -38,36 +38,36 @@ class TrainConfig:
             level is drawn from U(0, noise.context_sigma_max).
         noisy_copies: K, noisy copies that share a clip's clean copy; "forcing" has none.
         steps: optimizer steps in total.
-        max_seconds: stop, and save, after so much wall time of this invocation; None = no limit.
+        max_seconds: stop and save after this much wall time of this call; None = no limit.
         seed: of the data order and of all noise.
         noise: distribution of the noise levels.
-        own_context: from when on, and how, the network is shown its own frames as context; not with "forcing".
+        own_context: when and how the network is shown its own frames as context; not with "forcing".
         first_weight: weight of the loss of frames without past, relative to the others; 0 leaves them out.
-        first_fit: frames without past have a loss normaliser of their own: at high noise levels theirs is many times
-            the loss of frames that are continued.
+        first_fit: frames without past have their own loss normaliser: at high noise levels their loss is many times
+            that of other frames.
         lr: largest learning rate, see `power_law_lr`.
-        lr_ref_steps: optimizer steps after which it falls as 1 / sqrt(step).
-        lr_ramp_steps: optimizer steps over which it rises from 0.
+        lr_ref_steps: optimizer steps after which the learning rate falls as 1 / sqrt(step).
+        lr_ramp_steps: optimizer steps over which the learning rate rises from 0.
         lr_decay: "power", as above; "cosine", half a cosine down to 0 at `steps` instead.
         betas: of AdamW.
         eps: of AdamW.
         weight_decay: of AdamW.
         grad_clip: largest gradient norm; 0 = no clipping.
         precision: of the forward and backward pass (autocast); weights, loss and optimizer stay fp32.
-        spatial_every: every n-th step trains the spatial-only forward; 0 = never.
+        spatial_every: every n-th step trains each frame by itself, without a past; 0 = never.
         action_dropout: probability that a clip is shown without its actions.
         ema_stds: relative widths of the tracked averages.
         normalizer_size: pairs of noise level and loss that the loss normaliser keeps.
         normalizer_every: steps between the normaliser's fits.
         checkpoint_every: steps between checkpoints; 0 = at the end only.
-        snapshot_every: steps between snapshots of the averages, of which other widths can be made; 0 = none.
-        log_every: steps between records of the metrics; 0 = none. `loss` is the denoising loss, weighted as by EDM so
-            that all noise levels count alike: it falls as the network learns. `normalised_loss` is what is minimised,
-            that loss over its running fit by noise level: it need not fall, and can rise.
-        heldout_every: steps between measurements of `heldout_loss`, the same of 8 held-out clips; a multiple of
+        snapshot_every: steps between snapshots of the averages, from which other widths can be made; 0 = none.
+        log_every: steps between records of the metrics; 0 = none. `loss` is the denoising loss, weighted as in EDM so
+            that all noise levels count equally: it falls as the network learns. `normalised_loss` is minimised: that
+            loss divided by its running fit over noise level; it need not fall, and can rise.
+        heldout_every: steps between measurements of `heldout_loss`, the loss of 8 held-out clips; a multiple of
             log_every; 0 = never.
         sample_every: steps between strips of generated frames; 0 = none.
-        keep_checkpoints: how many of the latest to keep; 0 = all.
+        keep_checkpoints: how many of the latest checkpoints to keep; 0 = all.
         num_workers: data loading processes of each rank; results do not depend on it.
         compile: run the network through torch.compile.
         device: "auto" takes CUDA where there is one.
@@ -154,7 +154,7 @@ class TrainConfig:
 
     @property
     def micro_size(self) -> int:
-        """Clips in one forward."""
+        """Clips in one forward pass."""
         return self.batch_size if self.micro_batch is None else self.micro_batch
 
     @property

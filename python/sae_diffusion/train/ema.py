@@ -1,4 +1,4 @@
-"""Power-function averages of the weights, and averages of any length afterwards from saved snapshots.
+"""Power-function averages of the weights, and averages of any width made afterwards from saved snapshots.
 
 Karras et al. 2024, "Analyzing and Improving the Training Dynamics of Diffusion Models", section 3. Time t is counted in
 clips seen. Its unit does not matter, because the profile p(tau) = (gamma + 1) tau^gamma / t^(gamma + 1) is scale-free.
@@ -71,7 +71,7 @@ class WeightAverage(ABC):
 
     @torch.no_grad()
     def update(self, model: nn.Module, clips_seen: int) -> None:
-        """Take in the weights reached after `clips_seen` clips in total."""
+        """Add the weights reached after `clips_seen` clips in total."""
         weights = {name: p.detach() for name, p in model.named_parameters()}
         for width, average in self.averages.items():
             beta = self.keep(width, clips_seen)
@@ -108,7 +108,7 @@ class WeightAverage(ABC):
 
 
 class DecayEMA(WeightAverage):
-    """Of trained parameters, with a constant decay per update, and like a plain mean at first."""
+    """An average of the trained parameters with a constant decay per update; at first, nearly a plain mean."""
 
     def __init__(self, model: nn.Module, decay: float) -> None:
         super().__init__(model, (decay,))
@@ -117,7 +117,7 @@ class DecayEMA(WeightAverage):
         return parameter.requires_grad
 
     def keep(self, width: float, clips_seen: int) -> float:
-        # an average that starts from noise forgets it at first as fast as a plain mean would
+        # so that the random weights at the start are forgotten about as fast as by a plain mean
         return min(width, clips_seen / (clips_seen + 9))
 
     def metadata(self, width: float) -> dict[str, str]:
@@ -145,7 +145,7 @@ class PowerEMA(WeightAverage):
 
 
 def average_metadata(std: float, clips_seen: int) -> dict[str, str]:
-    """Header of a saved average. One key only: safetensors writes several in random order."""
+    """Header of a saved average. Only one key, because safetensors writes several in random order."""
     return {"average": json.dumps({"std": float(std), "clips_seen": clips_seen})}
 
 
@@ -167,13 +167,13 @@ class Snapshot:
         """From the header.
 
         Raises:
-            ValueError: naming the file, if it is cut short or not an average.
+            ValueError: the file is truncated or not an average; the message names it.
         """
         try:
             with safe_open(path, "pt") as file:
                 metadata = file.metadata() or {}
             if "average" not in metadata:
-                raise ValueError("is not an average of weights: its header does not say how wide and when")
+                raise ValueError("must be an average of weights, got a header without its width and time")
             content = json.loads(metadata["average"])
             snapshot = cls(Path(path), int(content["clips_seen"]), float(content["std"]))
             gamma_from_std(snapshot.std)
@@ -183,9 +183,9 @@ class Snapshot:
 
 
 def list_snapshots(directory: str | os.PathLike[str]) -> list[Snapshot]:
-    """Every snapshot of a directory, oldest first; an absent directory has none.
+    """All snapshots in a folder, oldest first; none if the folder does not exist.
 
-    One that cannot be read is named in a RuntimeWarning, the others stand.
+    Each one that cannot be read is skipped with a RuntimeWarning that names it.
     """
     found = []
     for path in sorted(Path(directory).glob("[!.]*.safetensors")):
@@ -210,13 +210,13 @@ def _inner(time_a: np.ndarray, gamma_a: np.ndarray, time_b: np.ndarray, gamma_b:
 def posthoc_coefficients(
     clips_seen: Sequence[int], stds: Sequence[float], target_clips: int, target_std: float
 ) -> np.ndarray:
-    """Coefficients of the saved averages whose combined profile comes closest to the wanted one in least squares.
+    """Coefficients with which the saved averages come closest, in least squares, to the profile wanted.
 
     Source: Karras et al. 2024, section 3.2 and appendix C. Solved in fp64.
     """
     times = np.asarray(clips_seen, dtype=np.float64)
     gammas = np.array([gamma_from_std(std) for std in stds])
-    # columns scaled to unit norm, or neighbouring snapshots spoil the solve
+    # columns have unit norm, because neighbouring snapshots make the system ill-conditioned
     norms = np.sqrt(_inner(times, gammas, times, gammas))
     gram = _inner(times[:, None], gammas[:, None], times[None, :], gammas[None, :]) / np.outer(norms, norms)
     wanted = _inner(times, gammas, np.float64(target_clips), np.float64(gamma_from_std(target_std))) / norms
@@ -228,7 +228,7 @@ def posthoc_coefficients(
 def reconstruct(snapshots: Sequence[Snapshot], std: float, clips_seen: int | None = None) -> dict[str, torch.Tensor]:
     """The average of relative width `std` at `clips_seen` (default: the latest snapshot), from saved ones.
 
-    A saved average that is asked for comes back as it is. Otherwise tensors are combined in fp64 one at a time, so
+    If that average was saved, it is returned as it is. Otherwise tensors are combined in fp64 one at a time, so that
     memory holds one model. Returns parameter name -> tensor of the snapshots' dtype, on the CPU.
 
     Raises:
@@ -236,12 +236,12 @@ def reconstruct(snapshots: Sequence[Snapshot], std: float, clips_seen: int | Non
             finite.
     """
     if not snapshots:
-        raise ValueError("snapshots: none to reconstruct from")
+        raise ValueError("snapshots: must hold at least one, got none")
     target = max(s.clips_seen for s in snapshots) if clips_seen is None else clips_seen
     usable = {(s.clips_seen, s.std): s for s in snapshots if 0 < s.clips_seen <= target}
     if not usable:
         first = min(s.clips_seen for s in snapshots)
-        raise ValueError(f"clips_seen: no snapshot at or before {target}; the first is at {first}")
+        raise ValueError(f"clips_seen: must be at least {first}, that of the first snapshot, got {target}")
     exact = usable.get((target, float(std)))
     chosen = [exact] if exact is not None else list(usable.values())
     weights = (

@@ -32,10 +32,10 @@ def _evaluating(model: nn.Module) -> Iterator[None]:
 
 
 def _spread(dataset: Any, clips: int) -> list[int]:
-    """Indices of `clips` clips evenly over the data set."""
+    """Indices of up to `clips` clips, spread evenly over the data set."""
     count = min(clips, len(dataset))
     if count < 1:
-        raise ValueError(f"clips, dataset: need at least one clip, got {clips} of {len(dataset)}")
+        raise ValueError(f"clips, dataset: must be at least one clip, got {clips} of {len(dataset)}")
     return [i * len(dataset) // count for i in range(count)]
 
 
@@ -65,20 +65,21 @@ def validate(
 ) -> dict[str, list[float]]:
     """Held-out denoising loss by noise level, with the whole past, with the last block only, and with no past.
 
-    No past means the block as the first one of a clip, which every training clip has, so the network knows that case.
-    All three see the same noisy frames (noise is a function of the seed, the level and the clip's place in the
-    selection) and are averaged over the same frames: all but the first block, which has no past. Context frames carry
-    no noise and are labelled context_sigma, as at inference.
+    Without a past, the block is shown as the first one of a clip, a case that every training clip has. All three see
+    the same noisy frames (noise is a function of the seed, the level and the clip's place in the selection) and are
+    averaged over the same frames: all but the first block, which has no past. Context frames have no noise and are
+    labelled context_sigma, as at inference.
 
     Args:
-        denoiser: a `Denoiser`; clips: how many, spread evenly over the data set, each of at least two blocks.
+        denoiser: a `Denoiser`.
+        clips: how many, spread evenly over the data set, each of at least two blocks.
 
     Returns:
         {"sigma": [...], "full_context": [...], "last_frame": [...], "no_context": [...]}, losses weighted by
-        `loss_weight`, so that 1 is what a linear shrinkage of the noisy frame reaches on white data.
+        `loss_weight`: on white data the best linear estimate has loss 1.
 
     Raises:
-        ValueError: clips of one block.
+        ValueError: clips shorter than two blocks.
     """
     config = denoiser.config
     device = next(denoiser.parameters()).device
@@ -90,7 +91,7 @@ def validate(
         for x0, actions in _batches(denoiser, dataset, stats, indices, batch_size, device):
             batch, frames = x0.shape[:2]
             if frames < 2 * block:
-                raise ValueError(f"dataset: clips must have two blocks = {2 * block} frames, got {frames}")
+                raise ValueError(f"dataset: clips must have at least two blocks = {2 * block} frames, got {frames}")
             for level, sigma in enumerate(sigmas):
                 noise = []
                 for place in range(seen, seen + batch):
@@ -113,11 +114,11 @@ def validate(
 def heldout_loss(
     denoiser: Any, dataset: Any, stats: Any, config: TrainConfig, *, clips: int = 8, batch_size: int = 4
 ) -> float:
-    """The training loss, `loss` of the metrics, of clips that were not trained on: the same noise at every call.
+    """The training loss (`loss` in the metrics) of clips that were not trained on, with the same noise at every call.
 
     Args:
-        dataset: clips of config.clip_length frames; `clips` of them are taken, evenly.
-        config: of the training, whose objective and noise levels are taken.
+        dataset: clips of config.clip_length frames; `clips` of them are used, spread evenly.
+        config: of the training; its objective and noise levels are used.
     """
     device, total = next(denoiser.parameters()).device, 0.0
     indices = _spread(dataset, clips)
@@ -154,12 +155,12 @@ def _by_block(
     block: int,
     past: int,
 ) -> torch.Tensor:
-    """Each block after the first as the last one of a clip that begins `past` frames before it."""
+    """D of each block after the first, as the last block of a clip that begins `past` frames before it."""
     parts = []
     for start in range(block, x0.shape[1], block):
-        window = slice(start - past, start + block)
-        told = None if actions is None else actions[:, window]
-        parts.append(_with_past(denoiser, x0[:, window], noisy[:, window], told, sigma, context_sigma)[:, past:])
+        piece = slice(start - past, start + block)
+        told = None if actions is None else actions[:, piece]
+        parts.append(_with_past(denoiser, x0[:, piece], noisy[:, piece], told, sigma, context_sigma)[:, past:])
     return torch.cat(parts, dim=1)
 
 
@@ -179,7 +180,7 @@ def one_step_psnr(
     batch_size: int = 4,
     seed: int = 0,
 ) -> dict[str, float]:
-    """How well the block after a clip's other frames is predicted, next to repeating the last frame seen.
+    """How well a clip's last block is predicted from its other frames, compared with repeating the last of those.
 
     PSNR in dB over all pixels of all clips, uint8 as recorded.
 
@@ -187,7 +188,7 @@ def one_step_psnr(
         {"generated": ..., "copy_last_frame": ..., "clips": n}.
 
     Raises:
-        ValueError: the data set holds latents, or clips of one block.
+        ValueError: the data set holds latents, or clips shorter than two blocks.
     """
     block = denoiser.config.frames_per_block
     indices = _spread(dataset, clips)
@@ -198,12 +199,13 @@ def one_step_psnr(
             # the last whole block is the target
             given = (x0.shape[1] // block - 1) * block
             if given < 1:
-                raise ValueError(f"dataset: clips must have two blocks = {2 * block} frames, got {x0.shape[1]}")
+                wanted = f"two blocks = {2 * block} frames"
+                raise ValueError(f"dataset: clips must have at least {wanted}, got {x0.shape[1]}")
             told = None if actions is None else actions[:, : given + block]
             x = generate(denoiser, x0[:, :given], told, block, config, seed=derive_seed(seed, number))
             pictures = [stats.denormalize(t).cpu() for t in (x, x0[:, given - 1 : given], x0[:, given : given + block])]
             if pictures[0].dtype != torch.uint8:
-                raise ValueError(f"dataset: PSNR is for images (uint8), got {pictures[0].dtype}")
+                raise ValueError(f"dataset: must hold images (uint8) for a PSNR, got {pictures[0].dtype}")
             generated.append(pictures[0])
             copied.append(pictures[1].expand_as(pictures[2]))
             truth.append(pictures[2])

@@ -1,4 +1,4 @@
-"""Tensors in safetensors files: checked against what they are to fill before anything is read."""
+"""Tensors in safetensors files, checked against the tensors they are to fill before anything is read."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def check_header(
     """Compare a safetensors header with the tensors it is to fill, reading no data and allocating nothing.
 
     Raises:
-        ValueError: naming the first tensor that is missing, left over, or of another shape or dtype.
+        ValueError: a tensor is missing, unknown, or of another shape or dtype; the message names the first such one.
     """
     try:
         with safe_open(path, "pt") as file:
@@ -38,7 +38,7 @@ def check_header(
             for name in sorted(expected.keys() - names):
                 raise ValueError(f"{path}: tensor {name} is missing")
             for name in sorted(names - expected.keys()):
-                raise ValueError(f"{path}: tensor {name} is unknown to the model")
+                raise ValueError(f"{path}: tensor {name} does not belong to the model")
             for name, want in expected.items():
                 view = file.get_slice(name)
                 shape, dtype = tuple(view.get_shape()), _DTYPES.get(view.get_dtype(), view.get_dtype())
@@ -70,10 +70,10 @@ def flatten_optimizer(model: torch.nn.Module, optimizer: torch.optim.Optimizer) 
 
 
 def restore_optimizer(path: str | os.PathLike[str], model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> None:
-    """Put back what `flatten_optimizer` gave. A parameter that never had a gradient has no state, before and after.
+    """Restore what `flatten_optimizer` returned. A parameter that never had a gradient has no state.
 
     Raises:
-        ValueError: naming a tensor that belongs to no parameter or has another shape.
+        ValueError: a tensor belongs to no parameter or has another shape; the message names it.
     """
     parameters = dict(model.named_parameters())
     expected: dict[str, torch.Tensor] = {}

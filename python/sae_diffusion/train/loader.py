@@ -1,4 +1,4 @@
-"""Clips in an order that depends on the seed and the number of clips seen, and on nothing else."""
+"""Clips in an order that depends only on the seed and the number of clips seen."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ def _permutation(epoch: int, length: int, seed: int) -> torch.Tensor:
 
 
 def clip_index(position: int, length: int, seed: int) -> int:
-    """Which clip is the `position`-th that training sees: epoch by epoch, each a fresh permutation of the data set."""
+    """Index of the clip at `position` in the order of training; each epoch is a new permutation of the data set."""
     epoch, place = divmod(position, length)
     return int(_permutation(epoch, length, seed)[place])
 
 
 class MicroBatchSampler(Sampler[list[int]]):
-    """Endless index lists of this rank's micro-batches: of each step's, rank r of W takes r, r + W, r + 2W, ..."""
+    """Endless index lists of a rank's micro-batches: rank r of W takes micro-batches r, r + W, ... of each step."""
 
     def __init__(
         self,
@@ -56,13 +56,13 @@ class MicroBatchSampler(Sampler[list[int]]):
 
 
 def _ignore_interrupt(worker: int) -> None:
-    # Ctrl-C reaches the whole process group; the trainer decides when its workers end
+    # Ctrl-C reaches the whole process group, but the trainer decides when its workers end
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
 class _Reporting(Dataset):
-    """A DataError comes as an item: torch makes a RuntimeError with a traceback of what a worker raises."""
+    """Returns a DataError as an item: torch would turn what a worker raises into a RuntimeError with a traceback."""
 
     def __init__(self, dataset: Any) -> None:
         self.dataset = dataset
@@ -79,7 +79,7 @@ def _collate(clips: list[Clip] | DataError) -> Any:
 
 
 def make_loader(dataset: Any, sampler: MicroBatchSampler, *, num_workers: int, pin_memory: bool) -> DataLoader:
-    """To be read with `read_batches`."""
+    """A loader for `read_batches`."""
     return DataLoader(
         _Reporting(dataset),
         batch_sampler=sampler,
@@ -95,7 +95,7 @@ def read_batches(loader: DataLoader) -> Iterator[tuple[torch.Tensor, torch.Tenso
     """(frames, actions) of the loader's micro-batches.
 
     Raises:
-        DataError: as the data set raised it, in whichever process.
+        DataError: raised by the data set, in any process.
     """
     for batch in loader:
         if isinstance(batch, DataError):

@@ -1,4 +1,4 @@
-"""The training loop: one process or several, resumable bit for bit, whatever the `Task`."""
+"""The training loop for any `Task`: one process or several, resumable bit for bit."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from .files import flatten_optimizer, load_into, restore_optimizer
 from .metrics import Reporter
 from .task import Task, json_fields, saved_fields
 
-# buffers are constants; torch 2.13 renamed the option
+# buffers are constants and need no sync; torch 2.13 renamed the option
 _HAS_NEW_NAME = "forward_sync_buffers" in inspect.signature(DistributedDataParallel).parameters
 _WITHOUT_BUFFER_SYNC: dict[str, Any] = {"forward_sync_buffers" if _HAS_NEW_NAME else "broadcast_buffers": False}
 AUTOCAST = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -34,7 +34,7 @@ AUTOCAST = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 @dataclass(frozen=True)
 class TrainResult:
-    """Where training stopped and why: "done", "time" or the name of a signal. Without a folder, no checkpoint."""
+    """Where training stopped and why: "done", "time" or the name of a signal. checkpoint is None without a folder."""
 
     step: int
     reason: str
@@ -43,7 +43,7 @@ class TrainResult:
 
 @dataclass(frozen=True)
 class LoopConfig:
-    """What the loop is told; fields are as in `TrainConfig`. Without `run_dir` nothing is read or written."""
+    """The settings of the loop, as in `TrainConfig`. Without `run_dir` nothing is read or written."""
 
     run_dir: str | Path | None
     steps: int
@@ -64,29 +64,29 @@ class LoopConfig:
 
     @classmethod
     def of(cls, config: Any) -> LoopConfig:
-        """Of a configuration with fields of these names."""
+        """From a configuration that has fields of these names."""
         return cls(**{f.name: getattr(config, f.name) for f in fields(cls)})
 
 
 class Loop:
     """Trains the network of a task.
 
-    Each step is split into micro-batches whose number does not depend on how many processes share them; what the task
-    draws is a function of the step or the micro-batch. So a resumed run repeats an uninterrupted one exactly, and W
+    Each step is split into micro-batches whose number does not depend on the number of processes; the task's random
+    numbers are a function of the step or the micro-batch. So a resumed run repeats an uninterrupted one exactly, and W
     processes compute what one computes, up to the order of gradient sums. Under torchrun (WORLD_SIZE > 1) it uses
-    DistributedDataParallel; all ranks must see the same run folder. It has the folder to itself (`RunLock`) until `run`
-    ends, or `close`.
+    DistributedDataParallel; all ranks must see the same run folder. The folder is locked (`RunLock`) until `run` ends
+    or `close` is called.
 
     Args:
-        task: what is trained.
-        settings: how.
+        task: what to train.
+        settings: how to train it.
         on_sample: called on rank 0 as on_sample(loop, step) every `sample_every` steps, network in eval mode, no grad.
-        resume: take up the folder's latest checkpoint now; otherwise when `run` begins.
+        resume: load the folder's latest checkpoint now; otherwise when `run` begins.
 
     Raises:
         ValueError: the batch cannot be split over the processes, or the folder holds another run; the message names the
             field.
-        RuntimeError: another process trains in the folder.
+        RuntimeError: another process is training in the folder.
     """
 
     def __init__(
@@ -106,7 +106,7 @@ class Loop:
                 f"micro_batch: batch_size / micro_batch = {settings.micro_batches} must be a multiple of the number of "
                 f"processes = {self.world_size}"
             )
-        # a second group on the CPU agrees on stopping without making the accelerator wait
+        # a second group, on the CPU, so that agreeing on when to stop does not synchronise the accelerator
         self._control = dist.new_group(backend="gloo") if self.world_size > 1 else None
         self.device = _device(settings.device)
         self.run_dir = None if settings.run_dir is None else Path(settings.run_dir)
@@ -117,7 +117,7 @@ class Loop:
             self._build()
             if resume:
                 self.resume()
-        except BaseException:  # whose traceback may keep this object alive
+        except BaseException:  # its traceback may keep this object alive
             self._release()
             raise
 
@@ -130,7 +130,7 @@ class Loop:
         self.ema = task.make_average()
         self.step = self.clips_seen = self.micro_batches_seen = 0
         self.seconds = 0.0
-        # per kind of step: steps, the task's metrics, gradient norm. Since the last record.
+        # sums since the last record, for each kind of step: steps, the task's metrics, gradient norm
         self._running = {kind: torch.zeros(task.metrics + 2, device=self.device) for kind in task.kinds}
         self._batches: Iterator[Any] | None = None
         self._saved_step: int | None = None
@@ -139,7 +139,7 @@ class Loop:
         self.reporter: Reporter | None = None
         self._ddp: DistributedDataParallel | None = None
         if self.world_size > 1:
-            # or no gradient could be sent before backward ends
+            # else no gradient could be sent before backward ends
             self.network.weights_at_once = False
             self._ddp = DistributedDataParallel(
                 self.network, gradient_as_bucket_view=True, find_unused_parameters=task.leaves_parameters_out,
@@ -205,9 +205,9 @@ class Loop:
         """Train until `steps` (or step `until`), `max_seconds`, SIGTERM or Ctrl-C, save, and say which it was.
 
         Raises:
-            FloatingPointError: the loss or the state is no longer finite; nothing is saved, the last checkpoint stands.
+            FloatingPointError: the loss or the state is no longer finite; nothing is saved.
             DataError: a file of the data cannot be read or has changed.
-            OSError: the run folder cannot be written; the last checkpoint stands.
+            OSError: the run folder cannot be written; the last checkpoint is intact.
             RuntimeError: another process trains in the run folder.
         """
         try:
@@ -282,12 +282,12 @@ class Loop:
         record: dict[str, Any] = {"step": self.step, "clips": self.clips_seen} | self.task.summary(sums)
         if not all(math.isfinite(value) for value in record.values()):
             raise FloatingPointError(
-                f"the loss is not finite any more at step {self.step}: {record}; lower lr or use grad_clip"
+                f"the loss is no longer finite at step {self.step}: {record}; lower lr or use grad_clip"
             )
         norm = sum(s[-1] for s in sums.values()) / count
         if not (math.isfinite(norm) or self.scaler.is_enabled()):
             check_finite(self._files(), self.step)
-            raise FloatingPointError(f"the gradient is not finite any more at step {self.step}: its norm is {norm}")
+            raise FloatingPointError(f"the gradient is no longer finite at step {self.step}: its norm is {norm}")
         record |= {
             "grad_norm": norm if math.isfinite(norm) else None,  # a step that the fp16 loss scaler skipped
             "lr": self.task.lr(self.step),
@@ -301,7 +301,7 @@ class Loop:
 
     @contextlib.contextmanager
     def ema_weights(self, std: float) -> Iterator[nn.Module]:
-        """The network with the average of relative width `std` in place of its weights, to sample while training."""
+        """The network with its weights replaced by their average of relative width `std`, to sample while training."""
         kept = {name: p.detach().clone() for name, p in self.network.named_parameters()}
         try:
             self.ema.copy_to(self.network, std)
@@ -315,7 +315,7 @@ class Loop:
 
     @contextlib.contextmanager
     def _signals(self) -> Iterator[None]:
-        """SIGTERM and the first Ctrl-C end training after the current step; a second Ctrl-C ends it at once."""
+        """SIGTERM or a first Ctrl-C ends training after the current step; a second Ctrl-C ends it at once."""
         if threading.current_thread() is not threading.main_thread():
             yield
             return
@@ -333,7 +333,7 @@ class Loop:
                 signal.signal(s, old)
 
     def _agree_to_stop(self, elapsed: float) -> str | None:
-        """All ranks stop after the same step: if any was told to, or the time is up on rank 0."""
+        """Why all ranks stop after this step, if any rank was told to or the time is up on rank 0; else None."""
         reasons = (None, "time", "SIGINT", "SIGTERM")
         limit = self.settings.max_seconds
         code = reasons.index(self._stop)
@@ -348,23 +348,23 @@ class Loop:
     # ---- saving and resuming
 
     def check_finite(self) -> None:
-        """All ranks hold the same state, so all raise or none.
+        """Check the state, which is the same on all ranks: all raise or none.
 
         Raises:
             FloatingPointError: a loss or gradient norm since the last record, or a tensor of the state, is not finite.
         """
-        # the state first: it can say where
+        # the state first, because its error names the tensor
         check_finite(self._files(), self.step)
         # the fp16 loss scaler skips a step with an infinite gradient
         checked = -1 if self.scaler.is_enabled() else None
         if not all(torch.isfinite(running[:checked]).all() for running in self._running.values()):
-            raise FloatingPointError(f"the loss is not finite any more at step {self.step}; nothing was saved")
+            raise FloatingPointError(f"the loss is no longer finite at step {self.step}; nothing was saved")
 
     def _running_files(self) -> dict[str, torch.Tensor]:
         return {f"{RUNNING}{kind}": running for kind, running in self._running.items()}
 
     def _files(self) -> dict[str, dict[str, torch.Tensor]]:
-        """What a checkpoint holds beside state.json."""
+        """The files of a checkpoint beside state.json."""
         return {
             "model": self.network.state_dict(),
             "optimizer": flatten_optimizer(self.network, self.optimizer),
@@ -374,11 +374,11 @@ class Loop:
         }
 
     def save(self) -> Path | None:
-        """Checkpoint of the current step, complete or absent; all ranks call it, rank 0 writes.
+        """Write a checkpoint of the current step, complete or not at all; all ranks call it, rank 0 writes.
 
         Raises:
             FloatingPointError: see `check_finite`.
-            OSError: it cannot be written; the last checkpoint stands.
+            OSError: it cannot be written; the last checkpoint is intact.
         """
         self.check_finite()
         if self.run_dir is None:
@@ -397,10 +397,10 @@ class Loop:
         return path
 
     def resume(self) -> bool:
-        """Take up the latest checkpoint of the run folder that verifies, which rank 0 chooses; False if there is none.
+        """Load the latest undamaged checkpoint of the run folder, which rank 0 chooses; False if there is none.
 
         Raises:
-            ValueError: it is of another run; the message names the field.
+            ValueError: the checkpoint is of another run; the message names the field.
         """
         self._resumed = True
         path = latest_checkpoint(self.run_dir) if self.rank == 0 and self.run_dir is not None else None

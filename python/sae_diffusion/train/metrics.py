@@ -1,4 +1,4 @@
-"""What a run writes while it trains: metrics.jsonl, TensorBoard curves, and its progress."""
+"""The metrics of a run: metrics.jsonl, TensorBoard curves, and its progress."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ FILE = "metrics.jsonl"
 
 
 def truncate_metrics(path: Path, step: int) -> None:
-    """Drop the lines after `step`, and a line cut short by a crash."""
+    """Drop the lines after `step`, and a line truncated by a crash."""
     if not path.exists():
         return
     kept = []
@@ -37,7 +37,7 @@ def truncate_metrics(path: Path, step: int) -> None:
 
 
 class Reporter:
-    """Rank 0's pen. `start_step` is the step training goes on from; later records of an earlier process are dropped."""
+    """Writes on rank 0. Training continues from `start_step`; later records of an earlier process are dropped."""
 
     def __init__(self, run_dir: Path, *, start_step: int, total_steps: int, tensorboard: bool) -> None:
         self.run_dir = run_dir
@@ -61,7 +61,7 @@ class Reporter:
         self._progress.update(step, left=seconds_left)
 
     def log(self, record: dict[str, Any], seconds_left: float) -> None:
-        """One line of metrics.jsonl; every number in it but step and clips is also a curve."""
+        """Write a line of metrics.jsonl and a point of each curve."""
         with self._naming_errors():
             self._file.write(json.dumps(record) + "\n")
             self._file.flush()
@@ -71,17 +71,17 @@ class Reporter:
                         self._writer.add_scalar(name, value, record["step"])
         if "heldout_loss" in record:
             self._heldout = f", held out {record['heldout_loss']:.4f}"
-        loss = record.get("loss", record.get("loss_spatial"))  # a record of spatial-only steps has but the second
+        loss = record.get("loss", record.get("loss_spatial"))  # a record of spatial-only steps has only the second
         note = f"loss {loss:.4f}{self._heldout}, {record['clips_per_second']:.1f} clips/s"
         self._progress.update(record["step"], note, left=seconds_left, now=True)
 
     def add_image(self, name: str, image: Any, step: int) -> None:
-        """An image (Y, X, C) uint8 beside the curves."""
+        """Add an image (Y, X, C) uint8 beside the curves."""
         if self._writer is not None:
             self._writer.add_image(name, image, step, dataformats="HWC")
 
     def flush(self) -> None:
-        """To the disk, so that metrics never lag behind a checkpoint."""
+        """Force the metrics to the disk, so that they never lag behind a checkpoint."""
         with self._naming_errors():
             self._file.flush()
             os.fsync(self._file.fileno())

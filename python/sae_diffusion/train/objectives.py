@@ -1,4 +1,4 @@
-"""What is asked of a video network: the noise levels that a clip gets, and the loss of its noisy frames."""
+"""The training objectives of a video network: the noise levels of a clip, and the loss of its noisy frames."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def frame_losses(
     module: Callable[..., torch.Tensor] | None = None,
     context: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Noise level and weighted loss of each noisy frame, both (B, n); `module` is the model as it is to be called."""
+    """Noise level and weighted loss of each noisy frame, both (B, n); `module` is the model as called."""
     options: dict[str, Any] = {
         "seed": seed,
         "spatial_only": spatial_only,

@@ -1,4 +1,4 @@
-"""What a `Loop` trains: a network, its batches, its loss, and what a resumed run must have in common with its past."""
+"""What a `Loop` trains: a network, its batches, its loss, and what must not change when a run resumes."""
 
 from __future__ import annotations
 
@@ -16,23 +16,23 @@ if TYPE_CHECKING:
     from .ema import WeightAverage
     from .loop import Loop
 
-# fields of configurations that older checkpoints hold; nothing read them
+# fields that older checkpoints hold but that nothing used
 REMOVED = ("context_sigma_label",)
 
 
 class Task(ABC):
-    """Attributes that a task sets, and methods that it may replace.
+    """Attributes that a task sets, and methods that it may override.
 
     Attributes:
-        network: what is trained.
+        network: the network that is trained.
         config: its settings, a dataclass.
         config_field: their name in state.json.
         state_fields: what state.json must hold, with types.
-        fixed_on_resume: settings that a resumed run must share; None = all but `free_on_resume`.
-        free_on_resume: settings that enter no arithmetic.
+        fixed_on_resume: settings that must not change when a run resumes; None = all but `free_on_resume`.
+        free_on_resume: settings that do not enter the arithmetic.
         kinds: names of the kinds of steps; sums for the metrics are kept for each.
-        metrics: how many numbers `record` gives.
-        leaves_parameters_out: some steps give some parameters no gradient.
+        metrics: how many numbers `record` returns.
+        leaves_parameters_out: in some steps some parameters have no gradient.
     """
 
     network: Any
@@ -60,10 +60,10 @@ class Task(ABC):
 
     @abstractmethod
     def average_name(self, width: float) -> str:
-        """File in a checkpoint of the average of this width, without its ending."""
+        """Stem of the file in a checkpoint that holds the average of this width."""
 
     def age(self, loop: Loop) -> int:
-        """The time that averages count in."""
+        """The time in which averages are measured."""
         return loop.step
 
     @abstractmethod
@@ -75,8 +75,8 @@ class Task(ABC):
     def kind(self, step: int) -> str:
         return self.kinds[0]
 
-    def before_step(self) -> None:  # noqa: B027 - nothing, unless replaced
-        """Before the network is used."""
+    def before_step(self) -> None:  # noqa: B027 - nothing, unless overridden
+        """Called before the network is used."""
 
     def batches(self, loop: Loop) -> Iterator[Any]:
         """Endless micro-batches of this rank, from the loop's step on."""
@@ -84,46 +84,46 @@ class Task(ABC):
             yield self.batch(loop.step + 1)
 
     def batch(self, step: int) -> Any:
-        """All that optimizer step `step` is trained on."""
+        """The data of optimizer step `step`."""
         raise NotImplementedError
 
     @abstractmethod
     def losses(
         self, module: Callable[..., torch.Tensor], batch: Any, kind: str, step: int, index: int
     ) -> tuple[torch.Tensor, ...]:
-        """What `minimised` and `record` are taken of, tensors of one shape; `index` counts micro-batches of the run.
+        """The arguments of `minimised` and `record`, tensors of one shape; `index` counts micro-batches of the run.
 
-        `module` is the network, as it is to be called: compiled, or shared among processes.
+        `module` is the network as called: perhaps compiled, or wrapped for several processes.
         """
 
     def minimised(self, kind: str, *parts: torch.Tensor) -> torch.Tensor:
-        """The scalar whose gradient is taken."""
+        """The scalar that is minimised."""
         return parts[0].mean()
 
     def record(self, kind: str, *parts: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        """The step's metrics, scalars, of the `losses` of all its micro-batches and ranks; first what is minimised."""
+        """Scalar metrics of a step, from the `losses` of all its micro-batches and ranks; the first is minimised."""
         return (self.minimised(kind, *parts),)
 
     def summary(self, sums: dict[str, list[float]]) -> dict[str, float]:
-        """Numbers of a line of metrics.jsonl from each kind's [steps, sum of each metric, sum of gradient norms]."""
+        """A record of metrics.jsonl from each kind's [steps, sum of each metric, sum of gradient norms]."""
         count, total, _ = sums[self.kinds[0]]
         return {"loss": total / count}
 
     def measure_heldout(self) -> dict[str, float]:
-        """Numbers about data that are not trained on."""
+        """Metrics of data that is not trained on."""
         return {}
 
     # ---- saving and resuming
 
     def loss_state(self) -> dict[str, torch.Tensor]:
-        """Tensors of the loss that change in training, to be put back by `load_loss_state`."""
+        """Tensors of the loss that change in training, to be restored by `load_loss_state`."""
         return {}
 
     def load_loss_state(self, tensors: dict[str, torch.Tensor]) -> None:  # noqa: B027
-        """Put back what `loss_state` gave."""
+        """Restore what `loss_state` returned."""
 
     def constants(self) -> dict[str, dict[str, torch.Tensor]]:
-        """Further files of a checkpoint, which a resumed run has anyway."""
+        """Further files of a checkpoint, not read on resume."""
         return {}
 
     @abstractmethod
@@ -131,13 +131,13 @@ class Task(ABC):
         """The content of state.json."""
 
     def check_kind(self, path: Path, state: dict[str, Any]) -> None:  # noqa: B027
-        """Raises ValueError where a checkpoint's state is of another kind of run."""
+        """Raise a ValueError if a checkpoint's state is of another kind of run."""
 
     def check_data(self, path: Path, state: dict[str, Any]) -> None:  # noqa: B027
-        """Raises ValueError where a checkpoint is of other data."""
+        """Raise a ValueError if a checkpoint was trained on other data."""
 
     def identity(self, saved: dict[str, Any], state: dict[str, Any]) -> list[tuple[str, Any, Any]]:
-        """(name, in the checkpoint, now) of what else must be the same."""
+        """(name, value in the checkpoint, value now) of what else must be equal."""
         return []
 
     def is_fixed(self, name: str) -> bool:
@@ -157,9 +157,9 @@ def json_fields(value: Any) -> Any:
 
 
 def saved_fields(config: Any, saved: dict[str, Any]) -> dict[str, Any]:
-    """A saved configuration with the fields of today.
+    """A saved configuration with today's fields.
 
-    A field that it does not know was added since, and its default is what was trained; `REMOVED` ones are left out.
+    A field that it lacks was added later, and the run was trained with its default; `REMOVED` ones are left out.
     """
     fields = {}
     for f in dataclasses.fields(config):

@@ -28,9 +28,9 @@ FIRST = "first"  # the loss normaliser of frames without past
 
 
 class VideoTask(Task):
-    """Clips, with the objective of the configuration; arguments as for `Trainer`.
+    """Trains a denoiser on clips with the objective of the configuration; arguments as for `Trainer`.
 
-    Data order is a function of (seed, clips seen), randomness of (seed, global micro-batch index).
+    Data order is a function of (seed, clips seen), all random numbers of (seed, global micro-batch index).
     """
 
     config_field = "train_config"
@@ -52,7 +52,7 @@ class VideoTask(Task):
         self.takes_actions = bool(self.model_config.get("num_actions") or self.model_config.get("action_dim"))
         self.kinds = ("video", "spatial") if config.spatial_every else ("video",)
         self.fits = (*self.kinds, FIRST) if config.first_fit else self.kinds
-        # a spatial-only step leaves the temporal mixing out, clips without actions the action embedding
+        # a spatial-only step does not use the temporal mixing, nor clips without actions the action embedding
         has_actions = bool(dataset.num_actions or dataset.action_dim)
         self.leaves_parameters_out = config.spatial_every > 0 or (self.takes_actions and not has_actions)
 
@@ -135,7 +135,7 @@ class VideoTask(Task):
         return self._to_device(actions)
 
     def _to_device(self, x: torch.Tensor) -> torch.Tensor:
-        """From pinned memory, so that nothing waits for the copy."""
+        """Through pinned memory, so that nothing waits for the copy."""
         return x.pin_memory().to(self.device, non_blocking=True) if self.device.type == "cuda" else x
 
     def minimised(self, kind: str, *parts: torch.Tensor) -> torch.Tensor:
