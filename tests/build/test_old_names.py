@@ -151,7 +151,7 @@ def test_teacher(tmp_path):
     with warns("objective teacher", "teacher_forcing"):
         assert read_config(file)[1].train.objective == "teacher_forcing"
     state = json.loads('{"train_config": {"objective": "teacher"}}')
-    with pytest.raises(ValueError, match="this checkpoint has objective 'teacher_forcing'"):
+    with pytest.raises(ValueError, match="got a checkpoint with objective 'teacher_forcing'"):
         sampler.check_independent_levels(state)
 
 

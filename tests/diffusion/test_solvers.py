@@ -743,7 +743,7 @@ def test_sample_refuses_a_schedule_that_rises_or_is_not_finite():
     ("make", "message"),
     [
         (lambda: Churn(-1.0), "amount: must be finite and >= 0"),
-        (lambda: Churn(1.0, 2.0, 1.0), "greatest: must be at least least"),
+        (lambda: Churn(1.0, 2.0, 1.0), "greatest: must be >= least"),
         (lambda: guided(smooth, smooth, math.nan), "weight: must be finite"),
         (lambda: to_x0(torch.zeros(1), torch.zeros(1), torch.ones(1), torch.ones(1), "score"), "kind: must be one of"),
         (lambda: next(roll(smooth, Staggered(3, 1), (2, 3), 1)), "schedule: must be a Rolling"),

@@ -279,7 +279,7 @@ def test_callback_counts_frames():
     [
         (0, 1, "in_flight: must be a positive multiple of frames_per_block = 1, got 0"),
         (3, 2, "in_flight: must be a positive multiple of frames_per_block = 2, got 3"),
-        (5, 1, "in_flight: at most sampling_steps = 4 blocks can be in flight"),
+        (5, 1, "in_flight: must be at most sampling_steps = 4 blocks"),
     ],
 )
 def test_windows_that_break_their_rule_are_refused(window, block, message):
@@ -288,7 +288,7 @@ def test_windows_that_break_their_rule_are_refused(window, block, message):
 
 
 def test_requests_are_checked_as_those_of_the_block_sampler():
-    with pytest.raises(ValueError, match="actions: need one for each"):
+    with pytest.raises(ValueError, match="actions: must have one for each"):
         iter_frames(small(), None, torch.zeros(1, 3, dtype=torch.int64), 4, config(), in_flight=2)
 
 

@@ -243,7 +243,7 @@ def test_command_line_trains_and_samples_with_a_window(recorded, tmp_path, capsy
     assert main([*nothing, "--in-flight=2"]) == 0
     capsys.readouterr()
     assert main([*nothing, "--in-flight=4"]) == 2
-    assert "in_flight: at most sampling_steps = 3 blocks" in capsys.readouterr().err
+    assert "in_flight: must be at most sampling_steps = 3 blocks" in capsys.readouterr().err
 
 
 def test_command_line_refuses_a_window_for_teacher_forcing(recorded, tmp_path, capsys):
@@ -252,7 +252,9 @@ def test_command_line_refuses_a_window_for_teacher_forcing(recorded, tmp_path, c
     capsys.readouterr()
     assert main(["sample", f"--run-dir={run}", "--frames=2", "--in-flight=2", "--device=cpu"]) == 2
     error = capsys.readouterr().err
-    assert error.startswith("sae: in_flight: needs a network trained with an independent noise level")
+    assert error.startswith(
+        "sae: in_flight: must be None unless the network was trained with an independent noise level"
+    )
     assert error.count("\n") == 1
 
 

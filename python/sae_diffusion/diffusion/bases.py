@@ -1,10 +1,10 @@
 """Orthonormal bases in which diffusion and its schedule act: identity, DCT, real Fourier, Haar, PCA.
 
-A basis maps data (..., *shape) to as many real components (..., *shape). Shapes are (N,) or (N, C) for series,
-(C, Y, X) for images and (T, C, Y, X) for videos; a transform works over the first axis of a series and over Y, X
-otherwise.
-Every basis but a whitened PCA is orthonormal, so white noise in the data is white noise in the components: noise is
-drawn in either place. Half-precision data is transformed in fp32.
+A basis maps data (..., *shape) to the same number of real components (..., *shape). Shapes are (N,) or (N, C) for
+series, (C, Y, X) for images and (T, C, Y, X) for videos; a transform works over the first axis of a series and over
+Y, X otherwise.
+Every basis except a whitened PCA is orthonormal, so white noise in the data is white noise in the components, and noise
+can be drawn in either. Half-precision data is transformed in fp32.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ class Basis:
     """An invertible linear (PCA: affine) change of coordinates.
 
     Attributes:
-        name: as `make_basis` knows it.
+        name: the name used by `make_basis`.
         shape: of one sample, and of its components.
         log_det: log |det d components / d data|; 0 for an orthonormal basis.
     """
@@ -66,7 +66,7 @@ class Basis:
         return {}
 
     def description(self) -> dict[str, Any]:
-        """JSON-able; with `tensors` it rebuilds the basis, see `basis_from`."""
+        """A JSON value that, with `tensors`, rebuilds the basis, see `basis_from`."""
         return {"name": self.name, "shape": list(self.shape)}
 
     def __repr__(self) -> str:
@@ -104,7 +104,7 @@ class _Separable(Basis):
         self.axes = default if axes is None else tuple(sorted({int(a) for a in axes}))
         if not self.axes or self.axes[0] < 0 or self.axes[-1] >= dims:
             raise ValueError(f"axes: must be axes of a sample, 0 to {dims - 1}, got {axes}")
-        # Counted from the end, where the sample's axes are whatever is in front of them.
+        # counted from the end, because any number of dimensions may come before the sample's
         self.dims = tuple(a - dims for a in self.axes)
 
     def description(self) -> dict[str, Any]:
@@ -142,7 +142,7 @@ class Identity(_Separable):
 class DCT(_Separable):
     """The orthonormal DCT-II of each axis; component k has frequency k / 2n cycles per sample.
 
-    A product with an n x n matrix: exactly invertible to rounding, and fast enough below some thousand samples.
+    A product with an n x n matrix: invertible up to rounding, and fast enough up to a few thousand samples.
     """
 
     name = "dct"
@@ -172,7 +172,7 @@ class DCT(_Separable):
 def _dct_matrix(n: int) -> Tensor:
     """M[k, i] = sqrt(2 / n) cos(pi (i + 1/2) k / n), row 0 over sqrt(2)."""
     i = torch.arange(n)
-    # The phase is reduced while it still is an integer: cos of a large argument is off by its rounding.
+    # The phase is reduced while it is an integer, because cos of a large argument suffers from its rounding.
     phase = torch.outer(i, 2 * i + 1) % (4 * n)
     matrix = torch.cos(math.pi / (2 * n) * phase.double()) * math.sqrt(2 / n)
     matrix[0] /= math.sqrt(2)
@@ -236,7 +236,7 @@ class Haar(_Separable):
 
     Args:
         levels: None for as many as the sizes allow.
-        time: work over the first axis alone, which for series is what is done anyway.
+        time: transform the first axis only, as is always done for series.
 
     Raises:
         ValueError: an axis is not divisible by 2^levels.
@@ -253,8 +253,8 @@ class Haar(_Separable):
         self.levels = most if levels is None else levels
         if not 1 <= self.levels <= most:
             raise ValueError(
-                f"levels: {'1' if levels is None else levels} level(s) need every transformed size to be divisible by "
-                f"{2 ** max(self.levels, 1)}, got {sizes}"
+                f"levels: every transformed size must be divisible by {2 ** max(self.levels, 1)} for "
+                f"{'1' if levels is None else levels} level(s), got {sizes}"
             )
 
     def description(self) -> dict[str, Any]:
@@ -296,11 +296,11 @@ class Haar(_Separable):
 
 
 class PCA(Basis):
-    """Principal components of data, in the order of falling variance, each divided by its deviation when whitened.
+    """Principal components of data in order of decreasing variance, each divided by its deviation if whitened.
 
-    Component k sits at place k of the flattened sample. Variances below `VARIANCE_FLOOR` times the largest, as those of
-    rank-deficient data, count as that floor when whitening: the map stays invertible and `log_det` finite, and such a
-    component just has less than unit variance. `rank` is the number of variances above the floor. Densities of
+    Component k is at index k of the flattened sample. When whitening, variances below `VARIANCE_FLOOR` times the
+    largest, as in rank-deficient data, are raised to that floor: the map stays invertible and `log_det` finite, and
+    such a component has less than unit variance. `rank` is the number of variances above the floor. Densities of
     rank-deficient data mean little: dequantise first.
 
     Attributes:
@@ -325,19 +325,19 @@ class PCA(Basis):
         floor = VARIANCE_FLOOR * self.variances.max()
         self.rank = int((self.variances > floor).sum())
         if whiten and not floor > 0:
-            raise ValueError("data: has no variance at all, so that it cannot be whitened")
+            raise ValueError("data: must vary to be whitened, got no variance")
         self.deviations = self.variances.clamp(min=floor).sqrt() if whiten else torch.ones_like(self.variances)
         self.log_det = -float(self.deviations.log().sum())
 
     @classmethod
     def fit(cls, data: Tensor, whiten: bool = True) -> PCA:
-        """Of data (M, *shape), M >= 2; covariance over M - 1, in fp64."""
+        """The PCA of data (M, *shape), M >= 2; covariance over M - 1, in fp64."""
         if not data.is_floating_point():
             raise TypeError(f"data: must be floating-point, got {data.dtype}")
         if data.ndim < 2 or data.shape[0] < 2:
             raise ValueError(f"data: must be (M, *shape) with M >= 2 samples, got {tuple(data.shape)}")
         if not torch.isfinite(data).all():
-            raise ValueError("data: must be finite")
+            raise ValueError("data: must be finite, got NaN or infinity")
         mean = _mean(data)
         scatter = torch.zeros(mean.numel(), mean.numel(), dtype=torch.float64, device=data.device)
         for chunk in _chunks(data):
@@ -346,7 +346,7 @@ class PCA(Basis):
         variances, vectors = torch.linalg.eigh(scatter / (data.shape[0] - 1))
         directions = vectors.T.flip(0).contiguous()
         largest = directions.gather(1, directions.abs().argmax(dim=1, keepdim=True))
-        # A variance of zero comes out of eigh as a small number of either sign.
+        # eigh returns a small number of either sign for a variance of zero
         return cls(data.shape[1:], mean, directions * largest.sign(), variances.flip(0).clamp(min=0.0), whiten)
 
     def tensors(self) -> dict[str, Tensor]:
@@ -379,7 +379,7 @@ def variance_ordering(variances: Tensor) -> Tensor:
 def component_moments(basis: Basis, data: Tensor) -> tuple[Tensor, Tensor]:
     """Mean and variance (over M - 1) of each component of data (M, *shape), both fp64 `shape`."""
     if data.shape[0] < 2:
-        raise ValueError(f"data: must hold 2 samples or more, got {data.shape[0]}")
+        raise ValueError(f"data: must hold at least 2 samples, got {data.shape[0]}")
     components = [basis.forward(chunk) for chunk in _chunks(data)]
     mean = torch.stack([c.sum(0) for c in components]).sum(0) / data.shape[0]
     squares = torch.stack([(c - mean).square().sum(0) for c in components]).sum(0)
@@ -395,11 +395,11 @@ def make_basis(name: str, shape: Sequence[int], data: Tensor | None = None, **op
     """A basis by name: "identity", "dct", "fourier", "haar" (options levels, time, axes) or "pca" (data; whiten).
 
     Raises:
-        ValueError: the name is not one of these, or "pca" is asked for without data or with data of another shape.
+        ValueError: the name is not one of these, or for "pca" there is no data or data of another shape.
     """
     if name == PCA.name:
         if data is None:
-            raise ValueError("data: a PCA basis needs the data it is fitted to, got None")
+            raise ValueError("data: must be the data to fit a PCA basis to, got None")
         if tuple(data.shape[1:]) != tuple(shape):
             raise ValueError(f"data: must be (M, {', '.join(map(str, shape))}), got {tuple(data.shape)}")
         return PCA.fit(data, **options)
@@ -409,7 +409,7 @@ def make_basis(name: str, shape: Sequence[int], data: Tensor | None = None, **op
 
 
 def basis_from(description: Mapping[str, Any], tensors: Mapping[str, Tensor] | None = None) -> Basis:
-    """The basis that gave this `description()` and these `tensors()`."""
+    """The basis that returned this `description()` and these `tensors()`."""
     options = dict(description)
     name, shape = options.pop("name"), options.pop("shape")
     if name == PCA.name:

@@ -1,4 +1,4 @@
-"""How noise levels are drawn in training, and how a frame is drawn in sampling."""
+"""Settings: how noise levels are drawn in training, and how frames are drawn in sampling."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from ..checks import check_integers, check_numbers
 
 Solver = Literal["euler", "heun", "dpm++2m", "ancestral", "stochastic-heun"]
 CHURNED: tuple[Solver, ...] = ("euler", "heun", "stochastic-heun")
-MOST_STEPS = 2**16 - 2  # draws of noise are numbered in 16 bits, and one number is the context's
+MOST_STEPS = 2**16 - 2  # draws of noise are numbered with 16 bits, and one number is for the context
 
 
 @dataclass(frozen=True)
@@ -19,10 +19,10 @@ class NoiseConfig:
 
     Args:
         mean: of ln sigma of the noisy copies.
-        std: of ln sigma of the noisy copies. Both defaults are those of the reference's newest training on pixels.
-        context_sigma_max: the clean copy of a clip carries noise of one level drawn from U(0, context_sigma_max), and
-            the network is told that level, so that it learns to live with its own imperfect frames.
-        context_sigma_min: the lowest level the network is told for context (its logarithm must be finite).
+        std: of ln sigma of the noisy copies. Both defaults are those of the reference's latest training on pixels.
+        context_sigma_max: the clean copy of a clip has noise of one level drawn from U(0, context_sigma_max), and the
+            network is told that level, so that it learns to cope with its own imperfect frames.
+        context_sigma_min: lowest level that the network is told for context (its logarithm must be finite).
 
     Raises:
         ValueError: a field breaks its rule; the message names field, rule and value.
@@ -37,9 +37,9 @@ class NoiseConfig:
         check_numbers(self, "finite", "mean")
         check_numbers(self, "at least 0", "std", "context_sigma_max")
         check_numbers(self, "positive", "context_sigma_min")
-        # squares of sigma stay finite in fp32 for all draws that will ever come
+        # so that squares of sigma stay finite in fp32 for all draws that can be expected
         if abs(self.mean) + 6 * self.std > 40:
-            raise ValueError(f"mean, std: must have |mean| + 6 std <= 40, got {self.mean} and {self.std}")
+            raise ValueError(f"mean, std: must satisfy |mean| + 6 std <= 40, got {self.mean} and {self.std}")
 
 
 @dataclass(frozen=True)
@@ -82,20 +82,20 @@ class SamplerConfig:
     """How a frame is drawn.
 
     Args:
-        sampling_steps: N noise levels; a block costs 2N - 1 network evaluations with "heun" and "stochastic-heun" and N
-            with the others (twice that when guidance is not 1), and one more to enter the cache.
+        sampling_steps: N noise levels; a block takes 2N - 1 network evaluations with "heun" and "stochastic-heun", N
+            with the others (twice as many if guidance is not 1), and one more to enter the cache.
         sigma_min: the last noise level before 0.
         sigma_max: the first noise level.
-        rho: how densely levels lie near sigma_min, see `sigma_schedule`.
+        rho: density of the levels near sigma_min, see `sigma_schedule`.
         churn: S_churn of EDM algorithm 2, noise added between steps of "euler", "heun" and "stochastic-heun"; None is
             40 for the last one and 0, no noise, for the others.
-        churn_min: the least noise level that is churned.
-        churn_max: the greatest noise level that is churned.
+        churn_min: smallest noise level that is churned.
+        churn_max: largest noise level that is churned.
         churn_noise: S_noise, a factor on the added noise.
         solver: "euler" (first order), "heun" (second order), "dpm++2m" (second order, one evaluation a step),
-            "ancestral" (with noise: draws from the posterior of each step), or "stochastic-heun" ("heun" with churn).
-        context_sigma: the noise level the network is told for frames in the cache.
-        context_noise: standard deviation of the noise really added to frames before they enter the cache.
+            "ancestral" (stochastic: draws from the posterior of each step), or "stochastic-heun" ("heun" with churn).
+        context_sigma: noise level that the network is told for frames in the cache.
+        context_noise: standard deviation of the noise that is added to frames before they enter the cache.
         guidance: w in D = D_weak + w (D - D_weak); 1 is off.
         guidance_kind: where D_weak comes from: "context", the same network without the past, or "auto", a second
             network with the same past (Karras et al. 2024, autoguidance).
@@ -146,5 +146,5 @@ class SamplerConfig:
 
     @property
     def churn_amount(self) -> float:
-        """S_churn, with what None stands for."""
+        """S_churn, with the default that None stands for."""
         return (40.0 if self.solver == "stochastic-heun" else 0.0) if self.churn is None else self.churn

@@ -26,7 +26,7 @@ def forcing_sigmas(
     """Independent noise levels (batch, frames), one for each frame or block of frames.
 
     ln sigma ~ N(mean, std^2) as for noisy copies. With probability `clean_frames` a block instead has a level from
-    U(0, context_sigma_max), which the first distribution may never reach: it is what finished frames are in sampling.
+    U(0, context_sigma_max), which the first distribution may never reach: the level of finished frames in sampling.
     """
     noisy = sample_sigmas(config, batch, frames, 1, generator, frames_per_block=frames_per_block)[:, frames:]
     draws = torch.rand(2, batch, -(-frames // frames_per_block), generator=generator, device=noisy.device)

@@ -24,17 +24,17 @@ from .schedules import Schedule, expand_to, scales_of
 
 # Slopes are evaluated (in fp64) at least this fraction of a piece away from its ends, where they may jump.
 _INSIDE = 1e-9
-# A kink this close to the one before it is left to the solver's step control: at most 1000 pieces.
+# A kink this close to the one before it is left to the solver's step control; so there are at most 1000 pieces.
 _SHORTEST_PIECE = 1e-3
 
 
 @dataclass(frozen=True)
 class Prior:
-    """Moments of the data's components, of which `log_likelihood` makes the marginal at t = 1.
+    """Moments of the data's components, from which `log_likelihood` makes the marginal at t = 1.
 
     Args:
         mean: broadcast to a sample's shape.
-        variance: likewise, at least 0.
+        variance: broadcast likewise, at least 0.
         covariance: (D, D) of the flattened components, instead of the variance.
     """
 
@@ -58,7 +58,7 @@ def log_likelihood(
     method: str = "dopri5",
     callback: Callable[[float], None] | None = None,
 ) -> Tensor:
-    """log p(x) of each sample in nats (B,), a density over data x (change of variables by the basis included).
+    """log p(x) of each sample in nats (B,), a density over data x; the basis's change of variables is included.
 
     The two ends of the flow, where log-SNR is finite:
 
@@ -79,15 +79,15 @@ def log_likelihood(
             scaling, log_snr (B, *schedule.shape). Samples must not influence each other.
         x: data (B, *shape), fp32 or fp64, the dtype of the computation.
         schedule: over the components.
-        basis: None for the data themselves.
+        basis: None for the identity.
         divergence: "exact", a backward pass for each of the D components; "rademacher", unbiased, `probes` passes.
         probes: draws z of independent signs, E z z^T = 1; z^T J z is averaged over them.
         seed: of the probes and of the draw of the bound.
         prior: moments of the components; None = `Prior()`.
-        tolerance: rtol and atol of `torchdiffeq.odeint`; None = 1e-6 in fp64, which gives Gaussians to some 1e-4 bits
-            per dimension, and 1e-5 in fp32.
+        tolerance: rtol and atol of `torchdiffeq.odeint`; None = 1e-6 in fp64, which is accurate to about 1e-4 bits per
+            dimension for Gaussians, and 1e-5 in fp32.
         method: one of its adaptive methods.
-        callback: called with the time t reached on the way from 0 to 1.
+        callback: called with each time t that is reached from 0 to 1.
 
     Raises:
         ValueError, TypeError: an argument breaks its rule.
@@ -107,7 +107,7 @@ def log_likelihood(
     if x.ndim < 2 or x.shape[0] < 1:
         raise ValueError(f"x: must be a batch (B, *shape), got {tuple(x.shape)}")
     if not torch.isfinite(x).all():
-        raise ValueError("x: must be finite")
+        raise ValueError("x: must be finite, got NaN or infinity")
     with torch.no_grad():
         components = x if basis is None else basis.forward(x)
         generator = torch.Generator().manual_seed(seed)
@@ -126,7 +126,7 @@ def bits_per_dim(log_density: Tensor, dims: int, log_det: float | Tensor = 0.0) 
 
     Args:
         log_density: nats (B,) of `log_likelihood` for samples of `dims` numbers.
-        log_det: log |det dx / d raw| of all that was done to the raw data, see `dequantise` and `standardise_log_det`.
+        log_det: log |det dx / d data| of all transforms of the data, see `dequantise` and `standardise_log_det`.
             For data of integers k in 0 .. levels - 1 this makes the result a bound in bits for each integer: with
             levels = 256 and x in [-1, 1) it is - log2 p / D + 7.
     """
@@ -142,7 +142,7 @@ def dequantise(values: Tensor, levels: int = 256, *, seed: int = 0, dtype: torch
     (Theis et al. 2016).
 
     Raises:
-        ValueError: a value that is no integer or out of range.
+        ValueError: a value is not an integer or out of range.
     """
     if levels < 2:
         raise ValueError(f"levels: must be at least 2, got {levels}")
@@ -163,7 +163,7 @@ def dequantise_log_det(levels: int, dims: int) -> float:
 
 
 def standardise_log_det(deviation: Tensor, shape: Sequence[int]) -> float:
-    """- sum of log deviation over a sample of `shape`, of x = (raw - mean) / deviation; deviation is broadcast."""
+    """- sum of log deviation over a sample of `shape`, of x = (data - mean) / deviation; deviation is broadcast."""
     if not (deviation > 0).all():
         raise ValueError(f"deviation: must be positive, got {deviation.min().item()}")
     return -float(deviation.double().log().expand(tuple(shape)).sum())

@@ -65,7 +65,7 @@ def denoising_loss(
         ValueError: noisy_copies below 1, or shapes that do not fit together.
     """
     if noisy_copies < 1:
-        raise ValueError(f"noisy_copies: must be at least 1 to have something to denoise, got {noisy_copies}")
+        raise ValueError(f"noisy_copies: must be at least 1, got {noisy_copies}")
     if x0.ndim != 5:
         raise ValueError(f"x0: must have shape (B, T, C, Y, X), got {tuple(x0.shape)}")
     batch, frames = x0.shape[0], x0.shape[1]
@@ -137,13 +137,13 @@ class LossNormalizer:
     """Divides each frame's loss by the loss expected at its noise level, so that no level dominates the gradient.
 
     The last `size` pairs (sigma, weighted loss) are kept, and log10 loss is fitted on a Fourier basis of log10 sigma by
-    least squares every `fit_every` records. Until the first fit the divisor is 1. Under data parallelism, give `record`
-    the gathered pairs of all ranks in the same order everywhere: then every rank computes the same fit, bit for bit.
+    least squares every `fit_every` records. Until the first fit the divisor is 1. With several ranks, give `record` the
+    gathered pairs of all ranks in the same order on each: then every rank computes the same fit, bit for bit.
 
     Args:
         size: pairs kept.
         fit_every: records (training steps) between fits.
-        ridge: added to the diagonal of the normal equations, per pair; keeps coefficients that no pair determines at 0.
+        ridge: added to the diagonal of the normal equations, per pair; coefficients that no pair determines stay 0.
         device: of the kept pairs; the fit itself runs on the CPU in fp64.
     """
 
@@ -170,7 +170,7 @@ class LossNormalizer:
 
     @torch.no_grad()
     def record(self, sigma: torch.Tensor, loss: torch.Tensor) -> None:
-        """Append pairs (any shape, flattened) and refit when it is time."""
+        """Append pairs (any shape, flattened); every `fit_every` calls, fit again."""
         sigma, loss = sigma.detach().flatten().float(), loss.detach().flatten().float()
         if sigma.shape != loss.shape:
             raise ValueError(f"loss: must have as many elements as sigma = {sigma.numel()}, got {loss.numel()}")
@@ -200,7 +200,7 @@ class LossNormalizer:
 
     def _set_coefficients(self, coefficients: torch.Tensor) -> None:
         self.coefficients = coefficients
-        # copied once for each fit: a copy for each loss would make an accelerator wait
+        # copied once for each fit, because a copy for each loss would synchronise the accelerator
         self._on_device = coefficients.to(self.losses.device)
 
     def state_dict(self) -> dict[str, torch.Tensor]:

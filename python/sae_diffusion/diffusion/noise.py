@@ -1,4 +1,4 @@
-"""Noise levels of a training sequence, and the seeds everything random is derived from."""
+"""Noise levels of a training sequence, and the seeds from which all random numbers are derived."""
 
 from __future__ import annotations
 
@@ -31,6 +31,6 @@ def sample_sigmas(
 
 
 def derive_seed(seed: int, *path: int) -> int:
-    """A 63-bit seed for one purpose: independent of every other path, the same on every machine and world size."""
+    """A 63-bit seed for one purpose: independent of every other path, and equal on every machine and world size."""
     words = np.random.SeedSequence([seed, *path]).generate_state(1, np.uint64)
     return int(words[0]) & (2**63 - 1)

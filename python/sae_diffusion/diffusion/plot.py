@@ -25,8 +25,8 @@ CURVES: dict[str, Callable[[], Curve]] = {
 def plot_schedule(schedule: Schedule, path: str | Path, *, points: int = 401, max_lines: int = 24) -> Path:
     """Draw log-SNR against t, and the share of signal of every token while it is generated, into one picture.
 
-    Tokens of several dimensions are counted in row-major order; of more than `max_lines`, so many are drawn as lines.
-    The format follows the ending of `path`, whose folder is made.
+    Tokens of several dimensions are counted in row-major order; at most `max_lines` of them are drawn as lines. The
+    format follows the suffix of `path`, whose folder is created.
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.cm import viridis
@@ -60,7 +60,7 @@ def plot_schedule(schedule: Schedule, path: str | Path, *, points: int = 401, ma
 
 
 def schedule_table(schedule: Schedule, rows: int = 10, columns: int = 8) -> str:
-    """t against log-SNR as text, tokens in row-major order; of more than `columns`, so many are shown."""
+    """t against log-SNR as text, tokens in row-major order; at most `columns` of them are shown."""
     t = torch.linspace(0, 1, rows + 1, dtype=torch.float64)
     log_snr = schedule.log_snr(t).reshape(rows + 1, -1)
     tokens = torch.linspace(0, log_snr.shape[1] - 1, min(log_snr.shape[1], columns)).round().long().tolist()

@@ -4,7 +4,7 @@ p is the earlier (cleaner) time and t the later one, lambda the log-SNR of a tok
 noise (`scales_of`). In the source's letters, for the scaling "vp": alpha = a^2, beta = s^2 = 1 - alpha, and the SNR
 s(t) = alpha / beta = exp(lambda). Arguments broadcast: levels per token need as many dimensions as x (`expand_to`).
 
-How the source is to be read: alpha(t, p) in its posterior is 1 / alpha(p, t); two parallel bars are the harmonic sum
+How to read the source: alpha(t, p) in its posterior is 1 / alpha(p, t); two parallel bars are the harmonic sum
 u v / (u + v), and beta(0, p) between them is beta(p); Delta x0 = -Delta eps / sqrt(s), where the minus vanishes when
 squared; and its ELBO lacks a minus, because s falls with t.
 """
@@ -59,7 +59,7 @@ def posterior(
 def mean_difference(
     x0_difference: torch.Tensor, log_snr_p: torch.Tensor, log_snr_t: torch.Tensor, scaling: str = "vp"
 ) -> torch.Tensor:
-    """Delta mu = beta(p, t) / beta(t) sqrt(alpha(p)) Delta x0: what an error of x0_hat does to the mean."""
+    """Delta mu = beta(p, t) / beta(t) sqrt(alpha(p)) Delta x0: the effect of an error of x0_hat on the mean."""
     return posterior_coefficients(log_snr_p, log_snr_t, scaling)[1] * x0_difference
 
 

@@ -46,7 +46,7 @@ def sigma_schedule(config: SamplerConfig) -> torch.Tensor:
 @renamed_fields(window_frames="in_flight")
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Request:
-    """What is to be generated, from what, and how.
+    """What to generate, from what, and how.
 
     Args:
         num_frames: N, a multiple of f.
@@ -57,9 +57,9 @@ class Request:
             config.sampling_steps; None is f, block by block. More than f are for networks trained with independent
             levels, see `check_independent_levels`.
         seed: of the noise.
-        batch: B when neither context, actions nor cache tell it; 1 by default.
+        batch: B, if neither context, actions nor cache determine it; 1 by default.
         guide: the weaker network of autoguidance.
-        cache, guide_cache: from `new_cache(B)`, empty or left by an earlier call; filled in place. None = fresh ones.
+        cache, guide_cache: from `new_cache(B)`, empty or from an earlier call; filled in place. None = new ones.
     """
 
     num_frames: int
@@ -100,24 +100,24 @@ class Request:
                 raise ValueError(f"{name}: frames must be a multiple of frames_per_block = {f}, got {frames}")
         if self.actions is not None and self.actions.shape[1] != given + self.num_frames:
             raise ValueError(
-                f"actions: need one for each of the {given} context and {self.num_frames} new frames = "
+                f"actions: must have one for each of the {given} context and {self.num_frames} new frames = "
                 f"{given + self.num_frames}, got {self.actions.shape[1]}"
             )
         if batch > 2**_SAMPLE_BITS:
             raise ValueError(f"batch: must be at most {2**_SAMPLE_BITS}, got {batch}")
         if self.guide is not None and config.guidance_kind != "auto":
             raise ValueError(
-                f"guide: is used with guidance_kind 'auto' only, got guidance_kind {config.guidance_kind!r}"
+                f"guide: must be None unless guidance_kind is 'auto', got a guide and {config.guidance_kind!r}"
             )
         if self.guide is None and config.guidance_kind == "auto" and config.guidance != 1:
-            raise ValueError("guide: guidance_kind 'auto' needs a second network, got None")
+            raise ValueError("guide: must be a second network for guidance_kind 'auto', got None")
         in_flight = f if self.in_flight is None else self.in_flight
         if in_flight < 1 or in_flight % f:
             raise ValueError(f"in_flight: must be a positive multiple of frames_per_block = {f}, got {in_flight}")
         if in_flight // f > config.sampling_steps:
             raise ValueError(
-                f"in_flight: at most sampling_steps = {config.sampling_steps} blocks can be in flight, one for each "
-                f"noise level, got {in_flight // f}"
+                f"in_flight: must be at most sampling_steps = {config.sampling_steps} blocks, one for each noise "
+                f"level, got {in_flight // f}"
             )
         return batch
 
@@ -138,7 +138,7 @@ def generate(
     Args:
         denoiser, options: as for `iter_frames`.
         context, actions, num_frames, config: see `Request`.
-        callback: called with the number of frames finished so far after each block.
+        callback: called after each block with the number of frames finished so far.
     """
     blocks: list[torch.Tensor] = []
     for block in iter_frames(denoiser, context, actions, num_frames, config, **options):
@@ -198,20 +198,20 @@ def check_trained_for_window(state: Mapping[str, Any]) -> None:
 
 
 def check_independent_levels(state: Mapping[str, Any]) -> None:
-    """Refuse a checkpoint whose training never showed the network several noise levels in one sequence.
+    """Refuse a checkpoint whose network was not trained with several noise levels in one sequence.
 
     Args:
         state: state.json of the checkpoint, the third result of `load_denoiser`.
 
     Raises:
-        ValueError: its objective is not "forcing".
+        ValueError: the objective is not "forcing".
     """
     saved = state.get("train_config", {}).get("objective", "teacher_forcing")
     objective = current_value("objective", saved, warn=False)
     if objective != "forcing":
         raise ValueError(
-            "in_flight: needs a network trained with an independent noise level for every frame "
-            f"(sae train --objective forcing), this checkpoint has objective {objective!r}"
+            "in_flight: must be None unless the network was trained with an independent noise level for every frame "
+            f"(sae train --objective forcing), got a checkpoint with objective {objective!r}"
         )
 
 
@@ -223,8 +223,8 @@ def first_step(block: int, steps: int, in_flight: int) -> int:
 class _Run:
     """One request: networks with their caches (the guide last), and the F frames in flight.
 
-    `x` (B, F, C, Y, X) are they, each after so many of its steps as `steps` (F,) says; `last_x0` is what the network
-    made of them before their last step. The first of them is frame `first` of the request.
+    `x` (B, F, C, Y, X) are these frames, each after as many steps as `steps` (F,) says; `last_x0` is the network's
+    estimate of them before their last step. The first of them is frame `first` of the request.
     """
 
     def __init__(self, denoiser: Any, request: Request) -> None:
@@ -264,7 +264,7 @@ class _Run:
 
     @torch.no_grad()
     def append(self, x: torch.Tensor) -> None:
-        """Enter the request's next frames, given or finished, into every cache at the context's noise level."""
+        """Add the request's next frames, given or finished, to every cache at the context's noise level."""
         frames, config = x.shape[1], self.config
         if config.context_noise:
             x = x + config.context_noise * self.noise([_CONTEXT_DRAW] * frames)
@@ -286,9 +286,9 @@ class _Run:
 
     @torch.no_grad()
     def advance(self) -> torch.Tensor | None:
-        """One step of every block; the first one, when it is done, moves into the cache.
+        """One step of every block; when the first block is done, it moves into the cache.
 
-        Those behind it take their second evaluation with it in the cache already, as they will see it from then on.
+        The second evaluation of the others already has it in the cache, where they will see it from then on.
         """
         before, then = (Sigma(self.sigmas[(self.steps + k).clamp(min=0)][None]) for k in (-1, 1))
         now: Level = Sigma(self.sigmas[self.steps][None])
@@ -331,7 +331,7 @@ class _Run:
         return weak + self.config.guidance * (strong - weak)
 
     def noise(self, draws: Sequence[int], ahead: int = 0) -> torch.Tensor:
-        """Normals (B, F, C, Y, X) for the frames that come next in the cache after `ahead` others, a draw for each."""
+        """Normals (B, F, C, Y, X) of the frames after the cache and `ahead` others, with a draw number for each."""
         frames = list(enumerate(draws, start=self.networks[0][1].frames + ahead))
         rows = [
             token_noise_eps(

@@ -57,7 +57,7 @@ def expand_to(values: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
 
 
 class Schedule(ABC):
-    """Log-SNR per token as a function of time.
+    """Log-SNR of each token as a function of time.
 
     Attributes:
         shape: of the tokens, () when all of x shares one level. x has shape (B, *shape, ...), where a size 1 in `shape`
@@ -76,7 +76,7 @@ class Schedule(ABC):
     def log_snr_slope(self, t: torch.Tensor) -> torch.Tensor:
         """d lambda / dt <= 0, arguments and shape as `log_snr`.
 
-        Where the slope jumps (`breakpoints`) it is the greater of the two limits in magnitude.
+        Where the slope jumps (`breakpoints`), it is the limit of greater magnitude.
         """
 
     def scales(self, t: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -104,7 +104,7 @@ class Schedule(ABC):
 
 
 class _Windowed(Schedule):
-    """Token i follows the curve while t goes from delay_i to delay_i + width_i and rests before and after.
+    """Token i follows the curve while t goes from delay_i to delay_i + width, and rests before and after.
 
     delay: (*shape) fp64; width: a number.
     """
@@ -136,17 +136,18 @@ class _Windowed(Schedule):
         return torch.cat([inner.flatten(), inner.new_tensor([0.0, 1.0])]).clamp(0, 1).unique()
 
     def _progress(self, t: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Progress, and whether t lies in the token's window (closed).
+        """Progress, and whether t lies in the closed interval in which the token moves.
 
-        A time within rounding of the window's edge counts as the edge: on a grid that meets the edges a token then
-        rests exactly, instead of moving by 1e-16.
+        A time within rounding of an end counts as that end: on a grid that meets the ends, a token then rests exactly
+        instead of moving by 1e-16.
         """
         t = self._time(t)
-        raw = (t - self.delay.to(t)) / self.width
+        progress = (t - self.delay.to(t)) / self.width
         rounding = 8 * torch.finfo(t.dtype).eps / min(self.width, 1.0)
-        inside = (raw >= -rounding) & (raw <= 1 + rounding)
-        low, high = torch.zeros_like(raw), torch.ones_like(raw)
-        return torch.where(raw < rounding, low, torch.where(raw > 1 - rounding, high, raw)), inside
+        inside = (progress >= -rounding) & (progress <= 1 + rounding)
+        low, high = torch.zeros_like(progress), torch.ones_like(progress)
+        snapped = torch.where(progress < rounding, low, torch.where(progress > 1 - rounding, high, progress))
+        return snapped, inside
 
 
 class Together(_Windowed):
@@ -164,7 +165,7 @@ class Together(_Windowed):
 
 
 class Independent(Together):
-    """Every token at a level of its own, drawn at random: the training noise of diffusion forcing (Chen et al. 2024).
+    """Every token at its own random level: the training noise of diffusion forcing (Chen et al. 2024).
 
     `draw` gives times (B, *shape) for `log_snr`; with times (B,) all tokens move together, as `Together`.
     """
@@ -172,7 +173,7 @@ class Independent(Together):
     def draw(self, batch: int, generator: torch.Generator | None = None) -> torch.Tensor:
         """Independent times U(0, 1), (batch, *shape) fp64, stratified over the batch for each token.
 
-        Token by token the batch's times fall one into each of `batch` equal intervals, in an order of its own.
+        For each token, one time of the batch falls into each of `batch` equal intervals, in random order.
         """
         _check_count("batch", batch)
         device = generator.device if generator is not None else torch.device("cpu")
@@ -210,7 +211,7 @@ class Staggered(_Windowed):
         self.tokens, self.window = tokens, float(window)
         self.order = _check_order(order, tokens)
         left, right = self.windows()
-        # 1 - r_k, written so that no rounding separates it from the l of another token.
+        # 1 - r_k, written so that rounding cannot separate it from the l of another token
         delay = left.flip(0) if math.isfinite(window) else left
         super().__init__((tokens,), delay[torch.argsort(self.order)], float(right[0]), curve, scaling)
 
@@ -220,7 +221,7 @@ class Staggered(_Windowed):
         return self.tokens - 1 + self.window
 
     def windows(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """(l, r), each (N,) fp64: generation time at which the k-th token in the order starts and is done."""
+        """(l, r), each (N,) fp64: generation times at which the k-th token in the order starts and is finished."""
         k = torch.arange(self.tokens, dtype=torch.float64)
         if math.isinf(self.window):
             return torch.zeros_like(k), torch.ones_like(k)
@@ -263,7 +264,7 @@ class Triangular(Staggered):
         return (self.steps_per_token - (macro - start)).clamp(0, self.steps_per_token)
 
     def times(self, steps: int | None = None) -> torch.Tensor:
-        """The grid of the pipeline, `macro_steps` steps, unless another number is asked for."""
+        """The grid of the pipeline: `macro_steps` steps unless `steps` is given."""
         return super().times(self.macro_steps if steps is None else steps)
 
 
@@ -272,8 +273,8 @@ class Rolling(_Windowed):
 
     In global time g, counted in tokens, token k enters as noise at g = k and leaves clean at g = k + W. As a schedule
     it is one shift of the window: slot j has progress (j + t) / W, so from t = 1 to t = 0 every slot takes the level of
-    the one before it, slot 0 becomes clean and leaves, and noise enters behind. `first=True` is the run-in that leads
-    from pure noise to the state at t = 0, progress min(1, j / W + t). `roll` in solvers.py samples with both.
+    the one before it, slot 0 becomes clean and leaves, and noise enters at the end. `first=True` is the run-in that
+    leads from pure noise to the state at t = 0, progress min(1, j / W + t). `roll` in solvers.py samples with both.
 
     Args:
         window: W >= 1 tokens.
@@ -300,8 +301,8 @@ class PerPixel(_Windowed):
 
     Args:
         order: (*shape) values in [0, 1].
-        b: in [0, 1): 0 joint, towards 1 one after another. N equally spaced positions have the windows of
-            `Staggered` with b = (N - 1) / (N - 1 + w).
+        b: in [0, 1): 0 is joint; near 1 positions come one after another. N equally spaced positions move as the
+            tokens of `Staggered` with b = (N - 1) / (N - 1 + w).
     """
 
     def __init__(
@@ -321,7 +322,7 @@ class PerPixel(_Windowed):
 class Columns(PerPixel):
     """Columns of (C, Y, X) from left to right: column 0 is generated first. `b` as in `PerPixel` (GUD's b).
 
-    GUD's released formula noises column 0 first and so generates it last; its docstring says what is done here.
+    This follows the docstring of GUD's released code; its formula noises column 0 first and so generates it last.
     """
 
     _axis = -1
@@ -354,14 +355,14 @@ class ComponentLinear(Schedule):
 
     The component with the greatest l is at `start` at t = 0, the one with the least l at `end` at t = 1: components
     with small l are generated first. For l = -log Sigma (the default), a = 1 is standard diffusion (one lambda for all)
-    and a = 0 gives all components the same SNR at all times; large a generates one after another.
+    and a = 0 gives all components the same SNR at all times; with large a they are generated one after another.
 
     Args:
-        variances: Sigma, (*shape), positive: of the components that are diffused (ones when they are whitened).
-        a: hardness; the paper's a, the inverse of its softness.
+        variances: Sigma, (*shape), positive, of the components that are diffused (ones if they are whitened).
+        a: hardness (a in the paper), the inverse of its softness.
         ordering: l, (*shape), finite.
         start, end: log SNR at the clean and the noisy end; -gamma_denoise and -gamma_noise of the paper.
-        clip: (least, greatest) lambda; the schedule rests there. None does not clip.
+        clip: (least, greatest) lambda, at which the schedule rests; None does not clip.
     """
 
     def __init__(
@@ -384,13 +385,13 @@ class ComponentLinear(Schedule):
         if ordering.shape != variances.shape:
             raise ValueError(f"ordering: must have shape {tuple(variances.shape)}, got {tuple(ordering.shape)}")
         if not bool(ordering.isfinite().all()):
-            raise ValueError("ordering: must be finite")
+            raise ValueError("ordering: must be finite, got NaN or infinity")
         if not (math.isfinite(a) and a >= 0):
             raise ValueError(f"a: must be finite and >= 0, got {a}")
         if not (math.isfinite(start) and math.isfinite(end) and start > end):
             raise ValueError(f"start: must be finite and greater than end = {end}, got {start}")
         if clip is not None and not clip[0] < clip[1]:
-            raise ValueError(f"clip: must be (least, greatest), got {clip}")
+            raise ValueError(f"clip: must be (least, greatest) with least < greatest, got {clip}")
         self.shape, self.scaling, self.clip, self.a = tuple(variances.shape), scaling, clip, float(a)
         self.variances, self.ordering = variances, ordering
         spread = (ordering.max() - ordering.min()).item()
@@ -423,7 +424,7 @@ class ComponentLinear(Schedule):
 class Given(Schedule):
     """Another schedule in which the tokens marked in `known` rest at the level of t = 0: data to continue or complete.
 
-    Put the known tokens into x at that level (`scales` at any t) before sampling; they keep their bits.
+    Put the known tokens into x at that level (`scales` at any t) before sampling; they are not changed.
 
     Args:
         known: (*schedule.shape) bool.
@@ -452,7 +453,7 @@ class Given(Schedule):
 
 
 class Mixed(Schedule):
-    """For training: series b of a batch follows parts[b % len(parts)]. With stratified times each part's are too."""
+    """For training: row b of a batch follows parts[b % len(parts)]. Stratified times are so for each part too."""
 
     def __init__(self, parts: Sequence[Schedule]) -> None:
         self.parts, self.shape, self.scaling = parts, parts[0].shape, parts[0].scaling
@@ -488,13 +489,13 @@ def sampling_times(schedule: Schedule, steps: int) -> torch.Tensor:
 
 
 def check_schedule(schedule: Schedule, points: int = 257) -> None:
-    """Refuse a schedule that a solver or a loss would silently go wrong with; cheap enough for every start of a run.
+    """Refuse a schedule with which a solver or a loss would silently be wrong; cheap enough for every start of a run.
 
-    Looks at `points` equidistant times and at as many of the schedule's own breakpoints.
+    Checks `points` equidistant times and at as many of the schedule's own breakpoints.
 
     Raises:
-        ValueError: log_snr is not finite, has another shape than promised or rises with t; the slope is not finite, not
-            <= 0, or not the derivative of log_snr. The message names the schedule and the place.
+        ValueError: log_snr is not finite, has the wrong shape or increases with t; the slope is not finite,
+            positive, or not the derivative of log_snr. The message names the schedule, t and the token.
     """
     name = type(schedule).__name__
     _check_scaling(schedule.scaling)
@@ -512,7 +513,7 @@ def check_schedule(schedule: Schedule, points: int = 257) -> None:
     _refuse_where(rise > rounding, grid[1:], f"{name}.log_snr: must not increase with t", rise, "rise")
     _refuse_where(slopes > 0, grid, f"{name}.log_snr_slope: must be <= 0", slopes)
 
-    # Differences to both sides: one of them is right when a corner that was thinned out lies between.
+    # Differences to both sides: one of them is right even if a corner that was left out lies between.
     gap = grid[1:] - grid[:-1]
     wide = gap > 1e-9
     middle, step = 0.5 * (grid[1:] + grid[:-1])[wide], 1e-5 * gap[wide]

@@ -1,4 +1,4 @@
-"""Where to look along the schedule, and the continuous ELBO that the looks estimate.
+"""Which times to draw in training, and the continuous ELBO that losses at these times estimate.
 
 The diffusion term of the negative ELBO of one token is (s = exp(lambda) its SNR, which falls with t)
 
@@ -28,7 +28,7 @@ class SNRSampler:
     weights 1 / q(t) are exact for every token, whichever was chosen.
 
     Args:
-        schedule: any; tokens may have ranges of their own.
+        schedule: any; tokens may have different ranges.
         join: s > 0 at which the density changes from linear to logarithmic.
     """
 
@@ -49,11 +49,11 @@ class SNRSampler:
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """(t, weight) with E[weight f(t)] = int_0^1 f(t) dt for every f that vanishes where no token moves.
 
-        Stratified: the batch's uniform numbers fall one into each of `batch` equal intervals.
+        Stratified: one uniform number of the batch falls into each of `batch` equal intervals.
 
         Args:
-            each: draw every token's own time (diffusion forcing): t and weight are (B, *shape) then, else (B,); fp64,
-                on the device of the generator.
+            each: draw a time for every token (diffusion forcing); t and weight are then (B, *shape), else (B,), in
+                fp64 on the device of the generator.
         """
         if isinstance(batch, bool) or not isinstance(batch, int) or batch < 1:
             raise ValueError(f"batch: must be an integer >= 1, got {batch!r}")

@@ -1,7 +1,7 @@
-"""Sampling with a noise level per token: one loop over the steps of `steps`, any schedule and scaling.
+"""Sampling with a noise level per token: one loop over the step functions of `steps`, any schedule and scaling.
 
 A network is `denoise(x, log_snr) -> x0_hat` with x (B, *shape, ...) and log_snr (B, *schedule.shape), fp64 for fp64 x
-and else fp32. Tokens whose log-SNR a step leaves as it is keep their bits.
+and fp32 otherwise. A token whose log-SNR does not change in a step keeps its bits.
 """
 
 from __future__ import annotations
@@ -56,9 +56,9 @@ def from_x0(x0: torch.Tensor, x: torch.Tensor, signal: torch.Tensor, noise: torc
 
 
 def guided(strong: Denoise, weak: Denoise, weight: float) -> Denoise:
-    """weak + weight (strong - weak): classifier-free guidance when `weak` ignores the label, autoguidance when it is a
-    worse network. In x0 this is the same as guidance of eps or of the score.
+    """weak + weight (strong - weak): classifier-free guidance if `weak` ignores the label, autoguidance if it is worse.
 
+    Guiding x0 is the same as guiding eps or the score.
     At weight 1 only `strong` is evaluated, at weight 0 only `weak`.
     """
     _check_weight(weight)
@@ -75,16 +75,16 @@ def guided(strong: Denoise, weak: Denoise, weight: float) -> Denoise:
 def context_guided(
     denoise: Denoise, schedule: Schedule, weight: float, *, threshold: float | None = None, seed: int = 0
 ) -> Denoise:
-    """`guided`, where the weak network is the same one without its context: clean tokens hidden behind full noise.
+    """`guided` by the same network without its context: clean tokens are replaced by noise.
 
-    Context are the tokens whose lambda is at least `threshold`, by default that of t = 0. The weak network is shown a
-    draw of x_1 in their place, at the level of t = 1. They themselves are not guided.
+    The context is the tokens whose lambda is at least `threshold`, by default that of t = 0. In their place the weak
+    network is shown a draw of x_1 at the level of t = 1. The context itself is not guided.
     """
     _check_weight(weight)
-    if isinstance(schedule, Given):  # in which known tokens never have the level of t = 1
+    if isinstance(schedule, Given):  # its known tokens never have the level of t = 1
         schedule = schedule.schedule
     clean, noisy = schedule.log_snr(torch.tensor([0.0, 1.0], dtype=torch.float64)).split(1)
-    # log_snr may come in fp32.
+    # log_snr may be in fp32
     bound = clean - 1e-5 * clean.abs().clamp(min=1) if threshold is None else torch.full_like(clean, threshold)
 
     def guide(x: torch.Tensor, log_snr: torch.Tensor) -> torch.Tensor:
@@ -147,7 +147,7 @@ def sample(
     * "euler", "ddim" with eta = 0: first-order steps of the probability-flow ODE.
     * "heun": second order, two evaluations a step; EDM's for "ve", flow matching's for "flow".
     * "dpm++2m": DPM-Solver++(2M), second order with one evaluation; a history per token.
-    * "ancestral", "ddim" with eta > 0: with noise, of the posterior's variance or eta^2 of it; "ddpm": with more.
+    * "ancestral", "ddim" with eta > 0: with noise of the posterior's variance, or eta^2 times it; "ddpm": with more.
     * "stochastic-heun": "heun" after `churn`. EDM also churns before its last step to sigma = 0; here that step is the
       evaluation for final="data", without noise.
 
@@ -157,9 +157,9 @@ def sample(
         eta: for "ddim".
         churn: for "stochastic-heun"; `Churn()` by default.
         seed, offset: the normals of step i are step_normals(x, seed, offset + i).
-        final: "state" returns x at times[-1], which at t = 0 still holds the schedule's least noise; "data" returns
-            x0_hat of that state, one evaluation more; "auto" is "data" when times end at 0, else "state". Tokens that
-            never moved keep their bits in both.
+        final: "state" returns x at times[-1], which at t = 0 still has the schedule's least noise; "data" returns
+            x0_hat of that state, with one more evaluation; "auto" is "data" if times end at 0, else "state". Tokens
+            that never moved keep their bits in both.
         callback: called after step i with (i, x, x0_hat).
 
     Raises:
@@ -216,7 +216,7 @@ def roll(
     dtype: torch.dtype = torch.float32,
     device: torch.device | str | None = None,
 ) -> Iterator[torch.Tensor]:
-    """Yield tokens (B, ...) without end, with a window of W tokens in flight; shape is (B, W, ...).
+    """Yield tokens (B, ...) for ever, with W tokens in flight; shape is (B, W, ...).
 
     The run-in (`Rolling(first=True)`) takes W * steps_per_token steps, every further token steps_per_token. A token
     leaves as the network's x0_hat of its last state. Options as in `sample`.
@@ -263,7 +263,7 @@ def _levels(schedule: Schedule, times: torch.Tensor) -> torch.Tensor:
         raise ValueError(f"schedule: log_snr of {type(schedule).__name__} must be finite at all times")
     if bool((levels[:-1] - levels[1:] > 1e-9).any()):
         raise ValueError(f"schedule: log_snr of {type(schedule).__name__} must not increase with t")
-    return levels.cummax(dim=0).values  # what falls by rounding would have a negative variance
+    return levels.cummax(dim=0).values  # a decrease by rounding would give a negative variance
 
 
 def _check_weight(weight: float) -> None:

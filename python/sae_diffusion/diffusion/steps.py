@@ -36,7 +36,7 @@ class Level:
 
 
 class Sigma(Level):
-    """Levels of the scaling "ve", a = 1 and s = sigma, told by sigma itself, which may be 0."""
+    """Levels in the scaling "ve", a = 1 and s = sigma, given by sigma itself, which may be 0."""
 
     def __init__(self, sigma: torch.Tensor) -> None:
         self.log_snr, self.scaling = -2 * sigma.log(), "ve"
@@ -81,10 +81,10 @@ def _along(now: At, then: Level, x0: torch.Tensor, eps: torch.Tensor) -> torch.T
 
 
 def multistep(now: At, then: Level, last: At | None, normals: Normals) -> torch.Tensor:
-    """DPM-Solver++(2M) (Lu et al. 2022): x0_hat extrapolated from the step before, whose begin is `last`.
+    """DPM-Solver++(2M) (Lu et al. 2022): x0_hat extrapolated from the step before, which began at `last`.
 
-    First order for a token whose last step was empty and on the way to a noise of 0; the extrapolation is limited to
-    twice the last change of x0_hat, where the last step was less than a quarter of this one.
+    First order for a token that did not move in the last step, and for a step to noise 0; the extrapolation is limited
+    to twice the last change of x0_hat, which matters where the last step was less than a quarter of this one.
     """
     # h is the step in ln(a / s) = lambda / 2.
     h = 0.5 * (then.log_snr - now.level.log_snr)
@@ -155,12 +155,12 @@ class Churn:
             if not 0 <= getattr(self, name) < math.inf:
                 raise ValueError(f"{name}: must be finite and >= 0, got {getattr(self, name)}")
         if not self.greatest >= self.least:
-            raise ValueError(f"greatest: must be at least least = {self.least}, got {self.greatest}")
+            raise ValueError(f"greatest: must be >= least = {self.least}, got {self.greatest}")
 
     def add(
         self, x: torch.Tensor, level: Level, steps: Any, normals: Normals, moves: torch.Tensor | None = None
     ) -> tuple[torch.Tensor, Level]:
-        """x and its levels with the noise, for tokens that take so many `steps` in all; `moves` leaves out others."""
+        """x with noise added, and its levels; a token takes `steps` steps in total; only those in `moves` change."""
         gamma = (self.amount / torch.as_tensor(steps).double().clamp(min=1)).clamp(max=math.sqrt(2) - 1)
         sigma = level.noise / level.signal
         churned = (sigma >= self.least) & (sigma <= self.greatest)
@@ -175,5 +175,5 @@ def times(factor: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
 
 
 def _like(values: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
-    """Values of tokens, ready to meet x; an accelerator does not wait for them."""
+    """Values of tokens, shaped like x and on its device, copied without synchronising an accelerator."""
     return expand_to(values, x).to(x, non_blocking=True)
