@@ -132,7 +132,7 @@ def test_errors_name_what_is_wrong():
         net.prefill(x[:, :3], sigma[:, :3], actions[:, :3], cache)
     with pytest.raises(ValueError, match=r"frames must be 1 to frames_per_block = 2, got 3"):
         net.denoise(x[:, :3], sigma[:, :3], actions[:, :3], cache)
-    with pytest.raises(ValueError, match=r"cache: was made for batch 3, got x of batch 1"):
+    with pytest.raises(ValueError, match=r"cache: must be for the batch of x = 1, got one for 3"):
         net.prefill(x, sigma, actions, net.new_cache(3))
-    with pytest.raises(ValueError, match=r"cache: must be made by new_cache"):
+    with pytest.raises(ValueError, match=r"cache: must be from new_cache"):
         net.prefill(x, sigma, actions, small(frames_per_block=2, window=1).new_cache(1))

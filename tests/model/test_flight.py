@@ -86,5 +86,5 @@ def test_gradients_are_off_and_wrong_frames_are_refused():
     for n in (0, 3):
         with pytest.raises(ValueError, match=rf"x: frames must be a positive multiple .* = 2, got {n}"):
             net.denoise_sequence(x[:, :n], sigma[:, :n], None, cache)
-    with pytest.raises(ValueError, match="cache: was made for batch 1"):
+    with pytest.raises(ValueError, match=r"cache: must be for the batch of x = ., got one for 1"):
         net.denoise_sequence(x[:, :2].repeat(2, 1, 1, 1, 1), sigma[:, :2].repeat(2, 1), None, cache)

@@ -110,7 +110,7 @@ def test_split_names_the_episodes_that_are_continued(run, train_data, tmp_path, 
     assert code == 0 and len(arrays["recorded"]) == 3
     assert "none of 3 episodes is held out" in capsys.readouterr().err
     assert sample(run, tmp_path / "out", "--data", train_data, "--split=heldout")[0] == 2
-    assert "split: none of the 3 episodes" in capsys.readouterr().err
+    assert "split: 'heldout' must have episodes, got none of the 3" in capsys.readouterr().err
 
 
 def test_any_file_is_context(run, train_data, tmp_path, capsys):

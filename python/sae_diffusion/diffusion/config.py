@@ -47,13 +47,13 @@ class OwnContextConfig:
     """When and how training shows the network its own frames as context, see `with_own_frames`.
 
     Args:
-        start: the first optimizer step that does; None = never.
+        start: first optimizer step with own frames; None = never.
         ramp: optimizer steps over which the largest share of own frames in a clip rises from 0 to 1.
-        given: first frames of a clip that stay as recorded.
-        sigma_min: least noise level that a frame starts from.
-        sigma_max: greatest one.
-        steps: Euler steps that lead to a frame.
-        depth: the frames are made up to so many times, each time from a context with those before.
+        given: number of first frames of a clip that stay as recorded.
+        sigma_min: smallest noise level from which a frame starts.
+        sigma_max: largest noise level from which a frame starts.
+        steps: Euler steps for a frame.
+        depth: the frames are made up to this many times, each time from a context with the previous ones.
 
     Raises:
         ValueError: a field breaks its rule; the message names field, rule and value.

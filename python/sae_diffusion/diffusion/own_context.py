@@ -1,4 +1,4 @@
-"""A network's own frames in place of recorded ones, as the context that it will have when it generates."""
+"""A network's own frames in place of recorded ones, as in the context that it has when it generates."""
 
 from __future__ import annotations
 
@@ -27,18 +27,18 @@ def with_own_frames(
     share: float,
     generator: torch.Generator,
 ) -> torch.Tensor:
-    """Clips in which some frames are the network's own estimates of them from the recorded frames before.
+    """Clips in which some frames are replaced by the network's own estimates from the recorded frames before them.
 
     Each frame starts from noise at a level drawn log-uniformly from [sigma_min, sigma_max] and takes `steps` Euler
     steps, all frames of the clip at once. An estimate replaces its frame with a probability that is drawn for each clip
-    from U(0, share); the first `given` frames stay. The estimates are made 1 to `depth` times, each
-    time from the clips with the estimates before in them.
+    from U(0, share); the first `given` frames stay. The estimates are made 1 to `depth` times, each time
+    from the clips that hold the previous estimates.
 
     Args:
         denoiser: a `Denoiser`.
         x0: (B, T, C, Y, X) normalised clips.
         actions: (B, T) int64, (B, T, A) float or None.
-        context_sigmas: (B, T) levels that the clips are labelled with.
+        context_sigmas: (B, T) levels with which the clips are labelled.
         generator: on the CPU.
 
     Returns:

@@ -49,13 +49,13 @@ class SpatialAttention(Attention):
 
 
 class TemporalAttention(SpatialAttention):
-    """Every token sees every token of the visible frames, with rotary embedding over absolute frame position.
+    """Every token sees every token of the visible frames, with rotary embedding of the absolute frame position.
 
-    All tokens of a frame have one phase; a frame's clean and noisy copies share it. The xPos decay of the reference
-    model is left out on purpose: it multiplies keys by a power of the position that leaves every floating-point range
-    as the video grows (fp16 after some 1000 frames), or else must be recentred, which would change cached keys with
-    every frame. Rotated keys alone depend on their own position only, so they are cached once; a window bounds the
-    reach where a bound is wanted.
+    All tokens of a frame have the same phase; a frame's clean and noisy copies share it. The xPos decay of the
+    reference model is left out on purpose: it multiplies keys by a power of the position, which overflows as the video
+    grows (fp16 after about 1000 frames) unless it is recentred, and that would change cached keys with every frame.
+    Rotated keys depend on their own position only, so they are cached once; a window limits how far back attention
+    reaches.
     """
 
     def __init__(self, channels: int, config: ModelConfig) -> None:

@@ -1,4 +1,4 @@
-"""What sampling remembers of the clean frames so far: convolution inputs, past terms, rotated keys and values."""
+"""What sampling keeps of the clean frames so far: convolution inputs, past terms, rotated keys and values."""
 
 from __future__ import annotations
 
@@ -41,11 +41,11 @@ class ConvEntry:
 
 
 class AttentionEntry:
-    """Rotated keys and values of one video attention, in slots of one block each.
+    """Rotated keys and values of one temporal attention, in slots of one block each.
 
-    Attention does not depend on the order of its keys, so visible slots always are 0 .. n - 1 and the block at work
-    uses slot n: its keys are written there and one dense attention reads slots 0 .. n in place. With a window,
-    n <= sink + window: the sink's slots, then a ring. Without one the buffers double when full.
+    Attention does not depend on the order of its keys, so the visible slots are always 0 .. n - 1, and the block being
+    denoised uses slot n: its keys are written there and one dense attention reads slots 0 .. n in place. With a window,
+    n <= sink + window: the sink's slots, then a ring. Without one, the buffers double when they are full.
 
     keys, values: (B, H, slots * block_tokens, D).
     """
@@ -54,7 +54,7 @@ class AttentionEntry:
         self.block_tokens = block_tokens
         self.window = window
         self.sink = sink
-        # There always is room for the working block after the visible slots.
+        # There is always room for the working block after the visible slots.
         slots = 4 if window is None else sink + window + 1
         B, H, _, D = k.shape
         self.keys = k.new_empty(B, H, slots * block_tokens, D)
@@ -73,9 +73,9 @@ class AttentionEntry:
         return self.keys[:, :, :end], self.values[:, :, :end]
 
     def in_flight(self, blocks: int, own: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Keys and values that working block `own` sees: cached ones, and working ones up to itself.
+        """Keys and values that working block `own` sees: cached ones, and those of working blocks up to itself.
 
-        k, v: (B, H, n * block_tokens, D) of the working blocks, the first being block number `blocks`. Nothing is kept.
+        k, v: (B, H, n * block_tokens, D) of the working blocks, the first being block number `blocks`. Stores nothing.
         """
         size = self.block_tokens
         if self.window is None:
@@ -125,17 +125,17 @@ class AttentionEntry:
 
 
 def _slots(x: Tensor, slots: list[int], size: int) -> Tensor:
-    """Slots of `size` tokens of (B, H, n, D): a view where they follow each other."""
+    """Slots of `size` tokens of (B, H, n, D); a view if they are consecutive."""
     if not slots or slots == list(range(slots[0], slots[-1] + 1)):
         return x[:, :, slots[0] * size : (slots[-1] + 1) * size] if slots else x[:, :, :0]
     return torch.cat([x[:, :, slot * size : (slot + 1) * size] for slot in slots], dim=2)
 
 
 class Cache:
-    """The clean frames a `Denoiser` has been given, as its layers need them.
+    """The clean frames that a `Denoiser` has been given, as its layers need them.
 
-    Made by `Denoiser.new_cache`, filled by `Denoiser.prefill`, read by `Denoiser.denoise`. It belongs to the weights it
-    was filled with. Entries are keyed by the layer's path in the network. With a window its size is bounded.
+    Made by `Denoiser.new_cache`, filled by `Denoiser.prefill`, read by `Denoiser.denoise`. It is valid only for the
+    weights it was filled with. Entries are keyed by the layer's path in the network. With a window its size is bounded.
 
     Attributes:
         batch: B.
@@ -156,20 +156,20 @@ class Cache:
         return self.frames // self.config.frames_per_block
 
     def conv(self, key: str, x: Tensor) -> ConvEntry:
-        """The entry of the convolution at path `key`, made for inputs like x (B, C, F, Y, X) when first asked for."""
+        """The entry of the convolution at path `key`, created on first use for inputs like x (B, C, F, Y, X)."""
         if key not in self._conv:
             self._conv[key] = ConvEntry(x, self.config.kernel_frames)
         return self._conv[key]
 
     def attention(self, key: str, k: Tensor, tokens_per_frame: int) -> AttentionEntry:
-        """The entry of the attention at path `key`, made for keys like k (B, H, n, D) when first asked for."""
+        """The entry of the attention at path `key`, created on first use for keys like k (B, H, n, D)."""
         if key not in self._attention:
             block_tokens = self.config.frames_per_block * tokens_per_frame
             self._attention[key] = AttentionEntry(k, block_tokens, self.config.window, self.config.sink)
         return self._attention[key]
 
     def tensors(self) -> dict[str, Tensor]:
-        """The buffers by path, without copying; past terms are left out."""
+        """The buffers by path, not copied; past terms are left out."""
         found = {f"{key}.history": entry.history for key, entry in self._conv.items()}
         for key, entry in self._attention.items():
             found |= {f"{key}.keys": entry.keys, f"{key}.values": entry.values}

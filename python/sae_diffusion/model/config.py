@@ -1,4 +1,4 @@
-"""The network's shape as data."""
+"""The configuration of the network."""
 
 from __future__ import annotations
 
@@ -12,22 +12,22 @@ _PRIORS = ("data", "previous-frame")
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """Shape of a `Denoiser`. Lists are taken as tuples, so `ModelConfig(**json.load(f))` works.
+    """The shape of a `Denoiser`. Lists are converted to tuples, so `ModelConfig(**json.load(f))` works.
 
     Args:
-        height: of one frame as data has it (pixels or latents); `sae train` takes that of latents from the data.
+        height: of a frame in the data (pixels or latents); `sae train` takes that of latents from the data.
         width: as height.
-        channels: of one frame as data has it; `sae train` takes them from the data.
-        patch_size: space-to-depth factor at the network's border; 64x64x3 with 2 runs as 32x32x12.
-        model_channels: of the finest level.
-        channel_mult: channels of each level over model_channels, from the finest; each level halves height and width.
+        channels: of a frame in the data; `sae train` takes them from the data.
+        patch_size: space-to-depth factor before and after the network; 64x64x3 with 2 runs as 32x32x12.
+        model_channels: channels of the finest level.
+        channel_mult: channels of each level over model_channels, finest first; each level halves height and width.
         blocks_per_level: encoder blocks of a level; its decoder has one more.
         video_attention: heights of the feature maps (after patching) whose blocks attend over all visible frames. The
-            bottleneck always has one such attention.
+            bottleneck always does.
         frame_attention: heights of the feature maps whose blocks attend within their own frame.
         head_dim: channels of a head; a level of C channels has max(1, C // head_dim) heads.
-        temporal_mixing: "joint", one normalised kt x 3 x 3 kernel; "gated", separate past and spatial kernels under a
-            learned gate on noise level and position.
+        temporal_mixing: "joint", one normalised kt x 3 x 3 kernel; "gated", separate past and spatial kernels, mixed by
+            a learned gate that depends on noise level and position.
         kernel_frames: kt, taps in time of every convolution, at least 2.
         num_actions: number of discrete actions, 0 for none; `sae train` takes it from the data.
         action_dim: length of a continuous action, 0 for none; `sae train` takes it from the data.
@@ -37,11 +37,12 @@ class ModelConfig:
             network is shown each frame twice, as it is and as its difference from that one.
         change_std: standard deviation of the change from one frame to the next, for prior "previous-frame";
             `sae train` takes it from the data.
-        window: blocks before its own that a block attends to, None = all. Convolutions always reach back kt - 1 frames.
-        sink: first blocks that every block attends to, however far back.
-        frames_per_block: frames denoised together.
-        dropout: between the two convolutions of a block.
-        impl: implementation asked of `frame_attention`, `qkv_prepare` and `causal_conv3d`.
+        window: number of blocks before its own that a block attends to, None = all. Convolutions always reach back
+            kt - 1 frames.
+        sink: number of first blocks that every block attends to, however far back.
+        frames_per_block: frames that are denoised together.
+        dropout: probability, between the two convolutions of a block.
+        impl: implementation of `frame_attention`, `qkv_prepare` and `causal_conv3d`.
 
     Raises:
         ValueError: a field breaks its rule; the message names field, rule and value.
@@ -131,7 +132,7 @@ class ModelConfig:
 
     @property
     def input_channels(self) -> int:
-        """Channels of what the network is shown of a frame, after space-to-depth."""
+        """Channels of the network's input for a frame, after space-to-depth."""
         return self.patch_channels * (2 if self.prior == "previous-frame" else 1)
 
     def heads(self, channels: int) -> int:

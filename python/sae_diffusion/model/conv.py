@@ -18,10 +18,10 @@ from .layers import NormalizedModule, as_images, as_video
 
 
 class FrameGate(nn.Module):
-    """How much of a frame's output comes from the past, from its noise level and absolute position.
+    """How much of a frame's output comes from the past, as a function of its noise level and absolute position.
 
     s = m1 c_noise + m2 log(1 + position) + o, g = lo + (1 - lo) hi sigmoid(s), with lo and hi sigmoids of learned
-    limits; about 0.007 to 0.013 at the start, so training begins nearly without the past.
+    limits. g is about 0.007 to 0.013 at first, so training begins almost without the past.
     """
 
     def __init__(self) -> None:
@@ -41,12 +41,12 @@ class FrameGate(nn.Module):
 
 
 class CausalConv(NormalizedModule):
-    """Normalised 3x3 convolution over the last kt frames, the earlier ones read from the clean stream.
+    """Normalised 3x3 convolution over the last kt frames; earlier frames are read from the clean stream.
 
     joint: one weight (O, I, kt, 3, 3), normalised over 9 kt I inputs; a plain sum of its taps. gated: the last taps
-    (O, I, 3, 3) and the past taps (O, I, kt - 1, 3, 3) are normalised each on its own and mixed by a `FrameGate`.
-    A frame by itself (spatial pass) uses the last taps alone; the joint ones then are scaled by sqrt(kt), because they
-    carry 1 / kt of the output's variance.
+    (O, I, 3, 3) and the past taps (O, I, kt - 1, 3, 3) are normalised separately and mixed by a `FrameGate`. A frame by
+    itself (spatial pass) uses the last taps only; with "joint" these are scaled by sqrt(kt), because they carry 1 / kt
+    of the output's variance.
     """
 
     def __init__(self, in_channels: int, out_channels: int, config: ModelConfig) -> None:

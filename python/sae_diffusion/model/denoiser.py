@@ -20,7 +20,7 @@ from .layers import NormalizedModule
 from .prior import FramePrior
 from .unet import UNet
 
-# Noise levels below this are labelled as this, so that a level of exactly zero has a finite label.
+# Noise levels below this one get its label, so that level 0 has a finite label.
 SMALLEST_SIGMA_LABEL = 1e-4
 
 
@@ -34,7 +34,8 @@ class Denoiser(nn.Module):
 
     Frames are (B, F, C, Y, X) floats; sigma is (B, F), a standard deviation in the units of the data; actions are
     (B, T) integers with -1 for none, (B, T, A) floats with NaN for none, or None; action i is the one that caused
-    frame i. Results are fp32, or fp64 for a network in fp64; the U-Net computes in its parameters' dtype or autocast's.
+    frame i. Results are fp32, or fp64 for a network in fp64; the U-Net computes in the dtype of its parameters or of
+    autocast.
     """
 
     # Tells losses that forward takes model_output=True.
@@ -46,8 +47,8 @@ class Denoiser(nn.Module):
         self.prior = FramePrior(config)
         self.unet = UNet(config)
         self._layers = [module for module in self.modules() if isinstance(module, NormalizedModule)]
-        # In a training pass, normalise the weights of all layers in one launch, and their gradients in another. Turn it
-        # off where parameters are sharded or gradients are sent while backward runs: these come all at its end.
+        # In a training pass, normalise the weights of all layers in one launch, and their gradients in another. Turn
+        # this off if parameters are sharded or gradients are sent while backward runs: they all arrive at its end.
         self.weights_at_once = True
         for name, module in self.named_modules():
             if isinstance(module, (CausalConv, TemporalAttention)):
@@ -71,7 +72,7 @@ class Denoiser(nn.Module):
             sigma: (B, F).
             actions: of T frames, shared by all streams.
             noisy_copies: K >= 0; 0 is the plain causal sequence.
-            spatial_only: every frame by itself, without past; then F is any number of frames, noisy_copies is ignored
+            spatial_only: every frame by itself, without a past; F is then any number of frames, noisy_copies is ignored
                 and actions are of F frames.
             model_output: return the U-Net's output itself, which c_out multiplies, shaped like x and in its own dtype.
 
@@ -100,7 +101,7 @@ class Denoiser(nn.Module):
 
         Args:
             x: (B, n, C, Y, X), whole blocks of frames_per_block.
-            sigma: (B, n), the noise levels the frames are labelled with.
+            sigma: (B, n), the noise levels with which the frames are labelled.
             actions: of the n frames.
         """
         self._check(x, sigma, cache)
@@ -113,7 +114,7 @@ class Denoiser(nn.Module):
     def denoise(self, x: Tensor, sigma: Tensor, actions: Tensor | None, cache: Cache) -> Tensor:
         """D of the next block given the cache, the noisy half of the training pass.
 
-        The cache holds what it held: later calls see no trace of this one.
+        The cache does not change, so later calls are not affected.
 
         Args:
             x: (B, n, C, Y, X), n = frames_per_block, or fewer for the last block of a clip.
@@ -132,7 +133,7 @@ class Denoiser(nn.Module):
         """D of several blocks in flight after the cache, each frame at its own noise level, causal among themselves.
 
         Equals the last n frames of the plain causal pass (noisy_copies=0) over the cached frames and these, and is
-        meant for networks trained on it with independent noise levels. The cache holds what it held.
+        meant for networks trained with independent noise levels. The cache does not change.
 
         Args:
             x: (B, n, C, Y, X), whole blocks of frames_per_block.
@@ -242,9 +243,9 @@ class Denoiser(nn.Module):
         if sigma.shape != x.shape[:2]:
             raise ValueError(f"sigma: must be (B, F) = {tuple(x.shape[:2])}, got {tuple(sigma.shape)}")
         if cache is not None and cache.batch != x.shape[0]:
-            raise ValueError(f"cache: was made for batch {cache.batch}, got x of batch {x.shape[0]}")
+            raise ValueError(f"cache: must be for the batch of x = {x.shape[0]}, got one for {cache.batch}")
         if cache is not None and cache.config != c:
-            raise ValueError("cache: must be made by new_cache of a denoiser of the same configuration")
+            raise ValueError("cache: must be from new_cache of a denoiser with the same configuration, got another")
 
     def _check_blocks(self, x: Tensor) -> None:
         n, block = x.shape[1], self.config.frames_per_block

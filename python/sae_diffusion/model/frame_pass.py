@@ -1,4 +1,4 @@
-"""What every layer that mixes frames must know of one call of the network."""
+"""What the layers that mix frames need to know about one call of the network."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ class FramePass:
     """How the F frames of one call are related: their streams, absolute positions, noise levels and cache.
 
     Args:
-        config: the network's.
+        config: of the network.
         mode: "sequence", clean stream then noisy copies, as in training; "spatial", every frame by itself;
             "prefill", clean frames appended to the cache; "denoise", one noisy block after the cache; "flight",
             several of them, causal among themselves.
         frames: frames of one stream.
         c_noise: (B, F), ln(sigma) / 4.
         noisy_copies: K of a sequence.
-        cache: of prefill, denoise and flight.
+        cache: for prefill, denoise and flight.
     """
 
     def __init__(
@@ -47,7 +47,7 @@ class FramePass:
         self.cache = cast(Cache, cache)
         # Position of the first frame.
         self.start = 0 if cache is None else cache.frames
-        # A frame's clean and noisy copies are the same moment, so they share its position.
+        # A frame's clean and noisy copies share its position.
         self.positions = (self.start + torch.arange(frames, device=c_noise.device)).repeat(1 + noisy_copies)
 
     def layout(self, tokens_per_frame: int) -> FrameLayout:

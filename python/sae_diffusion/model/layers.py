@@ -17,12 +17,12 @@ from sae_kernels import normalize_weight, normalize_weights_
 
 
 class NormalizedModule(nn.Module):
-    """A module whose weights have no magnitude: only their direction, per output channel, is learned (eq. 47, 66)."""
+    """A module that learns the direction of its weights for each output channel, not their magnitude (eq. 47, 66)."""
 
     def __init__(self) -> None:
         super().__init__()
         self._effective: dict[str, tuple[tuple, Tensor]] = {}
-        # Normalised weights for the pass under way, where the network makes those of all layers at once.
+        # Normalised weights for the current pass, where the network makes those of all layers at once.
         self.given: dict[nn.Parameter, Tensor] = {}
 
     def raw_weights(self) -> Iterator[nn.Parameter]:
@@ -30,20 +30,20 @@ class NormalizedModule(nn.Module):
         raise NotImplementedError
 
     def normalized(self, weight: nn.Parameter) -> Tensor:
-        """The direction of a stored weight, with the variance of its outputs kept (gain 1 / sqrt(fan-in))."""
+        """The direction of a stored weight, scaled to preserve variance (gain 1 / sqrt(fan-in))."""
         given = self.given.get(weight)
         return normalize_weight(weight) if given is None else given
 
     def normalize_weights_(self) -> None:
-        """Overwrite each stored weight by its direction, of unit RMS for each output channel (forced weight norm)."""
+        """Overwrite each stored weight with its direction, at unit RMS for each output channel (forced weight norm)."""
         normalize_weights_(list(self.raw_weights()))
 
     def effective(self, name: str, build: Callable[[], Tensor]) -> Tensor:
         """`build()`, a weight as forward uses it; kept under `name` while sampling with unchanged parameters.
 
-        At 4x4 pixels normalising a weight costs more than the convolution it is for. Kept only in eval mode without
-        gradients; dropped by train(), eval() and conversions. Version counters see every change through the parameter;
-        a write through `.data` is not seen, so call eval() after one.
+        At 4x4 pixels normalising a weight costs more than its convolution. Kept only in eval mode without gradients;
+        dropped by train(), eval() and conversions. Version counters detect every change of the parameter except a write
+        through `.data`: call eval() after one.
         """
         if self.training or torch.is_grad_enabled() or torch.compiler.is_compiling():
             return build()

@@ -1,4 +1,4 @@
-"""What a frame is expected to be before it is denoised: the mean and deviation that preconditioning is built on."""
+"""The prior of a frame before it is denoised: the mean and deviation on which preconditioning is built."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from .config import ModelConfig
 
 
 class FramePrior:
-    """N(mean, std^2) for each frame, from the frame that its network sees last before it.
+    """N(mean, std^2) for each frame, from the last frame before it that the network sees.
 
     "data" is N(0, d^2), d = sigma_data, for all frames (Karras et al. 2022, table 1). "previous-frame" takes the frame
     y seen last before the block, at noise level r: of N(0, d^2) it leaves N(w y, d^2 (1 - w)), w = d^2 / (d^2 + r^2),
@@ -33,13 +33,13 @@ class FramePrior:
             before: the frame (B, ...) before frame 0 and its level (B,), if there is one.
 
         Returns:
-            mean (B, T, ...) and std (B, T); None where it is N(0, sigma_data^2) for all of them.
+            mean (B, T, ...) and std (B, T); None if it is N(0, sigma_data^2) for all of them.
         """
         frames = sigma.shape[1]
         if not self.uses_past or (before is None and frames <= self.block):
             return None
         if before is None:
-            # nothing but noise is known of what does not exist
+            # before the first frame there is only noise
             before = torch.zeros_like(seen[:, 0]), torch.full_like(sigma[:, 0], torch.inf)
         seen, sigma = torch.cat([before[0][:, None], seen], dim=1), torch.cat([before[1][:, None], sigma], dim=1)
         index = torch.arange(frames, device=sigma.device)

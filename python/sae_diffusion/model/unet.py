@@ -17,15 +17,15 @@ from .layers import Fourier, Linear, downsample, pointwise, upsample
 RESIDUAL_BALANCE = 0.3
 SKIP_BALANCE = 0.5
 ACTION_BALANCE = 1 / 3
-# Keeps half precision finite; activations are of unit order, so it never acts on a healthy network.
+# Keeps half precision finite; activations are of order 1, so a healthy network never reaches it.
 ACTIVATION_LIMIT = 256.0
 
 
 class Embedding(nn.Module):
-    """Noise level and action of each frame -> (B, F, features) of unit order.
+    """Noise level and action of each frame -> (B, F, features) of order 1.
 
     A discrete action is a one-hot vector times sqrt(num_actions); continuous ones are expected to have about unit
-    variance. A frame without action (-1, NaN, or no actions at all) keeps the embedding of its noise level alone.
+    variance. For a frame without an action (-1, NaN, or no actions) it is the embedding of the noise level alone.
     """
 
     def __init__(self, config: ModelConfig) -> None:
@@ -59,8 +59,8 @@ class Block(nn.Module):
     """Residual block of two causal convolutions, modulated by the embedding, and an optional attention.
 
     Args:
-        encoder: encoder blocks change the channel count first and normalise each pixel; decoder blocks do so on the
-            residual's main path.
+        encoder: encoder blocks first change the number of channels and normalise each pixel; decoder blocks change it
+            on the main path of the residual.
         resample: None, "down" or "up", before everything else.
         attention: None, "video" or "frame".
     """
@@ -126,7 +126,7 @@ class UNet(nn.Module):
 
         self.embedding = Embedding(config)
         channels = config.level_channels[0]
-        # One more input channel, constant one, stands for the bias that no layer has.
+        # One more input channel, constant 1, in place of biases, which no layer has.
         self.conv_in = CausalConv(config.input_channels + 1, channels, config)
         skips = [channels]
         self.encoder = nn.ModuleDict()
