@@ -579,7 +579,7 @@ def test_a_spoilt_loss_or_norm_since_the_last_record_is_not_saved(tmp_path, colu
 def test_a_spoilt_average_is_not_saved(tmp_path):
     t = trainer(tmp_path)
     t.ema.averages[0.1]["out.bias"][1] = math.nan
-    with pytest.raises(FloatingPointError, match=r"^out\.bias of ema-0\.1 is not finite"):
+    with pytest.raises(FloatingPointError, match=r"^out\.bias of ema-0\.1 is no longer finite"):
         t.save()
 
 
