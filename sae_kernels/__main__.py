@@ -34,7 +34,7 @@ def describe_device(device: torch.device) -> str:
 
 
 def report() -> dict:
-    """Versions, devices, and for each op and device the implementation `impl="auto"` takes and why not the others."""
+    """Versions, devices, and for each op and device what `impl="auto"` uses and why not the others."""
     ops: dict[str, dict] = {}
     for op in OPS:
         module = importlib.import_module(f".{op}.ops", __package__)

@@ -1,4 +1,4 @@
-"""Argument checks shared by every op's api: each error names the argument, the rule and what came."""
+"""Argument checks shared by every op's api: each error names the argument, the rule and what was given."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ IMPLEMENTATIONS = ("auto", "reference", "composed", "cpp", "triton", "cuda")
 
 
 def describe(value: object) -> str:
-    """In one short line, whatever it is."""
+    """Any value, in one short line."""
     if isinstance(value, torch.Tensor):
         dtype = str(value.dtype).removeprefix("torch.")
         if value.is_nested:
@@ -42,7 +42,7 @@ def check_flag(name: str, value: object) -> None:
 
 
 def check_integers(name: str, value: object) -> list[int]:
-    """Of a tuple or list."""
+    """The integers of a tuple or list."""
     if not isinstance(value, (tuple, list)) or not all(is_integer(item) for item in value):
         raise TypeError(f"{name}: must be a tuple of integers, got {describe(value)}")
     return list(value)
@@ -61,7 +61,7 @@ def check_list(name: str, values: object, what: str) -> list:
 def check_number(name: str, value: object, *, finite: bool = True) -> float:
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise TypeError(f"{name}: must be a number, got {describe(value)}")
-    # Comparisons, as torch.compile cannot trace math.isfinite and float() fails for large integers.
+    # Comparisons, because torch.compile cannot trace math.isfinite, and float() fails for large integers.
     held = -sys.float_info.max <= value <= sys.float_info.max
     if not held and (finite or isinstance(value, int)):
         raise ValueError(f"{name}: must be finite{'' if finite else ' as a float'}, got {short(value)}")
@@ -69,7 +69,7 @@ def check_number(name: str, value: object, *, finite: bool = True) -> float:
 
 
 def check_tensor(name: str, value: object, *, shape: str, ndim: int | None = None) -> None:
-    """`shape` is the legend shown to the caller, such as "(B, H, S, D)"; ndim is counted from it unless given."""
+    """`shape` is shown in the message, such as "(B, H, S, D)"; the rank follows from it unless `ndim` is given."""
     if not isinstance(value, torch.Tensor):
         raise TypeError(f"{name}: must be a tensor of shape {shape}, got {describe(value)}")
     check_dense(name, value)
@@ -85,7 +85,7 @@ def check_float(name: str, value: torch.Tensor) -> None:
 
 
 def check_float_tensor(name: str, value: object) -> None:
-    """Of any shape."""
+    """A float tensor of any shape."""
     if not isinstance(value, torch.Tensor):
         raise TypeError(f"{name}: must be a tensor, got {describe(value)}")
     check_float(name, value)
@@ -115,7 +115,7 @@ def check_word(name: str, value: object) -> None:
 def choose_implementation(
     op: str, impl: str, device: torch.device, available: Sequence[str], why_not: dict[str, str] | None = None
 ) -> str:
-    """Resolve "auto" to the first of `available` (fastest first); an explicit request is honoured or refused.
+    """Resolve "auto" to the first of `available` (fastest first); a named implementation is used or refused.
 
     `why_not` maps an implementation that cannot run here to its reason.
     """

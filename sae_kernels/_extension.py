@@ -1,7 +1,7 @@
 """The C++ extension: loads the libraries that setup.py built, and says why one is missing.
 
-Its ops, `torch.ops.sae_kernels_native.*`, write into tensors they are given; each op's `cpp.py` calls them. They are
-registered here with fakes, so that a trace that reaches them does not run them.
+Its ops, `torch.ops.sae_kernels_native.*`, write into tensors that are passed to them; each op's `cpp.py` calls them.
+They are registered here with fakes, so that a trace does not run them.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import torch
 from . import _library
 
 NAMESPACE = "sae_kernels_native"
-# As csrc/registration.cpp has them: a library built from earlier sources lacks some.
+# Those in csrc/registration.cpp; a library built from earlier sources lacks some.
 OPS = (
     "token_noise_fwd", "token_noise_bwd", "token_noise_eps", "edm_loss", "normalize_weights", "normalize_weights_bwd",
     "frame_attention_fwd", "frame_attention_bwd",
@@ -25,7 +25,7 @@ _HERE = Path(__file__).parent
 
 
 def _load(name: str) -> str | None:
-    """Load `_<name>.so`; the reason if it cannot be used."""
+    """Load `_<name>.so`; returns the reason if it cannot be used, else None."""
     library = _HERE / f"_{name}.so"
     if not library.exists():
         try:
@@ -39,7 +39,7 @@ def _load(name: str) -> str | None:
         return f"its {name} library {library} does not load: {error}"
     missing = [op for op in OPS if f"{NAMESPACE}::{op}" not in torch._C._dispatch_get_all_op_names()]
     if missing:
-        return f"its {name} library {library} is older than its Python and lacks {', '.join(missing)}"
+        return f"its {name} library {library} is older than its Python code and lacks {', '.join(missing)}"
     return None
 
 
@@ -85,17 +85,17 @@ def why_not(device: torch.device) -> str | None:
 
 @functools.cache
 def _warn_of_slow_ops(reason: str) -> None:
-    """Once, when an op is first used on the CPU: pip shows nothing of what a build could not do."""
-    if "SAE_SKIP_CPU=1" not in reason:  # not by the user's own wish
-        message = f"sae_kernels: ops on the CPU run without their C++ kernels, slower: {reason}"
+    """Warn once, when an op is first used on the CPU, because pip does not show what a build could not do."""
+    if "SAE_SKIP_CPU=1" not in reason:  # unless the user asked for it
+        message = f"sae_kernels: ops on the CPU run without their C++ kernels, which is slower: {reason}"
         hint = "" if "--no-build-isolation" in reason else "; build them with `pip install --no-build-isolation .`"
         warnings.warn(message + hint, RuntimeWarning, stacklevel=2)
 
 
 def offer(available: list[str], unavailable: dict[str, str], device: torch.device, cannot: str | None = None) -> None:
-    """Add the extension to an op's implementations: first as "cpp" on the CPU or "cuda" on CUDA, or why not.
+    """Add the extension to an op's implementations: first, as "cpp" on the CPU or "cuda" on CUDA, or the reason.
 
-    `cannot`: why it does not take the op's arguments.
+    `cannot`: why it does not support the op's arguments, if it does not.
     """
     name, other = ("cpp", "cuda") if device.type == "cpu" else ("cuda", "cpp")
     unavailable[other] = f"it runs on {'CUDA devices' if other == 'cuda' else 'the CPU'}; here use {name!r}"

@@ -1,8 +1,8 @@
 """Corrections to Triton's CPU interpreter (3.6 to 3.9), without which bfloat16 kernels compute nonsense in it.
 
 It keeps bfloat16 as uint16: `tl.dot` then multiplies the bit patterns as integers, and a cast from float32 drops the
-low bits where a GPU rounds to nearest even. It also patches the language anew at every call of a device function,
-which takes half of its time: once for each module and launch is enough.
+low bits where a GPU rounds to nearest even. It also patches the language again at every call of a device function,
+which takes half of its time; once for each module and launch is enough.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ def correct() -> None:
             return None
         patched.add(id(fn.__globals__))
         scope = patch_lang(fn)
-        # Triton 3.6 takes int() of an array of one element, which NumPy has stopped to allow.
+        # Triton 3.6 calls int() on an array of one element, which NumPy no longer allows.
         scope.set_attr(tl.tensor, "__index__", lambda self: int(self.handle.data.item()))
         restore = scope.restore
 
@@ -56,7 +56,7 @@ def correct() -> None:
 
 
 def round_to_bfloat16(x: np.ndarray) -> np.ndarray:
-    """float32 to bfloat16 bits (uint16), to nearest, ties to even."""
+    """float32 -> bfloat16 bits (uint16), rounded to nearest, ties to even."""
     bits = np.ascontiguousarray(x, dtype=np.float32).view(np.uint32)
     rounded = ((bits + (0x7FFF + ((bits >> 16) & 1))) >> 16).astype(np.uint16)
     quiet = ((bits >> 16) | 0x40).astype(np.uint16)

@@ -1,4 +1,4 @@
-"""A Triton launch as data: the launcher runs it, the compile gate compiles it for a GPU that is not there."""
+"""A Triton launch as data: the launcher runs it; the compile gate compiles it for a GPU that is not present."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import torch
 from . import _library
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET", "0") == "1"
-# Looked for once: a search took half the time of a small call.
+# Searched for once, because a search took half the time of a small call.
 INSTALLED = importlib.util.find_spec("triton") is not None
 
 
@@ -30,7 +30,7 @@ class Launch:
 
     @property
     def options(self) -> dict[str, Any]:
-        # Triton 3.10 turns the contraction a * b + c -> fma off by default; named here, no release changes the results.
+        # Triton 3.10 turns contraction to fma off by default; set here, so that releases agree in their results.
         return {"num_warps": self.num_warps, "num_stages": self.num_stages, "enable_fp_fusion": True}
 
     def run(self) -> None:
@@ -47,7 +47,7 @@ _planned: tuple[int, list[Launch]] | None = None
 
 @contextlib.contextmanager
 def planning(architecture: int) -> Iterator[list[Launch]]:
-    """Inside, launches on meta tensors are collected instead of run, as for a GPU of compute capability / 10."""
+    """Collect launches on meta tensors instead of running them, for a GPU of compute capability architecture / 10."""
     global _planned
     outside, _planned = _planned, (architecture, [])
     try:
@@ -95,9 +95,9 @@ _TYPE_NAMES = {
 def signature(launch: Launch) -> tuple[dict[str, str], dict[str, Any], dict[tuple[int], list]]:
     """(types, constexprs, attributes) as `triton.compiler.ASTSource` takes them.
 
-    Tensors count as 16-byte aligned, as the caching allocator makes them; tensor descriptors are by definition. An
-    integer must carry a type annotation and be exempt from specialisation, so that its value can neither recompile nor
-    change a kernel.
+    Tensors are taken to be 16-byte aligned, as from the caching allocator; tensor descriptors always are. An integer
+    must have a type annotation and be exempt from specialisation, so that its value can neither recompile nor change a
+    kernel.
     """
     types, constants, attributes = {}, {}, {}
     for index, param in enumerate(launch.kernel.params):
@@ -128,5 +128,5 @@ def why_not(device: torch.device) -> str | None:
         if major < 8:
             return f"it needs compute capability 8.0 or newer, this device has {major}.{minor}"
     elif os.environ.get("TRITON_INTERPRET", "0") != "1":
-        return "it needs a CUDA device, or TRITON_INTERPRET=1 from the start to be interpreted on the CPU"
+        return "it needs a CUDA device, or TRITON_INTERPRET=1 set before Python starts, to be interpreted on the CPU"
     return None

@@ -12,7 +12,7 @@ NAMESPACE = "sae_kernels"
 
 
 class _Library(torch.library.Library):
-    """Its ops refuse forward-mode derivatives, which PyTorch would drop without a word."""
+    """Its ops refuse forward-mode derivatives, which PyTorch would silently drop."""
 
     def impl(self, op_name, fn, dispatch_key="", **options):
         def refusing(*args, **kwargs):
@@ -23,9 +23,9 @@ class _Library(torch.library.Library):
 
 
 _library = _Library(NAMESPACE, "DEF")
-# What each op runs, for those who count what is inside: a dispatch mode sees the op alone.
+# What each op runs, for code that counts the work inside: a dispatch mode sees only the op.
 implementations: dict[torch._ops.OpOverload, Callable] = {}
-# The ops with a gradient, and the public functions whose errors they raise.
+# The ops with a gradient, and the public function that each one's errors name.
 differentiable: dict[str, str] = {}
 
 
@@ -59,10 +59,10 @@ def register_autograd(
     name: str | None = None,
     twice: bool = False,
 ) -> None:
-    """Give an op its gradient. Where that is differentiated again, an error says that it cannot be.
+    """Give an op its gradient. Differentiating that again is an error.
 
-    `name`: the public function, where it is not that of the op. `twice`: everything that `backward` runs has a right
-    gradient of its own.
+    `name`: the public function, if it differs from the op's. `twice`: everything that `backward` runs is correctly
+    differentiable itself.
     """
     op_name = op._schema.name.split("::")[1]
     name = differentiable[op_name] = name or op_name.removesuffix("_fwd")
@@ -85,9 +85,9 @@ def register_autograd(
 
 
 class _Once(torch.autograd.Function):
-    """The gradients as they are, tied to the tensors they were made of; to differentiate them is an error.
+    """Passes gradients on, tied to all tensors they were computed from; differentiating them is an error.
 
-    torch.autograd.function.once_differentiable ties them to the incoming gradients alone.
+    torch.autograd.function.once_differentiable ties them to the incoming gradients only.
     """
 
     @staticmethod
@@ -97,7 +97,7 @@ class _Once(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, *_):
-        raise RuntimeError(f'{ctx.name} is differentiable once; impl="reference" is, any number of times')
+        raise RuntimeError(f'{ctx.name} is differentiable only once; use impl="reference" for higher derivatives')
 
 
 def _refuse_tangents(name: str, values: object) -> None:
@@ -105,7 +105,7 @@ def _refuse_tangents(name: str, values: object) -> None:
         return
     for value in tree_flatten(values)[0]:
         if isinstance(value, torch.Tensor) and forward_ad.unpack_dual(value).tangent is not None:
-            raise RuntimeError(f'{name} has no forward-mode derivative; impl="reference" has')
+            raise RuntimeError(f'{name} has no forward-mode derivative; use impl="reference"')
 
 
 def register_autocast(op: torch._ops.OpOverload) -> None:
@@ -132,7 +132,7 @@ def register_autocast(op: torch._ops.OpOverload) -> None:
 def constant_in_graphs(function: Callable) -> Callable:
     """Let torch.compile call the function while it traces and keep the result as a constant.
 
-    This is torch.compiler.assume_constant_result without its import of all of torch._dynamo, seconds at every start.
+    This is torch.compiler.assume_constant_result without its import of torch._dynamo, which takes seconds.
     """
     function._dynamo_marked_constant = True  # type: ignore[attr-defined]
     return function

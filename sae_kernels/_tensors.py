@@ -1,4 +1,4 @@
-"""What the composed and Triton implementations of the memory-bound ops share: dtypes and the order of memory."""
+"""Shared by the composed and Triton implementations of the memory-bound ops: dtypes and memory order."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ def compute_dtype(dtype: torch.dtype) -> torch.dtype:
 
 
 def up(x: torch.Tensor) -> torch.Tensor:
-    # CPU kernels for mixed dtypes are ten times slower than a cast.
+    # CPU kernels for mixed dtypes are ten times slower than a cast
     return x.to(compute_dtype(x.dtype))
 
 
 def workspace(out: torch.Tensor) -> torch.Tensor:
-    """`out` itself where it can hold the intermediate, else an fp32 one beside it."""
+    """`out` itself if it can hold the intermediate result, else a tensor of the compute dtype."""
     dtype = compute_dtype(out.dtype)
     return out if out.dtype == dtype else torch.empty_like(out, dtype=dtype)
 
@@ -33,7 +33,7 @@ def common_unit(*sizes: int) -> int:
 
 
 def ordered_as(x: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
-    """x in the memory order of the dense `out`, copied only if it is in another."""
+    """x in the memory order of the dense `out`, copied only if its order differs."""
     same = all(n == 1 or s == t for n, s, t in zip(x.shape, x.stride(), out.stride(), strict=True))
     return x if same else torch.empty_like(out, dtype=x.dtype).copy_(x)
 

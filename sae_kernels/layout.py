@@ -1,7 +1,7 @@
-"""The geometry of a clean/noisy sequence: which frame sees which, in integers.
+"""The geometry of a sequence of clean and noisy frames: which frame sees which, in integers.
 
-A training sequence holds a clean copy of a clip and K noisy copies of it. `FrameLayout` says where each token lies and
-what it may attend to; every op takes it and none takes a mask tensor.
+A training sequence holds a clean copy of a clip and K noisy copies of it. `FrameLayout` says where each token is and
+what it may attend to; every op takes a layout, and none takes a mask tensor.
 """
 
 from __future__ import annotations
@@ -25,9 +25,9 @@ class FrameLayout:
         tokens_per_frame: P, tokens in a frame, at least 1.
         frames_per_block: frames denoised jointly, at least 1.
         noisy_copies: K, noisy copies that share the clean one; 0 is the plain block-causal sequence.
-        noisy_first: memory order noisy 1..K, clean instead of clean, noisy 1..K.
-        window: preceding blocks a block may see besides its own; None for all.
-        sink: the first `sink` blocks stay visible however far back.
+        noisy_first: the order in memory is noisy 1..K, clean instead of clean, noisy 1..K.
+        window: number of preceding blocks that a block may see besides its own; None for all.
+        sink: number of first blocks that stay visible, however far back.
 
     Raises:
         ValueError: a field breaks its rule; the message names field, rule and value.
@@ -103,12 +103,12 @@ class FrameLayout:
         return other < block and (self.window is None or other >= block - self.window or other < self.sink)
 
     def dense_mask(self, device: torch.device | str | None = None) -> torch.Tensor:
-        """Bool (S, S), True where a query row sees a key column. For tests and small sequences: it costs S^2 bytes."""
+        """Bool (S, S), True where a query row sees a key column. For tests and small sequences: it takes S^2 bytes."""
         index = torch.arange(self.sequence_length, device=device)
         return self.mask_mod()(0, 0, index[:, None], index[None, :])
 
     def mask_mod(self) -> Callable:
-        """The rule as a FlexAttention `mask_mod(b, h, q_idx, kv_idx)`, right for every layout and block size."""
+        """The rule as a FlexAttention `mask_mod(b, h, q_idx, kv_idx)`, correct for every layout and block size."""
         T, P, f, K = self.frames, self.tokens_per_frame, self.frames_per_block, self.noisy_copies
         noisy_first, window, sink = self.noisy_first, self.window, self.sink
 
@@ -130,10 +130,10 @@ class FrameLayout:
         return mask_mod
 
     def split(self, x: torch.Tensor, dim: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Views (clean, noisy) of x along `dim`, which counts frames (F) or tokens (S); noisy carries all K copies.
+        """Views (clean, noisy) of x along `dim`, which counts frames (F) or tokens (S); noisy holds all K copies.
 
         Raises:
-            ValueError: the dimension is neither F nor S long.
+            ValueError: the size of the dimension is neither F nor S.
         """
         size = x.shape[dim]
         if size == self.total_frames:
@@ -151,7 +151,7 @@ class FrameLayout:
 
 
 def _check_integer(name: str, value: object, least: int) -> None:
-    # torch.SymInt stands for an integer while torch.compile traces with dynamic shapes.
+    # an integer is a torch.SymInt while torch.compile traces with dynamic shapes
     if isinstance(value, bool) or not isinstance(value, (int, torch.SymInt)):
         raise ValueError(f"{name}: must be an integer >= {least}, got {value!r}")
     if value < least:

@@ -22,13 +22,13 @@ def assert_within_budget(
         actual: result under test, any float dtype.
         gold: the same computation by the reference in fp64, on the promoted low-precision inputs.
         eager: the same computation by the reference at the dtype of `actual`.
-        roundings: how many units in the last place of the largest gold value are granted on top, because
-            another summation order is another rounding, not an error.
-        terms: size of the terms that cancel where the gold result is zero everywhere, to fp64 rounding; else unused.
+        roundings: units in the last place of the largest gold value that are allowed in addition, because another
+            order of summation rounds differently without being wrong.
+        terms: size of the terms that cancel if the gold result is zero everywhere, up to fp64 rounding; else unused.
 
     Raises:
-        AssertionError: not finite where gold is, mean or max error over budget, or a gradient that is zero
-            where the gold one is not.
+        AssertionError: `actual` is not finite, its mean or maximum error exceeds the budget, or its direction differs
+            from that of gold.
     """
     assert actual.shape == gold.shape == eager.shape, f"{name}: shape {actual.shape}, expected {gold.shape}"
     assert gold.dtype == torch.float64, f"{name}: gold must be float64, got {gold.dtype}"
@@ -57,7 +57,7 @@ def assert_within_budget(
 
 
 def noncontiguous(x: torch.Tensor, dim: int) -> torch.Tensor:
-    """A copy of x inside a larger NaN-filled buffer: strided along `dim`, poisoned neighbours."""
+    """A copy of x inside a larger buffer that is NaN elsewhere, with gaps along `dim`."""
     shape = list(x.shape)
     shape[dim] = shape[dim] * 2 + 3
     buffer = torch.full(shape, float("nan"), dtype=x.dtype, device=x.device)
@@ -80,7 +80,7 @@ STRIDES = (
 
 
 def strided(shape: Sequence[int], kind: str, dtype: torch.dtype, seed: int = 0, device: str = "cpu") -> torch.Tensor:
-    """Normals of a shape, in memory of one of the kinds in `STRIDES`; what lies between and around them is NaN.
+    """Normals of a shape in memory of one of the kinds in `STRIDES`, with NaN between and around them.
 
     Expanded and overlapping tensors have fewer elements in memory than in their shape.
     """
@@ -88,7 +88,7 @@ def strided(shape: Sequence[int], kind: str, dtype: torch.dtype, seed: int = 0, 
     shape, dims = tuple(shape), len(shape)
 
     def inside(memory: Sequence[int], strides: Sequence[int], offset: int = 0) -> torch.Tensor:
-        """A view of `shape` into a buffer that is NaN but for the elements of the view."""
+        """A view of `shape` into a buffer that is NaN except in the elements of the view."""
         length = 1 + sum((n - 1) * s for n, s in zip(memory, strides, strict=True)) if 0 not in memory else 0
         buffer = torch.full((length + offset + 8,), float("nan"), dtype=torch.float32)
         view = buffer.as_strided(tuple(memory), tuple(strides), offset)

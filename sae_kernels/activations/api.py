@@ -1,6 +1,6 @@
 """Activations, sums and norms of EDM2: argument checks and choice of implementation.
 
-Each keeps a unit root mean square where its inputs have one. All of them take float32, bfloat16, float16 and float64 on
+Each keeps a root mean square of 1 if its inputs have it. All of them take float32, bfloat16, float16 and float64 on
 any device, compute in fp32 (fp64 for fp64) also under autocast, keep the memory order of their (first) input, and are
 deterministic. `impl` is "auto", "reference", "composed", or "triton"; a named one is used or refused, never replaced.
 """
@@ -56,9 +56,10 @@ def mp_sum(
 
     Args:
         a, b: of one shape; different dtypes are promoted as torch.add does.
-        t: a number, or a float tensor broadcastable to a, such as (B, 1, F, 1, 1) for one value per frame of
-            (B, C, F, Y, X); it receives a gradient too. "triton" takes a number, or one value for each (dim 0, dim 2).
-        limit: clamp the sum to [-limit, limit], without gradient where it is reached; for t a number.
+        t: a number, or a float tensor that broadcasts to a, such as (B, 1, F, 1, 1) for one value per frame of
+            (B, C, F, Y, X); a tensor receives a gradient too. "triton" takes a number, or one value for each (dim 0,
+            dim 2).
+        limit: clamp the sum to [-limit, limit], without gradient where the limit is reached; only if t is a number.
 
     Raises:
         TypeError: not a tensor, or not a supported dtype.
@@ -78,7 +79,7 @@ def mp_sum(
         t = _checks.check_number("t", t)
     no_triton = None
     if isinstance(t, torch.Tensor) and (a.ndim < 2 or ops.varies_inside_frames(t, a)):
-        no_triton = f"its t is a number or one value for each (dim 0, dim 2), got {_checks.describe(t)}"
+        no_triton = f"its t must be a number or one value for each (dim 0, dim 2), got {_checks.describe(t)}"
     if limit is not None:
         limit = _checks.check_number("limit", limit)
         if limit <= 0:
@@ -105,7 +106,7 @@ def mp_cat(a: torch.Tensor, b: torch.Tensor, dim: int = 1, t: float = 0.5, *, im
     a, b = _check_pair(a, b)
     dim, t = _check_dim(dim, a), _checks.check_number("t", t)
     if a.ndim != b.ndim or any(n != m for d, (n, m) in enumerate(zip(a.shape, b.shape, strict=True)) if d != dim):
-        raise ValueError(f"b: must have the shape of a {tuple(a.shape)} but for dim {dim}, got {_checks.describe(b)}")
+        raise ValueError(f"b: must have the shape of a {tuple(a.shape)} except in dim {dim}, got {_checks.describe(b)}")
     n_a, n_b = a.shape[dim], b.shape[dim]
     for name, size in (("a", n_a), ("b", n_b)):
         if size < 1:
@@ -134,7 +135,7 @@ def pixel_norm(x: torch.Tensor, dim: int = 1, eps: float = 1e-4, *, impl: str = 
 def pixel_norm_silu(
     x: torch.Tensor, dim: int = 1, eps: float = 1e-4, *, impl: str = "auto"
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """`n = pixel_norm(x, dim, eps)` and `mp_silu(n)`, the main path and the input of the residual, of one read of x.
+    """`n = pixel_norm(x, dim, eps)` and `mp_silu(n)`, the main path and the input of the residual, from one read of x.
 
     Raises:
         TypeError, ValueError: as `pixel_norm`.

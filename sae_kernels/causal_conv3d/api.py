@@ -33,16 +33,16 @@ def causal_conv3d(
         x: (B, Cin, F, Y, X). channels_last_3d is the fast memory format; any strides work.
         weight: (Cout, Cin, kt, ky, kx), ky and kx odd, of the dtype and device of x. Stride 1, zero "same"
             padding in space. weight[:, :, -1] acts on the current frame.
-        layout: the geometry; F must equal `layout.total_frames`. Tokens per frame, window and sink are the
-            attention's business and are not looked at: maps of every resolution share one layout.
+        layout: the geometry; F must equal `layout.total_frames`. Tokens per frame, window and sink are for attention
+            and are ignored here, so that maps of every resolution can share one layout.
         past_scale, last_scale: (B, F), None for 1.
         history: (B, Cin, kt - 1, Y, X), the clean frames before frame 0, oldest first.
         pad_value: without `history`, the constant that fills those frames; the spatial padding around them
             stays 0.
         impl: "auto", "reference" (one frame at a time, any float dtype), "composed" (library convolutions),
             "triton" (not for noisy frames in blocks of several). A named one is used or refused, never replaced.
-            "auto" takes triton on CUDA, but composed where it cannot run or where the table of
-            `python -m sae_kernels.tune` says that it is slower; `python -m sae_kernels` prints both.
+            "auto" is triton on CUDA, but composed where triton cannot run or is slower according to the table of
+            `python -m sae_kernels.tune`; `python -m sae_kernels` prints both.
 
     Returns:
         (B, Cout, F, Y, X) of the dtype of x; channels_last_3d if the channels of x are innermost in memory,
@@ -58,7 +58,7 @@ def causal_conv3d(
     if chosen == "reference":
         return reference.causal_conv3d(x, weight, layout, past_scale, last_scale, history, float(pad_value))
     if impl == "auto" and chosen == "triton":
-        chosen = "auto"  # the op knows the sizes, and what was measured of them
+        chosen = "auto"  # the op knows the sizes, and the measurements for them
     keep_past = past_scale is not None and past_scale.requires_grad and torch.is_grad_enabled()
     out, _ = ops.causal_conv3d_fwd(
         x,
@@ -78,7 +78,7 @@ def causal_conv3d(
 
 
 def past_term(history: torch.Tensor, weight: torch.Tensor, *, impl: str = "auto") -> torch.Tensor:
-    """P of one frame: the sum of all taps but the last over the clean frames before it.
+    """P of one frame: the sum of all taps except the last over the clean frames before it.
 
     It stays the same over all denoiser evaluations of a frame, so a sampler computes it once: the frame's
     output is last_scale * F.conv2d(x, weight[:, :, -1], padding="same") + past_scale * P.

@@ -26,7 +26,7 @@ def edm_loss(
 
     With eps the noisy frames' part of `token_noise_eps((B, F, ...), seed=seed, offset=offset)`, d = sigma_data and
     `D = d^2 / (s^2 + d^2) * (x0 + s * eps) + s * d / sqrt(s^2 + d^2) * model_output`, it is
-    `(s^2 + d^2) / (s d)^2 * ((D - x0)**2).mean(over everything inside a frame)`. eps is made again, forward and
+    `(s^2 + d^2) / (s d)^2 * ((D - x0)**2).mean(over everything inside a frame)`. eps is generated again, forward and
     backward: neither the noised input, nor the target, nor the denoised image is stored. Computed in fp32, or in fp64
     where model_output is fp64. Deterministic.
 
@@ -34,9 +34,9 @@ def edm_loss(
         model_output: (B, K T, ...) the network's output before preconditioning, noisy frames only; any strides, any
             float dtype.
         x0: (B, T, ...) clean data.
-        sigma: (B, K T) noise levels, > 0. Not checked, as that would wait for the device: every implementation gives
-            what the formula gives, NaN for a frame of level 0, infinity or NaN, a number for a negative one. Levels
-            whose square overflows or vanishes in the reference are right in the others.
+        sigma: (B, K T) noise levels, > 0. Not checked, as that would synchronise the device: every implementation
+            returns what the formula gives, NaN for a frame of level 0, infinity or NaN, a number for a negative one.
+            Levels whose square overflows or vanishes in the reference are handled correctly by the others.
         layout: its frames, noisy_copies and noisy_first are used; noisy_copies >= 1.
         seed, offset: those given to `token_noise` for the network's input.
         sigma_data: d, > 0.

@@ -23,23 +23,23 @@ def frame_attention(
     """Attention where clean frames see clean frames up to themselves, and a noisy frame sees the clean past and itself.
 
     Equal to `F.scaled_dot_product_attention(q, k, v, attn_mask=layout.dense_mask(), scale=scale, enable_gqa=True)`
-    without ever building a mask, a block list or an S x S tensor (`impl="reference"` excepted). Deterministic. What a
-    row does not see changes no bit of its results, forward or backward, while it is finite, however large.
+    without building a mask, a block list or an S x S tensor (except for `impl="reference"`). Deterministic. Tokens that
+    a row does not see change no bit of its results, forward or backward, as long as they are finite.
 
     Args:
         q: (B, Hq, S, D), or (B, Hq, K*T*P, D) with `noisy_queries_only`. Any strides: those with a contiguous last
             dimension, such as of a transposed (B, S, H, D) tensor, cost no copy.
         k, v: (B, Hkv, S, D) of the dtype and device of q; Hkv divides Hq (grouped-query attention).
         layout: the geometry; S must equal `layout.sequence_length`.
-        scale: factor on q k^T, 1/sqrt(D) by default; a number: multiply q by one that is learned.
+        scale: factor on q k^T, 1/sqrt(D) by default. It must be a number; multiply q by a learned one.
         return_lse: also return the natural-log sum of exponentials of each row, (B, Hq, Sq), fp32 (fp64 for fp64
             input), without gradient.
-        noisy_queries_only: q holds the noisy rows alone, as the last attention of a network needs.
+        noisy_queries_only: q holds only the noisy rows, as the last attention of a network needs.
         impl: "auto", "reference" (dense, any float dtype), "composed" (library calls), "cpp" (on the CPU; not for
             float64), "triton". A named one is used or refused, never replaced.
 
     Returns:
-        out, of the shape and dtype of q, and of its memory order if its last dimension is contiguous; with
+        out, of the shape and dtype of q, and in its memory order if its last dimension is contiguous; with
         `return_lse` the pair (out, lse).
 
     Raises:

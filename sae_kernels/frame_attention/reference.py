@@ -20,7 +20,7 @@ def frame_attention(
     group = q.shape[1] // k.shape[1]
     k, v = k.repeat_interleave(group, dim=1), v.repeat_interleave(group, dim=1)
     scores = (q @ k.transpose(-2, -1) * scale).masked_fill(~mask, float("-inf"))
-    # Hidden weights are 0 already; filled, so that no gradient comes back to them, were it infinite.
+    # hidden weights are 0 already; filled so that they get no gradient even if it is infinite
     out = scores.softmax(dim=-1).masked_fill(~mask, 0) @ v
     lse = scores.detach().to(torch.float64 if q.dtype == torch.float64 else torch.float32).logsumexp(dim=-1)
     return out, lse

@@ -28,12 +28,12 @@ def qk_prepare(
     eps: float = 1e-4,
     impl: str = "auto",
 ) -> tuple[torch.Tensor, ...]:
-    """Make heads ready for attention in one pass: unit RMS, then rotary embedding of absolute positions.
+    """Prepare heads for attention in one pass: unit RMS, then rotary embedding of absolute positions.
 
     With n = D, each head x of q and k becomes `R(p) @ (x / (eps + x.norm() / sqrt(n)))`. R(p) turns pair j of an axis
-    of w channels by p base^(-2j/w) radians (Su et al. 2021). Angles are right to fp32 rounding at any position (below
-    2.4e-7 in cos and sin at position 10^6): they are reduced modulo a full turn before anything is rounded to fp32.
-    Everything is computed in fp32 (fp64 for fp64), also under autocast, and rounded once. Deterministic.
+    of w channels by p base^(-2j/w) radians (Su et al. 2021). Angles are accurate to fp32 rounding at any position
+    (below 2.4e-7 in cos and sin at position 10^6): they are reduced modulo a full turn before anything is rounded to
+    fp32. Everything is computed in fp32 (fp64 for fp64), also under autocast, and rounded once. Deterministic.
 
     Args:
         q: (B, Hq, S, D), any strides; those with a contiguous last dimension cost no copy.
@@ -43,8 +43,8 @@ def qk_prepare(
             (B, S, A). None: nothing is turned.
         start: position of a layout's first frame, such as the number of cached frames.
         grid: (Y, X) of a layout's frames, Y X = tokens_per_frame: axes are then (frame, row, column).
-        axes: channels of each axis, even numbers; their sum may be less than D, then the last channels are not turned.
-            By default all D for one axis, and (D - 4 (D//6), 2 (D//6), 2 (D//6)) for three, as Wan has it.
+        axes: channels of each axis, even numbers; their sum may be less than D; the last channels are then not turned.
+            By default all D for one axis, and (D - 4 (D//6), 2 (D//6), 2 (D//6)) for three, as in Wan.
         base: of the frequencies.
         interleaved: pairs are channels (2j, 2j+1) instead of (j, j + R/2) of the R turned channels ("rotate_half").
             Axes take consecutive pairs in either case.
@@ -53,7 +53,7 @@ def qk_prepare(
         impl: "auto", "reference", "composed" or "triton". A named one is used or refused, never replaced.
 
     Returns:
-        (q, k), or (q, k, v) if v was given; each lies in memory as (B, S, H, D) if q does, as (B, H, S, D) otherwise.
+        (q, k), or (q, k, v) if v was given; each is stored as (B, S, H, D) if q is, else as (B, H, S, D).
 
     Raises:
         ValueError: a shape, device or value breaks its rule, or `impl` cannot run here.
@@ -97,7 +97,7 @@ def qkv_prepare(
         positions and the others: as for `qk_prepare`.
 
     Returns:
-        q (B, Hq, S, D), k and v (B, Hkv, S, D), each a transposed contiguous (B, S, H, D) tensor. v is copied where it
+        q (B, Hq, S, D), k and v (B, Hkv, S, D), each a transposed contiguous (B, S, H, D) tensor. v is copied if it
         is not normalised.
 
     Raises:
@@ -171,20 +171,20 @@ def _prepare(
 
 
 def _axes(axes: Sequence[int] | None, positions: object, grid: object, D: int) -> list[int]:
-    """Channels of each axis; none where nothing is turned."""
+    """Channels of each axis; none if nothing is turned."""
     if positions is None:
         if axes is not None or grid is not None:
-            raise ValueError("axes: must be None without positions, and grid too: nothing is turned")
+            raise ValueError(f"axes, grid: must be None without positions, got {axes} and {grid}")
         return []
     three = isinstance(positions, FrameLayout) and grid is not None
     if axes is None:
         axes = [D - 4 * (D // 6), 2 * (D // 6), 2 * (D // 6)] if three else [D]
     axes = _checks.check_integers("axes", axes)
     if any(channels < 0 or channels % 2 for channels in axes) or not 2 <= sum(axes) <= D:
-        raise ValueError(f"axes: must be even numbers with a sum from 2 to the head dim = {D}, got {tuple(axes)}")
+        raise ValueError(f"axes: must be even numbers that sum to between 2 and the head dim = {D}, got {tuple(axes)}")
     if isinstance(positions, FrameLayout) and len(axes) != (3 if three else 1):
-        wanted = "three, (frame, row, column), with a grid" if three else "one without a grid"
-        raise ValueError(f"axes: a layout has {wanted}, got {tuple(axes)}")
+        wanted = "three, (frame, row, column), for a layout with a grid" if three else "one for a layout without a grid"
+        raise ValueError(f"axes: must be {wanted}, got {tuple(axes)}")
     return axes
 
 
@@ -195,7 +195,9 @@ def _place(
     _checks.check_word("start", start)
     if not isinstance(positions, FrameLayout):
         if grid is not None or start != 0:
-            raise ValueError(f"grid, start: belong to a FrameLayout, got grid {grid} and start {start}")
+            raise ValueError(
+                f"grid, start: must be None and 0 unless positions is a FrameLayout, got {grid} and {start}"
+            )
         return 0, 1, 1, 0
     _checks.check_size(name, "length", q.shape[2], "layout.sequence_length", positions.sequence_length)
     P = positions.tokens_per_frame

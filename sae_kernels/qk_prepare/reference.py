@@ -1,4 +1,4 @@
-"""What queries and keys are before attention: the specification, in plain PyTorch.
+"""The specification of what attention does to queries and keys first, in plain PyTorch.
 
 A head x of n channels becomes R(p) x / (eps + |x| / sqrt(n)), where R(p) turns pair j of its channels by the angle
 p base^(-2 j / w) (Su et al. 2021), p being the token's position along the axis that pair j belongs to, j counted from
@@ -49,7 +49,7 @@ def prepare(
         phase = angles(positions, axes, base)
         cos, sin = phase.cos().to(x.dtype), phase.sin().to(x.dtype)
         turned, rest = x.split([sum(axes), D - sum(axes)], dim=-1)
-        # Pairs are neighbours, or a channel of the first half and one of the second.
+        # A pair is two neighbours, or a channel of the first half and one of the second.
         a, b = turned.unflatten(-1, (-1, 2)).unbind(-1) if interleaved else turned.chunk(2, dim=-1)
         pairs = (a * cos - b * sin, a * sin + b * cos)
         turned = torch.stack(pairs, dim=-1).flatten(-2) if interleaved else torch.cat(pairs, dim=-1)

@@ -28,8 +28,9 @@ def token_noise(
 
     Equal to `signal_scale * torch.cat([x] * layout.streams, dim=1) + noise_scale * eps`, where eps are the normals of
     `token_noise_eps(out.shape, seed=seed, offset=offset)`: Philox4x32-10 (Salmon et al. 2011) on the element's index in
-    the contiguous output, then Box-Muller. They depend on nothing else: not on device, strides, dtype or batch
-    splitting by threads. Sums are made in fp32 (fp64 for fp64 x) and rounded once. Deterministic, also backwards.
+    the contiguous output, then Box-Muller. They depend on nothing else: not on device, strides, dtype, or
+    how threads share the work. Sums are computed in fp32 (fp64 for fp64 x) and rounded once. Forward and backward are
+    deterministic.
 
     Args:
         x: (B, T, ...) clean data, any strides; float32, bfloat16, float16 or float64.
@@ -39,7 +40,7 @@ def token_noise(
         seed: key of the generator, any signed 64-bit integer.
         offset: counter of the draw, such as the training step, any signed 64-bit integer. Draws of one
             seed with different offsets never share a counter.
-        dtype: of the output, that of x by default.
+        dtype: of the output; that of x by default.
         return_noise: also return eps, of the output's shape and dtype, without gradient.
         impl: "auto", "reference", "composed", "triton", "cpp" (the C++ extension on the CPU) or "cuda" (on CUDA). A
             named one is used or refused, never replaced.
@@ -89,8 +90,8 @@ def token_noise_eps(
 ) -> torch.Tensor:
     """The standard normals that `token_noise` adds to an output of this shape with this seed and offset.
 
-    Made in fp32, then rounded to `dtype`. Element e depends on (seed, offset, e) alone, so a longer shape begins with
-    the elements of a shorter one.
+    Computed in fp32, then rounded to `dtype`. Element e depends on (seed, offset, e) only, so a longer shape begins
+    with the elements of a shorter one.
 
     Raises:
         ValueError: a negative size, a seed or offset outside 64 bits, or `impl` cannot run here.

@@ -1,8 +1,7 @@
 """Weight normalisation of EDM2: argument checks and choice of implementation.
 
-All of them take float32, bfloat16, float16 and float64 on
-any device, compute in fp32 (fp64 for fp64) also under autocast, keep the memory order of their (first) input, and are
-deterministic. `impl` is "auto", "reference", "composed", or "triton"; a named one is used or refused, never replaced.
+All functions take float32, bfloat16, float16 and float64 on any device, compute in fp32 (fp64 for fp64) also under
+autocast, and are deterministic. `impl` is "auto" or a name; a named one is used or refused, never replaced.
 """
 
 from __future__ import annotations
@@ -18,7 +17,7 @@ from . import ops, reference
 def normalize_weight(w: torch.Tensor, gain: float | torch.Tensor = 1, *, impl: str = "auto") -> torch.Tensor:
     """The effective weight of a magnitude-preserving layer (EDM2, eqs. 47 and 66).
 
-    `w / (1e-4 + rms) * gain / sqrt(fan_in)`, with rms that of each output channel `w[i]` and fan_in its size.
+    `w / (1e-4 + rms) * gain / sqrt(fan_in)`, with the rms of each output channel `w[i]`, and fan_in its size.
 
     Args:
         w: (Cout, ...), at least two dimensions.
@@ -54,13 +53,13 @@ def normalize_weights(
 ) -> list[torch.Tensor]:
     """`[normalize_weight(w, gain) for w, gain in zip(weights, gains)]`, all weights of a model in one pass.
 
-    The gradients of all weights are made in one pass too, once those of all results are there: under data parallelism,
-    where communication shall overlap with backward, `normalize_weight` for each layer is better.
+    The gradients of all weights are computed in one pass too, once those of all results are known: under data
+    parallelism, where communication should overlap with backward, use `normalize_weight` for each layer.
 
     Args:
         weights: each (Cout, ...), at least two dimensions, of one device.
         gains: numbers; None for 1.
-        dtype: of the results, those of the weights by default; such as the autocast dtype, which saves a cast of each.
+        dtype: of the results, by default those of the weights; the autocast dtype saves a cast of each.
         impl: "auto", "reference", "composed", "cpp" (the C++ extension on the CPU) or "cuda" (on CUDA), these two
             for contiguous float32 weights.
 
@@ -96,12 +95,12 @@ def normalize_weights_(
     """Forced weight normalisation (EDM2, section 2.3) of all weights of a model, in place, without gradient.
 
     Every output channel becomes `w[i] / (1e-4 + rms(w[i]))`. The extension reads and writes each weight once for the
-    whole list. Where `copies` are given, each is filled with `normalize_weight(w, gain)` of the new w.
+    whole list. If `copies` are given, each is filled with `normalize_weight(w, gain)` of the new w.
 
     Args:
-        weights: each (Cout, ...), at least two dimensions, of one device. A tensor given again, such as a tied weight,
-            is normalised once; tensors that share memory otherwise are refused.
-        copies: contiguous tensors of the weights' shapes; None for none. One for each weight, also for one given again.
+        weights: each (Cout, ...), at least two dimensions, all on one device. A tensor that appears again, such as a
+            tied weight, is normalised once; other tensors that share memory are refused.
+        copies: contiguous tensors of the weights' shapes, one for each weight in the list; None for no copies.
         gains: of the copies; None for 1.
         impl: "auto", "composed", "cpp" (the C++ extension on the CPU) or "cuda" (on CUDA): contiguous float32 weights.
 

@@ -155,7 +155,7 @@ def _check_no_shared_memory(named: list[tuple[str, torch.Tensor]]) -> None:
         near = [entry for entry in near if entry[1] > start]
         for _, _, other, y in near:
             if torch.isin(_addresses(x), _addresses(y)).any():
-                raise ValueError(f"{other}, {name}: must not share memory, unless as one weight given again")
+                raise ValueError(f"{other}, {name}: must not share memory unless they are the same weight")
         near.append((start, end, name, x))
 
 

@@ -167,7 +167,7 @@ def test_libraries_of_earlier_sources_are_not_used(monkeypatch):
     assert sorted(_extension.OPS) == sorted(defined)
     if _extension.library("cpu") is None:
         monkeypatch.setattr(_extension, "OPS", (*_extension.OPS, "added_since"))
-        assert re.search("_cpu.so is older than its Python and lacks added_since", str(_extension._load("cpu")))
+        assert re.search("_cpu.so is older than its Python code and lacks added_since", str(_extension._load("cpu")))
 
 
 def test_missing_kernels_are_told_once_when_an_op_first_needs_them(monkeypatch):
