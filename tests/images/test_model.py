@@ -116,7 +116,7 @@ def test_bad_input_is_refused_by_name():
         net(torch.zeros(2, 1, 4, 4), torch.zeros(2, 1, 4, 4))
     with pytest.raises(ValueError, match="log_snr: must have the shape"):
         net(torch.zeros(2, 1, 8, 8), torch.zeros(2, 1, 1, 1))
-    with pytest.raises(ValueError, match="channel_mult: 5 levels need sizes divisible by 16, got 8x8"):
+    with pytest.raises(ValueError, match="channel_mult: sizes must be divisible by 16 for 5 levels, got 8x8"):
         ComponentUNet(NetConfig(channels=8, channel_mult=(1,) * 5), basis, 17)
     for field, value in (("channels", 12), ("groups", 0), ("blocks", 0), ("channel_mult", ()), ("fourier", -1)):
         with pytest.raises(ValueError, match=field):

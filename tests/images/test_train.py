@@ -183,7 +183,7 @@ def test_a_state_that_is_not_of_images_is_named(tmp_path):
 def test_an_infinite_loss_stops_the_run():
     trainer = ImageTrainer(TINY, images())
     trainer.model.net.place.data.fill_(math.inf)
-    with pytest.raises(FloatingPointError, match="loss: became nan at step 1"):
+    with pytest.raises(FloatingPointError, match="loss: must stay finite, got nan at step 1"):
         trainer.train()
 
 
@@ -301,7 +301,7 @@ def test_study_resumes_and_its_table_is_the_mean_over_seeds(tmp_path):
     again = run_study(study, quick, how, images(), tmp_path, progress=lambda *a: seen.append(a[2]), **options)
     assert len(seen) == 5
     assert [r["bits"] for r in again["runs"]] == [r["bits"] for r in results["runs"]]
-    with pytest.raises(ValueError, match="results of other settings"):
+    with pytest.raises(ValueError, match="results with the same settings"):
         run_study(study, dataclasses.replace(quick, steps=3), how, images(), tmp_path)
 
 

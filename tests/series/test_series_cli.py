@@ -80,7 +80,7 @@ def test_study_writes_resumes_and_does_not_mix_settings(tmp_path, monkeypatch):
     for row, expected in zip(result["rows"], whole["rows"]):
         assert row == expected
     assert run_study(GRID, out, callback=lambda *a: seen.append(a))["rows"] == whole["rows"] and seen[0] == (8, 8)
-    with pytest.raises(ValueError, match="made with other settings"):
+    with pytest.raises(ValueError, match="must have the same settings"):
         run_study(dataclasses.replace(GRID, steps=3), out)
     with pytest.raises(ValueError, match=r"own_losses: must be among losses"):
         dataclasses.replace(GRID, own_losses=("x0",))

@@ -211,7 +211,10 @@ REFUSED = {
     "text": (csv("series,time,v\na,0,x\na,1,y\n"), "column 'v' must hold numbers, got string"),
     "half-long": (csv("series,v\na,1\n"), "got 'series' only"),
     "no-values": (csv("series,time\na,1\n"), "must have a column of values"),
-    "repeated": (csv("series,time,v\na,0,1\na,0,2\n"), "series 'a' has two points at time 0"),
+    "repeated": (
+        csv("series,time,v\na,0,1\na,0,2\n"),
+        "series 'a' must have one point at each time, got two at time 0",
+    ),
     "no-time": (csv("series,time,v\na,0,1\na,,2\n"), "column 'time' must have no missing values"),
     "time-text": (
         csv("series,time,v\na,early,1\na,late,2\n"),

@@ -235,7 +235,7 @@ def test_a_state_that_is_not_of_series_is_named(tmp_path):
     config = tiny(tmp_path, steps=1)
     SeriesTrainer(config).train()
     save_checkpoint(config.run_dir, 2, {}, {"config": {}, "length": 5, "channels": 1, "scaling": "vp", "stats": {}})
-    with pytest.raises(ValueError, match=r"step-0000002/state\.json: does not describe a run on series .*run_dir"):
+    with pytest.raises(ValueError, match=r"step-0000002/state\.json: must describe a run on series .*run_dir"):
         load_series_model(config.run_dir)
     save_checkpoint(config.run_dir, 3, {}, {})
     for call in (lambda: load_series_model(config.run_dir), SeriesTrainer(config).resume):

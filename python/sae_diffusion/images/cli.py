@@ -15,7 +15,7 @@ from ..checks import check_integers
 from ..progress import progress_bar
 from .config import EvaluateConfig, ImageTrainConfig, StudyConfig
 
-# 22 s of training on one core for each of the study's runs
+# 22 s of training on one core for each run of the study
 STUDY_TRAIN = ImageTrainConfig(steps=1600)
 
 
@@ -25,12 +25,12 @@ class ImagesTrain:
 
     Args:
         run_dir: folder for checkpoints, metrics and curves.
-        train: the run.
+        train: settings of the run.
         checkpoint_every: steps between checkpoints; one more is written at the end.
         log_every: steps between lines of metrics.jsonl.
         tensorboard: also write TensorBoard curves.
         device: "auto" takes CUDA where there is one.
-        debug: show where an error came from.
+        debug: show the traceback of an error.
     """
 
     run_dir: Path = Path("runs/images")
@@ -66,15 +66,15 @@ class ImagesSample:
 
     Args:
         run_dir: run folder or checkpoint.
-        out: picture to write; <run_dir>/samples.png if not given.
-        count: images.
-        sampling_steps: of the solver; one component after another needs more of them than all together.
+        out: picture to write; "None": <run_dir>/samples.png.
+        count: number of images.
+        sampling_steps: of the solver; components one after another need more steps than all together.
         solver: "ancestral" draws from the closed-form posterior, "ddim", "euler", "heun" and "dpm++2m" follow the flow.
-        weights: the average of weights, or those as trained.
-        scale: enlargement of the picture.
+        weights: the averaged weights, or those as trained.
+        scale: factor by which the picture is enlarged.
         seed: of noise.
         device: "auto" takes CUDA where there is one.
-        debug: show where an error came from.
+        debug: show the traceback of an error.
     """
 
     run_dir: Path
@@ -115,11 +115,11 @@ class ImagesEvaluate:
 
     Args:
         run_dir: run folder or checkpoint.
-        evaluate: how; its seed chooses images, dequantisation and probes.
-        data_path: where the images of the run are now, if not where they were.
-        weights: the average of weights, or those as trained.
+        evaluate: settings; the seed chooses images, dequantisation and probes.
+        data_path: where the images of the run are now, if they have moved.
+        weights: the averaged weights, or those as trained.
         device: "auto" takes CUDA where there is one.
-        debug: show where an error came from.
+        debug: show the traceback of an error.
     """
 
     run_dir: Path
@@ -164,11 +164,11 @@ class ImagesCompare:
     Args:
         out: folder to write into.
         study: the grid.
-        train: every run of the grid; its basis, softness and seed are those of the grid.
-        evaluate: the measurement, the same for all.
+        train: settings of all runs; basis, softness and seed come from the grid.
+        evaluate: settings of the measurement, the same for all.
         seed: added to the seeds of `study`.
-        device: accepted for symmetry; the study runs on the CPU.
-        debug: show where an error came from.
+        device: accepted for consistency; the study runs on the CPU.
+        debug: show the traceback of an error.
     """
 
     out: Path = Path("runs/images-compare")

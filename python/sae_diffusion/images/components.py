@@ -1,4 +1,4 @@
-"""Whitened components: an orthonormal basis, then mean 0 and variance 1 for each component, measured on the data."""
+"""Whitened components: an orthonormal basis, then each component scaled to mean 0 and variance 1 on the data."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ class Whitened(Basis):
             if tuple(tensor.shape) != self.shape:
                 raise ValueError(f"{name}: must have the shape {self.shape} of the basis, got {tuple(tensor.shape)}")
             if not torch.isfinite(tensor).all():
-                raise ValueError(f"{name}: must be finite")
+                raise ValueError(f"{name}: must be finite, got NaN or infinity")
         if not (deviation > 0).all():
             raise ValueError(f"deviation: must be positive, got {float(deviation.min())}")
         self.base, self.mean, self.deviation = base, mean.double(), deviation.double()
@@ -41,9 +41,9 @@ class Whitened(Basis):
 
     @classmethod
     def fit(cls, name: str, images: Tensor, step: float, **options: Any) -> Whitened:
-        """Of images (N, C, Y, X) at the middle of their levels, which are `step` wide.
+        """Fit to images (N, C, Y, X) at the middle of their levels, which are `step` wide.
 
-        Uniform dequantisation is white, so that it adds exactly step^2 / 12 to every component's variance.
+        Uniform dequantisation is white, so it adds exactly step^2 / 12 to the variance of every component.
         """
         shape = images.shape[1:]
         if name == "pca":
@@ -54,11 +54,11 @@ class Whitened(Basis):
 
     @property
     def variance(self) -> Tensor:
-        """Of the components before whitening, fp64 `shape`."""
+        """Variance of the components before whitening, fp64 `shape`."""
         return self.deviation.square()
 
     def ordering(self) -> Tensor:
-        """l = - log variance: GUD's, large variance is generated first."""
+        """l = - log variance, as in GUD: components of large variance are generated first."""
         return -self.variance.log()
 
     def tensors(self) -> dict[str, Tensor]:
@@ -88,6 +88,6 @@ def gaussian_bits_per_dim(basis: Whitened, x: Tensor, step: float) -> Tensor:
 
 
 def check_basis(name: str, shape: Sequence[int]) -> None:
-    """Raises ValueError for a basis that images of this shape cannot have, before any data is touched."""
+    """Raise a ValueError if images of this shape cannot have this basis; reads no data."""
     if name != "pca":
         make_basis(name, shape)

@@ -1,4 +1,4 @@
-"""What a run on images, its measurement and the study are told."""
+"""Settings of a run on images, of its measurement and of the study."""
 
 from __future__ import annotations
 
@@ -17,15 +17,15 @@ class ScheduleConfig:
     """Noise levels of whitened components over time.
 
     Args:
-        kind: "components" orders them by falling variance (GUD's linear schedule); "columns" from left to right and
-            "rows" from top to bottom, of the image in the identity basis and of the grid of components in others.
+        kind: "components" orders them by decreasing variance (GUD's linear schedule); "columns" go from left to right
+            and "rows" from top to bottom, of the image in the identity basis, of the grid of components in others.
         softness: of "components", the inverse of GUD's a. inf gives all components the same log-SNR, 1 is standard
-            diffusion with equal noise in the data, towards 0 components are generated one after another.
-        b: of "columns" and "rows": 0 all together, towards 1 one after another.
+            diffusion with equal noise in the data; near 0 components are generated one after another.
+        b: of "columns" and "rows": 0 is all together; near 1 they come one after another.
         start: log-SNR of the last component at t = 0.
         end: log-SNR of the first component at t = 1.
-        least: log-SNR rests below this, where nothing is left to learn; standard diffusion (softness 1) never rests.
-        most: log-SNR rests above this, where nothing is left but noise for the loss; as for `least`.
+        least: smallest log-SNR, below which there is nothing to learn; not used with softness 1 (standard diffusion).
+        most: largest log-SNR, above which the loss is only noise; not used with softness 1.
 
     Raises:
         ValueError: a field breaks its rule; the message names field, rule and value.
@@ -58,17 +58,17 @@ class ScheduleConfig:
 
 @dataclass(frozen=True)
 class NetConfig:
-    """The network's size.
+    """The size of the network.
 
     Args:
         channels: at full resolution.
         channel_mult: channels of each level over `channels`; each further level has half the height and width.
         blocks: residual blocks per level, on the way down and again on the way up.
-        groups: tokens of the noise state; neighbours in the order of generation share one.
-        token_channels: of a token.
+        groups: tokens of the noise state; neighbours in the order of generation share a token.
+        token_channels: channels of a token.
         heads: of cross-attention.
-        fourier: sines and cosines of the image estimate with periods of 2, 1, 1/2 ... levels, so many of each
-            (Kingma et al. 2021, VDM, appendix C): they show where in a level a pixel lies.
+        fourier: number of sines and of cosines of the image estimate, with periods of 2, 1, 1/2 ... levels (Kingma et
+            al. 2021, VDM, appendix C): they show where in a level a pixel lies.
 
     Raises:
         ValueError: a field breaks its rule; the message names field, rule and value.
@@ -99,18 +99,18 @@ class ImageTrainConfig:
     Args:
         data: digits, or cifar10 with `data_path`.
         data_path: cifar-10-binary.tar.gz or its unpacked folder.
-        basis: in which noise levels differ.
+        basis: the basis whose components have different noise levels.
         schedule: noise levels of the components.
         net: the network.
-        steps: optimizer steps; the learning rate falls to zero on the last one, along a cosine.
+        steps: optimizer steps; the learning rate falls along a cosine to zero at the last one.
         batch_size: images per step.
         lr: largest learning rate of Adam.
         warmup: steps of the linear ramp before it.
         clip: largest norm of the gradient.
         weighting: "elbo" weighs every component by - d log-SNR / dt, so that the loss is the variational bound up to a
             constant; "eps" is the plain mean over components.
-        times: "uniform" in t, one in each part of the batch; "snr" has the SNR of components spread over its range,
-            logarithmically where large and linearly where small, with exact weights (`SNRSampler`).
+        times: "uniform" in t, stratified over the batch; "snr" spreads the SNR of components over its range,
+            logarithmically where it is large and linearly where it is small, with exact weights (`SNRSampler`).
         ema: relative width of the average of weights, over the whole of training.
         seed: of weights, order of images, dequantisation, times and noise.
 
@@ -166,7 +166,7 @@ class EvaluateConfig:
         batch_size: images that share the solver's steps.
         divergence: "rademacher" is unbiased and costs one backward pass per step and probe, "exact" one per component.
         probes: random sign vectors per image.
-        tolerance: relative and absolute, of the adaptive solver.
+        tolerance: of the adaptive solver, relative and absolute.
         seed: of the choice of images, dequantisation and probes.
 
     Raises:
@@ -188,11 +188,11 @@ class EvaluateConfig:
 
 @dataclass(frozen=True)
 class StudyConfig:
-    """What is compared.
+    """The grid that is compared.
 
     Args:
         bases: see `ImageTrainConfig.basis`.
-        softness: see `ScheduleConfig.softness`; 1 is standard diffusion, towards 0 autoregressive.
+        softness: see `ScheduleConfig.softness`; 1 is standard diffusion, near 0 is autoregressive.
         seeds: of training.
 
     Raises:
@@ -212,5 +212,5 @@ class StudyConfig:
             ScheduleConfig(softness=softness)
 
     def cells(self) -> list[tuple[str, float, int]]:
-        """(basis, softness, seed), seeds outermost: a study that is cut short has whole tables of fewer seeds."""
+        """(basis, softness, seed), seeds outermost, so that an interrupted study has complete tables of fewer seeds."""
         return [(basis, s, seed) for seed in self.seeds for basis in self.bases for s in self.softness]

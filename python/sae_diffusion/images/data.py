@@ -71,16 +71,16 @@ def middle(images: torch.Tensor, levels: int) -> torch.Tensor:
 
 
 def quantise(x: torch.Tensor, levels: int) -> torch.Tensor:
-    """The level that x lies in, uint8; x beyond [-1, 1] goes to the nearest level."""
+    """The level in which x lies, uint8; x outside [-1, 1] goes to the nearest level."""
     return ((x + 1.0) * (levels / 2.0)).floor().clamp(0, levels - 1).to(torch.uint8)
 
 
 def open_images(name: str, path: str | os.PathLike[str] | None = None) -> ImageSet:
-    """The images called digits, or cifar10 with the place of its files.
+    """The data set "digits", or "cifar10" with the path of its files.
 
     Raises:
-        ValueError: an unknown name, or files that are not those published.
-        FileNotFoundError: the files are not there; the message says where to put them.
+        ValueError: an unknown name, or files that differ from those published.
+        FileNotFoundError: the files are missing; the message says where to put them.
     """
     if name == "digits":
         return digits()
@@ -90,7 +90,7 @@ def open_images(name: str, path: str | os.PathLike[str] | None = None) -> ImageS
 
 
 def digits(heldout_every: int = 5) -> ImageSet:
-    """1797 digits of 8x8 pixels and 17 levels that come with scikit-learn; each fifth is held out, so 1438 + 359.
+    """1797 digits of 8x8 pixels and 17 levels that come with scikit-learn; every fifth is held out (1438 + 359).
 
     Both sets hold digits of the same 13 writers.
     """
@@ -105,17 +105,17 @@ def cifar10(path: str | os.PathLike[str] | None, *, records: int = CIFAR10_RECOR
     """CIFAR-10 (Krizhevsky 2009) from its binary version; the published test batch is held out.
 
     Args:
-        path: cifar-10-binary.tar.gz, which is read as it is, the folder cifar-10-batches-bin, or a folder with either.
+        path: cifar-10-binary.tar.gz (read without unpacking), the folder cifar-10-batches-bin, or a folder with either.
         records: images in each file.
         md5: of the archive.
 
     Raises:
-        FileNotFoundError: naming the file and where to put it.
+        FileNotFoundError: a file is missing; the message names it and says where to put it.
         ValueError: a file of another length, a label beyond 9, classes of unequal number, or an archive of another md5.
     """
     where = (
         f"put {CIFAR10_ARCHIVE} (md5 {CIFAR10_MD5}) from https://www.cs.toronto.edu/~kriz/cifar.html, "
-        f"or the folder {CIFAR10_FOLDER} unpacked from it, anywhere and name it with --data-path"
+        f"or the folder {CIFAR10_FOLDER} unpacked from it, anywhere, and name its path with --data-path"
     )
     if path is None:
         raise FileNotFoundError(f"data_path: CIFAR-10 is not part of this package; {where}")
@@ -160,7 +160,7 @@ def parse_cifar10(content: bytes, name: str, records: int = CIFAR10_RECORDS) -> 
 
 
 def _check_classes(name: str, labels: np.ndarray) -> None:
-    """Each class has as many images as every other, in the training batches together and in the test batch."""
+    """Check that all classes have the same number of images."""
     counts = np.bincount(labels, minlength=10)
     if (counts != len(labels) // 10).any():
         raise ValueError(f"{name}: must hold {len(labels) // 10} images of each class, got {counts.tolist()}")

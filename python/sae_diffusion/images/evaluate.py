@@ -38,15 +38,15 @@ class Bits:
 
     @property
     def standard_error(self) -> float:
-        """Over images; the spread over training runs is not in it."""
+        """Standard error over images; it does not include the spread over training runs."""
         return float(self.bits.std(ddof=1) / math.sqrt(len(self.bits))) if len(self.bits) > 1 else math.nan
 
 
 class _Smooth(Schedule):
-    """A schedule whose corners the solver is not told: one adaptive integration instead of one per piece.
+    """A schedule that hides its corners from the solver: one adaptive integration instead of one per piece.
 
-    A hundred components that stop at a hundred times would cost two hundred starts of the solver; its error control
-    steps over the corners, where log-SNR is beyond `least` or `most` and little moves.
+    A hundred components that stop at a hundred different times would need two hundred starts of the solver; its error
+    control copes with the corners, where log-SNR is at `least` or `most` and little changes.
     """
 
     def __init__(self, inner: Schedule) -> None:
@@ -60,7 +60,7 @@ class _Smooth(Schedule):
 
 
 def choose_images(images: np.ndarray, count: int, seed: int) -> Tensor:
-    """`count` of the images (N, C, Y, X), all for 0, in an order that depends on the seed alone."""
+    """`count` of the images (N, C, Y, X), all for 0, in an order that depends only on the seed."""
     order = np.random.default_rng(derive_seed(seed, _CHOICE)).permutation(len(images))
     return torch.from_numpy(images[order[: count or len(images)]])
 
@@ -70,12 +70,12 @@ def evaluate(
 ) -> Bits:
     """Bits per dimension: an upper bound for the integer pixels, by uniform dequantisation with one draw per image.
 
-    The density is that which the probability flow carries from the normal prior at t = 1 to the components at t = 0;
-    images are put there without noise, so it is the model's own normalised density whatever the least noise is.
+    The density is the one that the probability flow carries from the normal prior at t = 1 to the components at t = 0.
+    Images are evaluated there without noise, so it is the model's own normalised density for any least noise.
 
     Args:
         images: uint8 (N, C, Y, X) of the model's shape.
-        callback: called with the number of images done, the batch under way in part.
+        callback: called with the number of images done, counting part of the current batch.
 
     Raises:
         ValueError: images of another shape.
@@ -122,7 +122,7 @@ def sample_images(
     """uint8 images (count, C, Y, X).
 
     Args:
-        steps: of equal length in t; one after another needs more of them than all together.
+        steps: of equal length in t; components one after another need more of them than all together.
         solver: of `diffusion.solvers.sample`.
         start: components at t = 1 (count, C, Y, X); standard normals of the seed by default.
         callback: called with the number of steps done.

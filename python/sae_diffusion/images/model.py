@@ -1,4 +1,4 @@
-"""A small U-Net that sees the noise state of every single component.
+"""A small U-Net that sees the noise level of every component.
 
 Legend: B batch, C colours, Y X pixels, G groups of components, W model channels.
 """
@@ -22,8 +22,8 @@ TOKEN_FEATURES = 3
 class NoiseState(nn.Module):
     """log-SNR of every component (B, C, Y, X) -> tokens (B, G, token_channels), one for each group of components.
 
-    Of every component come signal^2, tanh(log-SNR / 4) and the log-SNR over 16, clipped to [-1, 1]; each group has its
-    own linear map of all its components' values, so no component's level is lost in a mean.
+    The features of a component are signal^2, tanh(log-SNR / 4) and log-SNR / 16 clipped to [-1, 1]; each group has its
+    own linear map of the features of all its components, so that no level is lost in a mean.
     """
 
     index: Tensor
@@ -34,7 +34,7 @@ class NoiseState(nn.Module):
         groups = min(groups, size)
         self.per_group = -(-size // groups)
         groups = -(-size // self.per_group)
-        # the last group repeats the last component where the size is no multiple
+        # the last group repeats the last component if the size is not a multiple
         index = order.flatten().argsort(stable=True)
         pad = index[-1:].expand(groups * self.per_group - size)
         self.register_buffer("index", torch.cat([index, pad]), persistent=False)
@@ -49,7 +49,7 @@ class NoiseState(nn.Module):
 
 
 class CrossAttention(nn.Module):
-    """Pixels ask the tokens of the noise state; the result is added to them."""
+    """Pixels attend to the tokens of the noise state; the result is added to them."""
 
     def __init__(self, channels: int, token_channels: int, heads: int) -> None:
         super().__init__()
@@ -63,14 +63,14 @@ class CrossAttention(nn.Module):
         b, w, height, width = x.shape
         q = self.query(self.norm(x)).view(b, self.heads, w // self.heads, -1)
         k, v = self.key_value(tokens).view(b, -1, 2, self.heads, w // self.heads).permute(2, 0, 3, 4, 1)
-        # written out: likelihoods may ask for forward-mode derivatives, which fused attention lacks
+        # written out, because likelihoods may need forward-mode derivatives, which fused attention lacks
         weights = torch.einsum("bhcp,bhcg->bhpg", q, k).mul((w // self.heads) ** -0.5).softmax(-1)
         mixed = torch.einsum("bhpg,bhcg->bhcp", weights, v).reshape(b, w, height, width)
         return x + self.out(mixed)
 
 
 class Block(nn.Module):
-    """norm, SiLU, 3x3, scaled and shifted by the pooled noise state, SiLU, 3x3, plus the input."""
+    """Norm, SiLU, 3x3, scale and shift by the pooled noise state, SiLU, 3x3, plus the input."""
 
     def __init__(self, inputs: int, outputs: int, condition: int) -> None:
         super().__init__()
@@ -97,7 +97,7 @@ class ComponentUNet(nn.Module):
     back into pixels.
 
     Raises:
-        ValueError: height or width cannot be halved as often as `channel_mult` asks.
+        ValueError: height or width cannot be halved as often as `channel_mult` requires.
     """
 
     offset: Tensor
@@ -108,7 +108,8 @@ class ComponentUNet(nn.Module):
         halvings = len(config.channel_mult) - 1
         if height % 2**halvings or width % 2**halvings:
             raise ValueError(
-                f"channel_mult: {halvings + 1} levels need sizes divisible by {2**halvings}, got {height}x{width}"
+                f"channel_mult: sizes must be divisible by {2**halvings} for {halvings + 1} levels, "
+                f"got {height}x{width}"
             )
         self.config, self.basis, self.levels = config, basis, levels
         widths = [config.channels * m for m in config.channel_mult]
@@ -132,7 +133,7 @@ class ComponentUNet(nn.Module):
             now = w
         self.last_norm = nn.GroupNorm(8, now)
         self.last = _zero(nn.Conv2d(now, colours, 3, padding=1))
-        # a PCA subtracts the data's mean from what it maps; a residual has none
+        # a PCA subtracts the mean of the data, which a residual does not have
         offset = basis.base.forward(torch.zeros(1, *basis.shape, dtype=torch.float64))
         self.register_buffer("offset", offset.to(self.place.dtype), persistent=False)
 

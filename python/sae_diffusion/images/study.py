@@ -39,12 +39,12 @@ def run_study(
     sample_steps: int = 256,
     progress: Callable[[int, int, str], None] | None = None,
 ) -> dict[str, Any]:
-    """Train and measure every cell that the results in `out` lack; the same call resumes.
+    """Train and measure every cell that is missing in the results in `out`; the same call resumes.
 
-    Writes bits-per-dim.json after each cell, and table, plot and samples (of the first seed) with it.
+    After each cell it writes bits-per-dim.json, the table, the plot and the samples (of the first seed).
 
     Raises:
-        ValueError: `out` holds results of other settings, or a basis is not for these images.
+        ValueError: `out` holds results with other settings, or a basis does not fit these images.
     """
     for basis in study.bases:
         check_basis(basis, images.shape)
@@ -60,7 +60,7 @@ def run_study(
     if path.exists():
         results = json.loads(path.read_text(encoding="utf-8"))
         if results["settings"] != settings:
-            raise ValueError(f"{path}: holds results of other settings; take another --out")
+            raise ValueError(f"{path}: must hold results with the same settings, got others; choose another --out")
     done = {(r["basis"], r["softness"], r["seed"]) for r in results["runs"]}
     cells = study.cells()
     for number, (basis, softness, seed) in enumerate(cells):
@@ -161,7 +161,7 @@ def markdown(results: dict[str, Any]) -> str:
 
 
 def report(results: dict[str, Any]) -> str:
-    """The table with what it is of: settings, errors, date, versions, command."""
+    """The table with its settings, errors, date, versions and command."""
     settings, entries = results["settings"], table(results)
     train, how = settings["train"], settings["evaluate"]
     errors = sorted(e["error_over_images"] for e in entries)

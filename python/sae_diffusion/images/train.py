@@ -39,7 +39,7 @@ STATE_FIELDS = {
 
 @dataclass
 class ImageModel:
-    """All that sampling and likelihood need: a network with its basis, its schedule and its images' levels."""
+    """What sampling and likelihood need: a network, its basis, its schedule, and the levels of its images."""
 
     net: ComponentUNet
     basis: Whitened
@@ -78,7 +78,7 @@ def component_loss(
     """Weighted mean over components of (eps_hat - eps)^2, one value per image (B,).
 
     eps - eps_hat = signal (f* - f) with the residual f of the network and its target f* = noise z - signal eps: a
-    difference of numbers of size one at every log-SNR.
+    difference of numbers of order 1 at every log-SNR.
 
     Args:
         z: clean components (B, C, Y, X).
@@ -113,10 +113,10 @@ def stratified_times(count: int, generator: torch.Generator) -> Tensor:
 
 
 class ImageTask(Task):
-    """Components of images that are drawn with replacement."""
+    """Trains on components of images, which are drawn with replacement."""
 
     state_fields: ClassVar = STATE_FIELDS
-    free_on_resume = ("data_path",)  # the place of the files may change, their content may not
+    free_on_resume = ("data_path",)  # the files may move, but their content must not change
 
     def __init__(self, config: ImageTrainConfig, images: ImageSet) -> None:
         self.config, self.images = config, images
@@ -187,7 +187,7 @@ class ImageTrainer(Loop):
     """One run: the `Loop` with `ImageTask`, in a folder or without one; the same call resumes it.
 
     Raises:
-        RuntimeError: another process trains in the folder.
+        RuntimeError: another process is training in the folder.
         ValueError: the folder holds a run with another configuration or other images.
     """
 
@@ -218,7 +218,7 @@ class ImageTrainer(Loop):
         checkpoint_every: int = 0,
         callback: Callable[[int, float], None] | None = None,
     ) -> TrainResult:
-        """Go on to step `until`, by default the last one; a checkpoint there and every `checkpoint_every` steps.
+        """Continue to step `until`, by default the last; with checkpoints there and every `checkpoint_every` steps.
 
         callback(step, loss) is called after each step. See `Loop.run`.
         """
@@ -232,13 +232,15 @@ class ImageTrainer(Loop):
         loss = super().train_step()
         value = loss.item()
         if not math.isfinite(value):
-            raise FloatingPointError(f"loss: became {value} at step {self.step}; lower lr = {self.config.lr}")
+            raise FloatingPointError(
+                f"loss: must stay finite, got {value} at step {self.step}; lower lr = {self.config.lr}"
+            )
         if self._callback is not None:
             self._callback(self.step, value)
         return loss
 
     def averaged(self) -> ImageModel:
-        """The model with its averaged weights, in place; training can go on only from a checkpoint then."""
+        """The model with its averaged weights, set in place: training can then only continue from a checkpoint."""
         if self.step:
             self.ema.copy_to(self.model.net, self.config.ema)
         self.model.net.eval().requires_grad_(False)
@@ -246,22 +248,22 @@ class ImageTrainer(Loop):
 
 
 def learning_rate(config: ImageTrainConfig, step: int) -> float:
-    """Of the step numbered from 0: a linear ramp, then half a cosine to zero."""
+    """Learning rate of a step, counted from 0: a linear ramp, then half a cosine to zero."""
     ramp = min((step + 1) / config.warmup, 1.0) if config.warmup else 1.0
     return config.lr * ramp * 0.5 * (1 + math.cos(math.pi * step / config.steps))
 
 
 def check_kind(path: Path, state: dict[str, Any]) -> None:
     if state.get("kind") != "images":
-        raise ValueError(f"{path}: is no checkpoint of `sae images`")
+        raise ValueError(f"{path}: must be a checkpoint of `sae images`")
 
 
 def load_model(path: Path, *, average: bool = True, device: torch.device | str = "cpu") -> ImageModel:
-    """A trained model from a checkpoint, or from the latest good one of a run folder.
+    """A trained model from a checkpoint, or from the latest undamaged one of a run folder.
 
     Raises:
         FileNotFoundError: there is none.
-        ValueError: it is damaged, not finite, or of something else.
+        ValueError: it is damaged, not finite, or of another kind of run.
     """
     path = find_checkpoint(path)
     state = read_state(path, **STATE_FIELDS)
@@ -269,7 +271,7 @@ def load_model(path: Path, *, average: bool = True, device: torch.device | str =
     try:
         config = ImageTrainConfig.from_json(state["config"])
     except (TypeError, KeyError, AttributeError) as error:
-        raise ValueError(f"{path / STATE}: does not describe a run on images ({error!r})") from error
+        raise ValueError(f"{path / STATE}: must describe a run on images ({error!r})") from error
     basis = Whitened.load(state["basis"], load_file(path / "components.safetensors"))
     net = ComponentUNet(config.net, basis, state["levels"])
     load_into(path / "model.safetensors", net.state_dict())

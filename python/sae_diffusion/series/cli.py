@@ -21,12 +21,12 @@ Solver = Literal["ancestral", "ddpm", "ddim", "euler", "heun", "dpm++2m", "stoch
 class SeriesTrain:
     """Train on a generator or on your own series; the same command resumes.
 
-    Your own: --data FILE, .npz (count, length, channels), or .csv and .parquet in the long format (columns
-    series, time, then channels) or the wide one (a row per series, a column per point).
+    Your own series: --data FILE, an .npz (count, length, channels), or a .csv or .parquet in the long format (columns
+    series, time, then channels) or in the wide one (a row per series, a column per point).
 
     Args:
-        train: the run.
-        debug: show where an error came from.
+        train: settings of the run.
+        debug: show the traceback of an error.
     """
 
     train: Annotated[SeriesTrainConfig, tyro.conf.arg(name="")] = field(default_factory=SeriesTrainConfig)
@@ -47,27 +47,27 @@ class SeriesTrain:
 
 @dataclass(frozen=True, kw_only=True)
 class SeriesSample:
-    """Generate series, or continue held-out ones, and judge the network; writes samples.npz, report.json, samples.png.
+    """Generate series or continue held-out ones, and measure the network; writes samples.npz, report.json, samples.png.
 
     Args:
         run_dir: run folder or checkpoint.
-        out: folder to write into; <run_dir>/samples if not given.
-        count: series.
+        out: folder to write into; "None": <run_dir>/samples.
+        count: number of series.
         sampling_steps: of the solver.
         solver: "ancestral" draws from the closed-form posterior, "ddim", "euler", "heun" and "dpm++2m" follow the flow.
         eta: of "ddim".
-        window: another window than the run's, which suits networks trained on "independent" levels or "mixed" windows;
-            1 is autoregressive, inf joint.
-        given: points of held-out series that are continued; 0 generates from nothing.
-        likelihood: held-out series to take the negative log-likelihood of; 0 takes none. A few are an estimate within a
-            minute; the standard error in report.json falls with their root, the time rises in proportion beyond some
-            ten.
+        window: tokens in flight, in place of the run's; for networks trained on "independent" levels or "mixed"
+            windows. 1 is autoregressive, inf is joint.
+        given: number of first points of held-out series to continue; 0 generates from nothing.
+        likelihood: number of held-out series whose negative log-likelihood is measured; 0 = none. A few give an
+            estimate within a minute; the standard error in report.json falls with the square root of their number,
+            and above about ten the time grows in proportion.
         tolerance: of the likelihood's solver, relative and absolute; 1e-4 takes several times as long as 1e-3.
-        divergence: of the likelihood; "exact" takes a backward pass per point and channel in place of one.
-        weights: the average of weights, or those as trained.
+        divergence: of the likelihood; "exact" takes a backward pass for each point and channel instead of one.
+        weights: the averaged weights, or those as trained.
         seed: of noise.
         device: "auto" takes CUDA where there is one.
-        debug: show where an error came from.
+        debug: show the traceback of an error.
     """
 
     run_dir: Path
@@ -115,7 +115,7 @@ class SeriesSample:
             true = heldout_series(config.source, max(self.likelihood, self.count), config.seed)
         else:
             true = split_series(read_series(config.data), config.heldout_fraction, config.seed)[1]
-        # a file may hold out fewer series than are asked for: they are continued more than once
+        # if there are fewer held-out series than requested, they are continued more than once
         given = true[np.arange(self.count) % len(true), : self.given] if self.given else None
         batch = 256
         with progress_bar("sample", -(-self.count // batch) * self.sampling_steps, "steps") as bar:
@@ -155,10 +155,10 @@ class SeriesSample:
 
 @dataclass(frozen=True, kw_only=True)
 class SeriesPlot:
-    """Draw series of a file or of a generator, or the table of a study once more.
+    """Draw series of a file or of a generator, or draw the results of a study again.
 
     Args:
-        data: .csv, .parquet or .npz file of series; none draws `source`.
+        data: .csv, .parquet or .npz file of series; "None" draws `source`.
         study: windows.json of a study, drawn instead of series.
         source: the generator.
         out: picture to write.
@@ -166,8 +166,8 @@ class SeriesPlot:
         shown: series drawn as lines.
         channel: of the series.
         seed: of the generator.
-        device: accepted for symmetry.
-        debug: show where an error came from.
+        device: accepted for consistency.
+        debug: show the traceback of an error.
     """
 
     data: Path | None = None
@@ -198,7 +198,7 @@ class SeriesPlot:
         print(plot_series(self.out, {name: x}, shown=self.shown, channel=self.channel))
 
 
-# About three CPU minutes, of which two cores make less than two; the shape is there.
+# About three CPU minutes, less than two minutes on two cores; enough to show the shape.
 QUICK = StudyConfig(
     windows=(1, 4, 12, 64, 256), seeds=(0,), losses=("x0",), own_losses=(), base_steps=1500, samples=128
 )
@@ -208,16 +208,16 @@ QUICK = StudyConfig(
 class SeriesStudy:
     """Clause error over window, for natural and permuted chains; writes windows.json, windows.md and windows.png.
 
-    The same command goes on with what an interrupted study left.
+    The same command continues an interrupted study.
 
     Args:
         out: folder to write into.
         study: grid and budget.
-        minutes: begin no training on a window after so long; in place of the default grid take a small one.
+        minutes: begin no training on a window after this time; also replaces the default grid by a small one.
         workers: processes, one thread each.
         seed: added to the seeds of `study`.
-        device: accepted for symmetry; the study runs on the CPU.
-        debug: show where an error came from.
+        device: accepted for consistency; the study runs on the CPU.
+        debug: show the traceback of an error.
     """
 
     out: Path = Path("runs/series-study")

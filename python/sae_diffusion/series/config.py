@@ -1,4 +1,4 @@
-"""What a run on series, and the window study, are told."""
+"""Settings of a run on series and of the window study."""
 
 from __future__ import annotations
 
@@ -27,10 +27,10 @@ class Source:
             next = 3.993 p (1 - p), p + Bernoulli(1/2), 1 - p; the first is U(0, 1). "mixture" is `gen_dataset`;
             "white-noise" N(0, 1).
         length: points of a series.
-        order: of a chain's links along the series, see `permutation`.
+        order: order of a chain's links along the series, see `permutation`.
         step: block size of "swaps" and "block-shuffle".
         chaos_ratio: of "mixture".
-        order_seed: of the random orders.
+        order_seed: seed of the random orders.
 
     Raises:
         ValueError: a field breaks its rule.
@@ -83,8 +83,8 @@ class SeriesModelConfig:
         layers: of the transformer.
         heads: of each layer's attention.
         expansion: hidden width of the feed-forward layers over `width`.
-        prediction: what the last layer's numbers mean.
-        features: what a token is told of its noise beside x: "scales" (signal, noise), as in the reference, or
+        prediction: what the network predicts.
+        features: what a token is told about its noise beside x: "scales" (signal, noise), as in the reference, or
             "log_snr", an embedding that resolves the levels near both ends.
 
     Raises:
@@ -113,13 +113,14 @@ class ScheduleConfig:
 
     Args:
         kind: what a network is trained on. "staggered": generation from left to right with `window` tokens in flight;
-            "together": all at once; "independent": a level drawn for each token, so that the network can be sampled
+            "together": all at once; "independent": a random level for each token, so that the network can be sampled
             with any schedule; "mixed": all of `windows` in turn, so that it can be sampled with any of them.
-        window: 1 is autoregressive, infinity joint; for "independent" and "mixed" that of sampling.
+        window: tokens in flight: 1 is autoregressive, infinity joint. Used in sampling only with "independent"
+            and "mixed".
         windows: of "mixed".
-        curve: log-SNR of one token over its own time.
+        curve: log-SNR of a token while it is generated.
         start: log-SNR at t = 0 of the "log-linear" curve.
-        end: log-SNR at t = 1 of the same.
+        end: log-SNR at t = 1 of the same curve.
 
     Raises:
         ValueError: a field breaks its rule.
@@ -177,24 +178,24 @@ class SeriesTrainConfig:
     """A run.
 
     Args:
-        run_dir: folder for checkpoints, metrics and curves; the same command again resumes.
-        data: .csv, .parquet or .npz file of series; none trains on `source`, with fresh series in every step.
+        run_dir: folder for checkpoints, metrics and curves; the same command resumes.
+        data: .csv, .parquet or .npz file of series; "None" trains on `source`, with new series in every step.
         source: the generator.
         schedule: when each point is noised.
         model: the network.
         steps: optimizer steps.
         batch: series per step.
-        lr: highest learning rate; it rises over `warmup` steps and falls along a cosine to `final_lr` of itself.
+        lr: largest learning rate; it rises over `warmup` steps and then falls along a cosine to `final_lr` times it.
         warmup: steps.
         final_lr: last learning rate over `lr`.
         weight_decay: of AdamW.
         beta2: of AdamW.
         clip: gradient norm is cut to this.
-        ema: decay per step of the average of weights, which is what is sampled.
-        loss: "masked" counts tokens whose log-SNR is changing at the time drawn, "simple" all tokens, "vlb" weights
+        ema: decay per step of the average of weights, which is used for sampling.
+        loss: "masked" counts the tokens whose log-SNR changes at the time drawn, "simple" all tokens; "vlb" weights
             them by -dλ/dt as the continuous ELBO does.
         loss_space: squared error of "x0", "eps" or "v"; "vlb" is always the ELBO.
-        heldout_fraction: of the file's series that training never sees.
+        heldout_fraction: share of the file's series that is not trained on.
         checkpoint_every: steps between checkpoints; one more is written at the end.
         log_every: steps between lines of metrics.jsonl.
         keep: how many of the latest checkpoints to keep.
@@ -250,7 +251,7 @@ SHARED, OWN = "one network", "a network per window"
 
 
 class Line(NamedTuple):
-    """The cells of one pre-trained network: sampled as it is, or trained on each window first."""
+    """The cells of one pretrained network: sampled as it is, or trained on each window first."""
 
     loss_space: str
     swap: int
@@ -266,8 +267,8 @@ class StudyConfig:
         windows: of the staggered schedule.
         swaps: steps of the "swaps" orders; 1 is the natural order.
         seeds: networks per loss, order and window.
-        losses: what squared error is taken of: "x0", as in the reference, or "v".
-        own_losses: those of `losses` with which networks are also trained on each window alone.
+        losses: the quantity whose squared error is the loss: "x0", as in the reference, or "v".
+        own_losses: those of `losses` with which networks are also trained on each window separately.
         length: points of a series.
         base_steps: optimizer steps on independent levels, once per loss, order and seed.
         steps: optimizer steps on one window.
@@ -275,7 +276,7 @@ class StudyConfig:
         base_lr: learning rate on independent levels.
         lr: learning rate on one window.
         model: the network.
-        samples: series per network that clause errors are taken from.
+        samples: series per network for the clause errors.
         sampling_steps: of the ancestral solver.
     """
 

@@ -1,6 +1,6 @@
-"""Series to learn from: generators whose laws are known, and files of your own.
+"""Series to train on: generators whose laws are known, and files of your own.
 
-Everything here is numpy float64 of shape (count, length, channels), and a function of its arguments and seed alone.
+Everything here is numpy float64 of shape (count, length, channels), and a function of its arguments and seed only.
 """
 
 from __future__ import annotations
@@ -77,7 +77,7 @@ def permutation(order: str, length: int, step: int = 1, seed: int = 0) -> np.nda
 
 
 def _half_inverted(size: int, rng: np.random.Generator) -> np.ndarray:
-    """A permutation with 40-60 % of all inversions, or for sizes 2 and 3, which have none, the next above half."""
+    """A permutation with 40-60 % of all inversions; sizes 2 and 3 have none such, so just above half."""
     most = size * (size - 1) // 2
     while True:
         block = rng.permutation(size)
@@ -275,12 +275,13 @@ def _read_table(path: Path, series_column: str, time_column: str) -> np.ndarray:
     repeated = np.argwhere(sorted_time[:, 1:] == sorted_time[:, :-1])
     if len(repeated):
         s, t = repeated[0]
-        raise ValueError(f"{path}: series {labels[s]!r} has two points at {time_column} {sorted_time[s, t]}")
+        found_at = f"{time_column} {sorted_time[s, t]}"
+        raise ValueError(f"{path}: series {labels[s]!r} must have one point at each time, got two at {found_at}")
     return values[order].reshape(len(rank), -1, len(channels))
 
 
 def _refuse_headerless(path: Path, names: list[str]) -> None:
-    """A header of numbers that are no positions is a first row of data taken for one."""
+    """A header of numbers other than positions is a first row of data, not a header."""
     try:
         header = [float(name) for name in names]
     except ValueError:
@@ -300,7 +301,7 @@ def _numbers(path: Path, table: Any, name: str) -> np.ndarray:
 
 
 def split_series(x: np.ndarray, heldout_fraction: float, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
-    """(train, held out): a random division by whole series, at least one each.
+    """(train, held out): a random split of whole series, at least one in each.
 
     Raises:
         ValueError: the fraction is outside (0, 1), or there are fewer than two series.

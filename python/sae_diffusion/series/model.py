@@ -1,4 +1,4 @@
-"""A small transformer that denoises series whose tokens carry noise levels of their own."""
+"""A small transformer that denoises series whose tokens have different noise levels."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ class SeriesDenoiser(nn.Module):
         self.config, self.length, self.channels, self.scaling = config, length, channels, scaling
         self.frequencies = 8
         noise_features = 2 if config.features == "scales" else 2 * self.frequencies + 3
-        # a chain's law is not linear in x: hidden units before the first attention save it a layer, and a plateau
+        # a chain's law is not linear in x: hidden units before the first attention save a layer, and avoid a plateau
         first = nn.Linear(channels + noise_features, 2 * config.width)
         self.embed = nn.Sequential(first, nn.GELU(), nn.Linear(2 * config.width, config.width))
         with torch.no_grad():
@@ -72,7 +72,7 @@ class SeriesDenoiser(nn.Module):
         if log_snr.shape != x.shape[:2]:
             raise ValueError(f"log_snr: must have shape {tuple(x.shape[:2])}, got {tuple(log_snr.shape)}")
         signal, noise = (s.to(x.dtype).unsqueeze(-1) for s in scales_of(log_snr, self.scaling))
-        # "ve" noise is unbounded; the network sees unit variance for unit-variance data whatever the scaling
+        # "ve" noise is unbounded; with this the network sees unit variance for unit-variance data in any scaling
         unit = torch.rsqrt(signal * signal + noise * noise)
         parts = [x * unit, signal * unit, noise * unit]
         if self.config.features == "log_snr":
@@ -96,8 +96,8 @@ class SeriesDenoiser(nn.Module):
 def _neighbours(heads: int, length: int) -> torch.Tensor:
     """Start of the pair bias, (heads, length, length): head h looks around offset -1, 1, -2, 2, ...
 
-    From heads that look everywhere alike, a quadratic law between neighbours is hardly seen: without this start,
-    the loss of the logistic map stayed where it was for 600 steps and more, with it it fell within 200.
+    Heads that look everywhere equally hardly notice a quadratic law between neighbours: from such a start the loss of
+    the logistic map did not fall for more than 600 steps; from this one it fell within 200.
     """
     place = torch.arange(length, dtype=torch.float32)
     offset = torch.tensor([(1 + h // 2) * (1 if h % 2 else -1) for h in range(heads)], dtype=torch.float32)

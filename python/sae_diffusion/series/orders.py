@@ -1,4 +1,4 @@
-"""Names of generated series and of the orders of their links; nothing heavy is imported."""
+"""Names of generated series and of the orders of their links; imports nothing heavy."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ Order = Literal["natural", "backward", "swaps", "block-shuffle", "shuffled"]
 
 
 def check_order(order: str, length: int, step: int) -> None:
-    """ValueError for an order of series that `data.permutation` does not know."""
+    """Raise a ValueError if `data.permutation` does not know the order."""
     if order not in ORDERS:
         raise ValueError(f"order: must be one of {', '.join(ORDERS)}, got {order!r}")
     if length < 2:

@@ -1,4 +1,4 @@
-"""Generating series, and judging a network: how well its series obey the law, how likely it finds held-out ones."""
+"""Generating series, and measuring a network: how well its series obey the law, and how likely held-out ones are."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def generate(
     Args:
         steps: of the solver over the whole schedule; a token moves during window / (length - 1 + window) of them.
         solver, eta: see `sae_diffusion.diffusion.solvers.sample`.
-        batch: series at once; the result depends on it, because noise is counted within a batch.
+        batch: series at once; the result depends on it, because noise is numbered within a batch.
         given: the first points of each series, (count, points, channels) in data units, which generation continues.
         callback: called with the number of solver steps done, of ceil(count / batch) * steps.
 
@@ -61,7 +61,7 @@ def generate(
 
         x = start(shape, schedule, seed=own, device=device)
         if given is not None:
-            # known points carry the least noise of the schedule, as in training
+            # known points have the least noise of the schedule, as in training
             signal, noise = (s.item() for s in scales_of(schedule.log_snr(times[-1:])[0, 0], schedule.scaling))
             own_part = given[first : first + batch]
             clean = SeriesStats(stats.mean[:known], stats.std[:known]).normalize(own_part).to(x)
@@ -102,11 +102,11 @@ def negative_log_likelihood(
     data_end: str = "smoothed",
     callback: Callable[[float], None] | None = None,
 ) -> np.ndarray:
-    """-log p of each series in data units, nats (count,): of held-out series, never of the network's own.
+    """-log p of each series in data units, nats (count,); for held-out series, not the network's own.
 
-    The density is that of the data with the schedule's least noise on them (data_end="smoothed"), or a bound on
-    that of the data themselves ("bound"), see `sae_diffusion.diffusion.likelihood`. The change of units adds the sum of
-    the logarithms of `stats.std`. `callback` is called with the number of series done, the batch under way in part.
+    The density is that of the data with the schedule's least noise added (data_end="smoothed"), or a bound on that of
+    the data itself ("bound"), see `sae_diffusion.diffusion.likelihood`. The change of units adds the sum of
+    the logarithms of `stats.std`. `callback` is called with the number of series done, parts of a batch included.
     """
     from ..diffusion.likelihood import log_likelihood
 

@@ -1,8 +1,8 @@
 """The window study: clause error over the window of a staggered schedule, for natural and permuted chains.
 
 For each loss, order and seed one network is trained on independent levels and sampled with every window. For some
-losses a copy of it is then trained on each window alone and sampled with that window. Every finished cell is a small
-file, so that an interrupted study goes on where it was.
+losses a copy of it is then trained on each window separately and sampled with that window. Every finished cell is a
+small file, so that an interrupted study can continue.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ def order_name(swap: int) -> str:
 
 
 def _budget(config: StudyConfig) -> dict[str, Any]:
-    """What a single cell depends on; windows, orders, seeds and losses can be added later."""
+    """The settings that a single cell depends on; windows, orders, seeds and losses can be added later."""
     settings = json.loads(json.dumps(dataclasses.asdict(config)))
     grid = ("windows", "swaps", "seeds", "losses", "own_losses")
     return {name: value for name, value in settings.items() if name not in grid}
@@ -115,12 +115,12 @@ def run_study(
     max_seconds: float | None = None,
     callback: Callable[[int, int], None] | None = None,
 ) -> dict[str, Any]:
-    """Run what `out` does not hold yet; write windows.json, windows.md and windows.png there.
+    """Run what is missing in `out`; write windows.json, windows.md and windows.png there.
 
     Args:
         out: folder; finished cells of the same settings in it are kept.
         workers: processes, one thread each.
-        max_seconds: begin no network after so long; the result then says how many cells there are.
+        max_seconds: begin no network after this time; the result then says how many cells there are.
         callback: called with (cells done, cells in all).
 
     Raises:
@@ -133,7 +133,7 @@ def run_study(
     paths = {(line, window): _cell_path(out, line, window) for line in lines for window in config.windows}
     for path in paths.values():
         if path.exists() and json.loads(path.read_text(encoding="utf-8"))["settings"] != _budget(config):
-            raise ValueError(f"out: {path} was made with other settings; name another folder")
+            raise ValueError(f"out: {path} must have the same settings, got others; choose another folder")
     deadline = None if max_seconds is None else time.time() + max_seconds
 
     def report() -> None:

@@ -31,7 +31,7 @@ STATS_SERIES = 16384  # generated series that means and deviations are estimated
 
 
 def learning_rate(config: SeriesTrainConfig, step: int) -> float:
-    """Of optimizer step `step`, counted from 1: a linear ramp, then half a cosine down to lr * final_lr."""
+    """Learning rate of optimizer step `step`, counted from 1: a linear ramp, then half a cosine to lr * final_lr."""
     if step <= config.warmup:
         return config.lr * step / config.warmup
     progress = (step - config.warmup) / max(config.steps - config.warmup, 1)
@@ -41,7 +41,7 @@ def learning_rate(config: SeriesTrainConfig, step: int) -> float:
 def draw_times(batch: int, tokens: int | None, seed: int, step: int) -> torch.Tensor:
     """Stratified times in [0, 1): series b's lies in [b / batch, (b + 1) / batch). (batch,) float64.
 
-    With `tokens`, every token's own time, (batch, tokens), each column stratified in an order of its own.
+    With `tokens`, a time for every token, (batch, tokens), each column stratified in its own order.
     """
     rng = np.random.default_rng(derive_seed(seed, _TIME, step))
     strata = np.arange(batch)
@@ -98,7 +98,7 @@ class SeriesTask(Task):
     """Series of a file or a generator, with the loss of the configuration."""
 
     state_fields: ClassVar = STATE_FIELDS
-    # how a run reports and where it stands
+    # they decide how a run reports and where it is
     free_on_resume = ("run_dir", "checkpoint_every", "log_every", "keep", "tensorboard", "device")
 
     def __init__(self, config: SeriesTrainConfig) -> None:
@@ -174,7 +174,7 @@ class SeriesTask(Task):
 
 
 class SeriesTrainer(Loop):
-    """Trains one network: the `Loop` with `SeriesTask`. Its folder is not touched before `train`, or `resume`."""
+    """Trains one network: the `Loop` with `SeriesTask`. It does not touch its folder before `train` or `resume`."""
 
     def __init__(self, config: SeriesTrainConfig) -> None:
         settings = LoopConfig(
@@ -195,7 +195,7 @@ class SeriesTrainer(Loop):
         return self.task.stats
 
     def train(self) -> str:
-        """Go on from the latest checkpoint, see `Loop.run`; "done", or the name of the signal that ended it."""
+        """Continue from the latest checkpoint, see `Loop.run`; "done" or the name of the signal that ended it."""
         return self.run().reason
 
     def averaged(self) -> SeriesDenoiser:
@@ -227,10 +227,10 @@ def config_from_json(values: dict[str, Any]) -> SeriesTrainConfig:
 def load_series_model(
     path: str | Path, *, average: bool = True, device: torch.device | str = "cpu"
 ) -> tuple[SeriesDenoiser, SeriesStats, SeriesTrainConfig]:
-    """(network in eval mode, statistics, settings) of a checkpoint, or of a run folder's latest one that verifies.
+    """(network in eval mode, statistics, settings) of a checkpoint, or of a run folder's latest undamaged one.
 
     Args:
-        average: take the averaged weights, not those as trained.
+        average: load the averaged weights, not those as trained.
 
     Raises:
         FileNotFoundError: no checkpoint there.
@@ -242,7 +242,7 @@ def load_series_model(
     try:
         config = config_from_json(state["config"])
     except (TypeError, KeyError) as error:
-        raise ValueError(f"{path / STATE}: does not describe a run on series ({error!r})") from error
+        raise ValueError(f"{path / STATE}: must describe a run on series ({error!r})") from error
     model = SeriesDenoiser(config.model, state["length"], state["channels"], state["scaling"])
     file = path / ("ema.safetensors" if average else "model.safetensors")
     targets = {name: p for name, p in model.named_parameters() if p.requires_grad}
