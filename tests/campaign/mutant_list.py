@@ -245,8 +245,8 @@ MODELS: list[Entry] = [
         "python/sae_diffusion/model/denoiser.py",
         MODEL,
         [
-            ("c_skip = d**2 / total", "c_skip = d / total"),
-            ("c_out = sigma * d * total.rsqrt()", "c_out = sigma * total.rsqrt()"),
+            ("c_skip = std**2 / total", "c_skip = std / total"),
+            ("c_out = sigma * std * total.rsqrt()", "c_out = sigma * total.rsqrt()"),
             (".log() / 4", ".log() / 2"),
         ],
     ),
@@ -345,7 +345,7 @@ DIFFUSION: list[Entry] = [
         "python/sae_diffusion/diffusion/sampler.py",
         "tests/model/test_window_sampler.py",
         [
-            ("return block * steps // window", "return -(-block * steps // window)"),
+            ("return block * steps // in_flight", "return -(-block * steps // in_flight)"),
             ("ahead=len(self.steps)", "ahead=0"),
             ("self.first += frames", "self.first += 0"),
             ("x[:, f:], steps[f:]", "x[:, f:], steps[:-f]"),
