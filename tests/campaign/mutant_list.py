@@ -498,7 +498,7 @@ TRAINING: list[Entry] = [
         "tests/train/test_evaluate.py",
         [
             ("given = (x0.shape[1] // block - 1) * block", "given = block"),
-            ("window = slice(start - past, start + block)", "window = slice(start, start + block)"),
+            ("piece = slice(start - past, start + block)", "piece = slice(start, start + block)"),
         ],
     ),
     (
