@@ -42,6 +42,13 @@ class Recomputing:
     def new_cache(self, batch: int) -> Frames:
         return Frames(batch)
 
+    def expected(self, cache: Frames) -> torch.Tensor | None:
+        if not cache.seen:
+            return None
+        x, sigma = (t[:, -1:] for t in cache.seen)
+        prior = self.model.prior(x, sigma, (x[:, 0], sigma[:, 0]))
+        return None if prior is None else prior[0][:, 0]
+
     def prefill(self, x: torch.Tensor, sigma: torch.Tensor, actions: None, cache: Frames) -> None:
         cache.frames += x.shape[1]
         cache.seen = tuple(t[:, -self.context :] for t in cache.followed_by(x, sigma))

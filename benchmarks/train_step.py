@@ -32,6 +32,8 @@ CASES = [
     Case("train-step", "tiny-k3", "the preset of the demo, three noisy copies of one clean clip",
          {"preset": "tiny", "B": 4, "T": 16, "K": 3, "dtype": "bf16", "gate_T": 3},
          {"preset": "tiny", "B": 1, "T": 16, "K": 3, "dtype": "fp32", "gate_T": 3}, 35),
+    Case("train-step", "tiny-bf16", "the preset of the demo under autocast, beside itself in fp32", None,
+         {"preset": "tiny", "B": 1, "T": 16, "K": 3, "dtype": "bf16", "gate_T": 3}, 36),
     Case("train-step", "smoke", "a second for everything", None,
          {"preset": "nano", "B": 1, "T": 2, "K": 1, "dtype": "fp32", "gate_T": 2}, dry=True),
 ]  # fmt: skip
@@ -87,6 +89,7 @@ def loss_of(model: Denoiser, batch: Mapping[str, Any], dtype: str) -> torch.Tens
             noisy_copies=batch["K"],
             seed=batch["seed"],
             sigma_data=model.config.sigma_data,
+            prior=model.prior,
         ).mean()
 
 
@@ -98,7 +101,7 @@ def build(shape: Mapping[str, Any], device: str) -> Problem:
     # The contenders share the weights; steps this small leave them as they are.
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-6, betas=(0.9, 0.99), fused=device == "cuda")
 
-    def step(batch: Mapping[str, Any]) -> None:
+    def step(batch: Mapping[str, Any], dtype: str = dtype) -> None:
         model.normalize_weights_()
         loss_of(model, batch, dtype).backward()
         optimizer.step()
@@ -114,6 +117,8 @@ def build(shape: Mapping[str, Any], device: str) -> Problem:
     contenders = [Contender("sae_kernels", {"step": step}, "ours")]
     for name, route in naive.routes(device).items():
         contenders.append(Contender(name, {"step": inside(*route)}, compiled="Flex" in name))
+    if device == "cpu" and dtype != "fp32":
+        contenders.append(Contender("the same, fp32", {"step": lambda batch: step(batch, "fp32")}))
     missing = []
     if device == "cpu":
         reason = "PyTorch has no backward pass for it on the CPU"

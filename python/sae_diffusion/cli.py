@@ -124,13 +124,13 @@ class Train:
             parts = open_run(settings)
             needs = measure(self.train, parts.model, parts.dataset, parts.stats)
             if os.environ.get("RANK", "0") == "0":
-                self.introduce(parts.model, parts.dataset, needs.device)
+                self.introduce(parts.model, parts.dataset, needs.device, needs.precision)
                 for line in needs.lines():
                     print(line)
             return
         trainer = make_trainer(settings, self.preset)
         if trainer.rank == 0:
-            self.introduce(trainer.model, trainer.dataset, trainer.device)
+            self.introduce(trainer.model, trainer.dataset, trainer.device, trainer.precision)
         try:
             result = trainer.train()
         finally:
@@ -138,7 +138,7 @@ class Train:
         if trainer.rank == 0:
             print(f"{result.checkpoint}: step {result.step}, stopped by: {result.reason}")
 
-    def introduce(self, model: Any, data: Any, device: Any) -> None:
+    def introduce(self, model: Any, data: Any, device: Any, precision: str) -> None:
         """Print what will be trained, and on what."""
         from .runs import skipped_sources
 
@@ -154,7 +154,7 @@ class Train:
         print(
             f"{len(data)} clips of {self.train.clip_length} frames"
             + (f", {len(data.skipped)} sources skipped" if data.skipped else "")
-            + f"; {model.num_parameters() / 1e6:.2f} M parameters on {device}"
+            + f"; {model.num_parameters() / 1e6:.2f} M parameters on {device} in {precision}"
         )
 
 

@@ -154,7 +154,7 @@ def train(config: DemoConfig, preset: Preset) -> None:
     )
     print(
         f"{trainer.model.num_parameters() / 1e6:.2f} M parameters, {len(trainer.dataset)} clips, "
-        f"{config.seconds - spent:.0f} seconds on {torch.get_num_threads()} threads"
+        f"{config.seconds - spent:.0f} seconds on {torch.get_num_threads()} threads in {trainer.precision}"
     )
     result = trainer.train()
     if result.reason.startswith("SIG"):

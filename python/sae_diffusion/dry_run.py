@@ -33,6 +33,7 @@ class Needs:
 
     config: TrainConfig
     device: torch.device
+    precision: str
     processes: int
     state: int
     backward: int | None
@@ -112,7 +113,7 @@ def measure(config: TrainConfig, model: Denoiser, dataset: ClipDataset, stats: A
         size = sum(p.numel() * p.element_size() for p in loop.network.parameters())
         peak = torch.cuda.max_memory_allocated(loop.device) if on_gpu else None
         state = size * (4 + len(config.ema_stds))  # weights, gradients and two moments of AdamW
-        return Needs(config, loop.device, loop.world_size, state, backward, peak, seconds, task.read)
+        return Needs(config, loop.device, loop.precision, loop.world_size, state, backward, peak, seconds, task.read)
     finally:
         loop.close()
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from .checks import check_integers, check_numbers
-from .diffusion.config import NoiseConfig, SamplerConfig
+from .diffusion.config import NoiseConfig, OwnContextConfig, SamplerConfig
 from .model import ModelConfig
 from .train.config import TrainConfig
 
@@ -48,8 +48,8 @@ class Preset:
 
 MODELS = {
     # 64x64 pixels as 32x32x12, made for a few hundred training steps on two CPU cores. Given the past, little of a
-    # frame is unknown: with sigma_data 0.3, D is mostly the network's own output wherever sigma is well above 0.3, so
-    # that the network need not first learn to subtract noise. The window is the clip length of training less one.
+    # frame is unknown, so it is preconditioned around the frame before. The window is the clip length of training
+    # less one.
     "tiny": ModelConfig(
         height=64,
         width=64,
@@ -62,7 +62,7 @@ MODELS = {
         head_dim=32,
         kernel_frames=2,
         num_actions=4,
-        sigma_data=0.3,
+        prior="previous-frame",
         window=7,
     ),
     "lunar-lander": ModelConfig(
@@ -93,12 +93,13 @@ PRESETS = {
     "tiny": Preset(
         MODELS["tiny"],
         TrainConfig(
-            clip_length=8, batch_size=2, noisy_copies=3, steps=4000,
-            noise=NoiseConfig(mean=1.2, std=1.0, context_sigma_max=0.2),
-            lr=2e-2, lr_ref_steps=100, lr_ramp_steps=20, checkpoint_every=200, snapshot_every=200, log_every=20,
-            heldout_every=100, num_workers=1,
+            clip_length=8, batch_size=1, noisy_copies=4, steps=4000,
+            noise=NoiseConfig(mean=0.3, std=1.2, context_sigma_max=0.05),
+            own_context=OwnContextConfig(start=300, ramp=300), first_weight=0.0, first_fit=True,
+            lr=2e-2, lr_ref_steps=100, lr_ramp_steps=20, precision="auto", checkpoint_every=200, snapshot_every=200,
+            log_every=20, heldout_every=100, num_workers=1,
         ),
-        SamplerConfig(sampling_steps=8, sigma_min=2.0, sigma_max=40.0, rho=2.0),
+        SamplerConfig(sampling_steps=8, sigma_min=0.2, sigma_max=15.0, solver="euler", context_sigma=0.005),
         ClipConfig(clip_stride=2),
     ),
     "lunar-lander": Preset(

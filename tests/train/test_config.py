@@ -132,7 +132,7 @@ def test_noise_levels_stay_in_range():
     """sigma = exp(mean + std n), |n| < 6, and its square are fp32 numbers."""
     NoiseConfig(mean=-20.0, std=3.0)
     for mean, std in ((50.0, 1.0), (-50.0, 1.0), (0.0, 7.0)):
-        with pytest.raises(ValueError, match=r"^mean, std: must have \|mean\| \+ 6 std <= 40, got "):
+        with pytest.raises(ValueError, match=r"^mean, std: must satisfy \|mean\| \+ 6 std <= 40, got "):
             NoiseConfig(mean=mean, std=std)
 
 

@@ -28,7 +28,7 @@ def test_memory_is_counted():
 
 
 def test_time_and_memory_are_said_for_people():
-    needs = Needs(CONFIG, torch.device("cpu"), 2, 3 << 20, 5 << 30, None, 0.5, 0.25)
+    needs = Needs(CONFIG, torch.device("cpu"), "fp32", 2, 3 << 20, 5 << 30, None, 0.5, 0.25)
     memory, time = needs.lines()
     assert memory == (
         "memory on cpu: 3 MiB for weights, gradients, optimizer and 3 averages, 5 GiB for the backward pass of a "

@@ -41,7 +41,8 @@ class TrainConfig:
         max_seconds: stop and save after this much wall time of this call; None = no limit.
         seed: of the data order and of all noise.
         noise: distribution of the noise levels.
-        own_context: when and how the network is shown its own frames as context; not with "forcing".
+        own_context: when and how the network is shown its own frames as context; "forcing", whose past is noisy
+            anyway, makes no use of it.
         first_weight: weight of the loss of frames without past, relative to the others; 0 leaves them out.
         first_fit: frames without past have their own loss normaliser: at high noise levels their loss is many times
             that of other frames.
@@ -53,7 +54,8 @@ class TrainConfig:
         eps: of AdamW.
         weight_decay: of AdamW.
         grad_clip: largest gradient norm; 0 = no clipping.
-        precision: of the forward and backward pass (autocast); weights, loss and optimizer stay fp32.
+        precision: of the forward and backward pass (autocast); weights, loss and optimizer stay fp32. "auto" takes bf16
+            where the device multiplies in it (CUDA from 8.0, CPUs with AVX-512-BF16 or AMX), else fp32, and says which.
         spatial_every: every n-th step trains each frame by itself, without a past; 0 = never.
         action_dropout: probability that a clip is shown without its actions.
         ema_stds: relative widths of the tracked averages.
@@ -100,7 +102,7 @@ class TrainConfig:
     eps: float = 1e-8
     weight_decay: float = 0.0
     grad_clip: float = 0.0
-    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = "fp32"
     spatial_every: int = 0
     action_dropout: float = 0.0
     ema_stds: tuple[float, ...] = (0.05, 0.10)
@@ -126,12 +128,10 @@ class TrainConfig:
         object.__setattr__(self, "objective", current_value("objective", self.objective))
         if self.objective not in ("teacher_forcing", "forcing"):
             raise ValueError(f"objective: must be teacher_forcing or forcing, got {self.objective!r}")
-        if self.precision not in ("fp32", "bf16", "fp16"):
-            raise ValueError(f"precision: must be fp32, bf16 or fp16, got {self.precision!r}")
+        if self.precision not in ("auto", "fp32", "bf16", "fp16"):
+            raise ValueError(f"precision: must be auto, fp32, bf16 or fp16, got {self.precision!r}")
         if self.lr_decay not in ("power", "cosine"):
             raise ValueError(f"lr_decay: must be power or cosine, got {self.lr_decay!r}")
-        if self.own_context.start is not None and self.objective == "forcing":
-            raise ValueError("own_context.start: must be None with objective 'forcing', whose past is noisy already")
         check_numbers(self, "in [0, 1]", "action_dropout", "clean_frames")
         check_numbers(self, "positive", "lr", "eps")
         check_numbers(self, "at least 0", "grad_clip", "weight_decay", "first_weight")

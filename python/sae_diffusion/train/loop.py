@@ -19,7 +19,7 @@ import torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from ..devices import pick_device
+from ..devices import pick_device, pick_precision
 from ..lock import RunLock
 from .checkpoint import RUNNING, check_finite, latest_checkpoint, naming_write_errors, read_state, save_checkpoint
 from .files import flatten_optimizer, load_into, restore_optimizer
@@ -126,7 +126,8 @@ class Loop:
         task.to(self.device)
         self.network: Any = task.network
         self.optimizer = task.make_optimizer()
-        self.scaler = torch.amp.GradScaler(self.device.type, enabled=settings.precision == "fp16")
+        self.precision = pick_precision(settings.precision, self.device)
+        self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.precision == "fp16")
         self.ema = task.make_average()
         self.step = self.clips_seen = self.micro_batches_seen = 0
         self.seconds = 0.0
@@ -184,7 +185,7 @@ class Loop:
 
     def _micro_step(self, batch: Any, index: int, kind: str) -> torch.Tensor:
         """Gradient of one micro-batch, scaled so that the step's gradient is that of the mean over the whole batch."""
-        dtype = AUTOCAST[self.settings.precision]
+        dtype = AUTOCAST[self.precision]
         with torch.autocast(self.device.type, dtype) if dtype else contextlib.nullcontext():
             parts = self.task.losses(self.module, batch, kind, self.step + 1, index)
         loss = self.task.minimised(kind, *parts)

@@ -114,7 +114,7 @@ class VideoTask(Task):
         actions = self.actions(actions, dropped)
         torch.manual_seed(derive_seed(config.seed, DROPOUT, index))
         share, context = share_of_own_frames(config.own_context, step), None
-        if share and kind == "video":
+        if share and kind == "video" and config.objective != "forcing":
             own = torch.Generator().manual_seed(derive_seed(config.seed, OWN_FRAMES, index))
             context = with_own_frames(
                 self.network, x0, actions, levels[:, : x0.shape[1]], config.own_context, share, own
