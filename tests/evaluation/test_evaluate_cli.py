@@ -123,11 +123,11 @@ def test_refusals_are_one_line(run, tmp_path, capsys):
         (["evaluate", f"--run-dir={run}", f"--films={tmp_path / 'x.npz'}"], "run_dir, films: name a run"),
         (["evaluate", f"--run-dir={copy}", "--device=cpu"], f"data: {copy} does not say what it was trained on"),
         (["evaluate", f"--run-dir={run}", f"--data={run.parent / 'data'}", "--frames=40"], "to compare"),
-        (["evaluate", f"--run-dir={tmp_path / 'none'}", f"--data={run.parent / 'data'}"], "neither a checkpoint nor a run"),
+        (["evaluate", f"--run-dir={tmp_path / 'none'}", f"--data={run.parent / 'data'}"], "must be a checkpoint or a run"),
         (["evaluate", f"--films={tmp_path / 'none.npz'}"], "No such file"),
         (["evaluate", f"--run-dir={run}", "--object-colour=mauve"], "object_colour: must be r,g,b or one of lunar-lander"),
         (["evaluate", f"--run-dir={run}", "--object-colour=9,9,9"], "colour: must have channels at least 32 apart"),
-        (["evaluate", f"--run-dir={run}", "--window-frames=2"], "window_frames: needs a network trained with"),
+        (["evaluate", f"--run-dir={run}", "--in-flight=2"], "in_flight: must be None unless the network was trained with"),
     ):  # fmt: skip
         code, said = cli.main([*options]), capsys.readouterr().err
         if "--frames=40" in options:  # shorter clips are taken, as for `sae sample`, and it says so

@@ -40,8 +40,8 @@ class Evaluate:
         out: folder to write into; <run_dir>/evaluation, or one beside --films, if not given.
         npz: file to write the films into, as `sae sample` has it.
         evaluation: what is measured.
-        window_frames: frames in flight at a time, each at its own noise level, for networks trained with --objective
-            forcing; "None" finishes a frame before the next one begins.
+        in_flight: frames that are generated together, each at its own noise level, for networks trained with
+            --objective forcing; "None" finishes each frame before it begins the next.
         ema: relative width of the average of weights; "None" takes the weights as trained.
         preset: where the sampler's defaults come from, if not from the run.
         sampler: the sampler.
@@ -56,7 +56,7 @@ class Evaluate:
     out: Path | None = None
     npz: Path | None = None
     evaluation: Annotated[EvaluationConfig, tyro.conf.arg(name="")] = field(default_factory=EvaluationConfig)
-    window_frames: int | None = None
+    in_flight: int | None = None
     ema: float | None = 0.05
     preset: PresetName | None = None
     sampler: Annotated[SamplerConfig, tyro.conf.arg(name="")] = field(default_factory=SamplerConfig)
@@ -106,23 +106,23 @@ class Evaluate:
         if data is None:
             raise ValueError(f"data: {path} does not say what it was trained on; name clips with --data FOLDER")
         from ..devices import pick_device
-        from ..diffusion.sampler import check_trained_for_window
+        from ..diffusion.sampler import check_independent_levels
         from ..train.checkpoint import load_denoiser
         from .run import evaluate_run
 
         model, stats, state = load_denoiser(path, self.ema, device=pick_device(self.device))
-        if self.window_frames is not None:
-            check_trained_for_window(state)
+        if self.in_flight is not None:
+            check_independent_levels(state)
         settings = read_run_settings(path)
         with progress_bar("evaluate", 100, "%") as bar:
             result = evaluate_run(
                 model, stats, data, settings[0] if settings else ClipConfig(), self.sampler, self.evaluation,
-                split=self.split, window_frames=self.window_frames,
+                split=self.split, in_flight=self.in_flight,
                 callback=lambda share, what: bar.update(100 * share, what),
             )  # fmt: skip
         about = {
             "run": str(path), "step": state["step"], "data": str(data), "split": self.split, "ema": self.ema,
-            "window_frames": self.window_frames, "sampler": settings_as_json(self.sampler),
+            "in_flight": self.in_flight, "sampler": settings_as_json(self.sampler),
             "evaluation": settings_as_json(self.evaluation), "parameters": model.num_parameters(),
         }  # fmt: skip
         return {"about": about, **result.numbers}, result.films

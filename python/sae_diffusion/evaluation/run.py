@@ -64,13 +64,13 @@ def episode_of(source: str) -> str:
 
 def evaluate_run(
     model: Any, stats: Any, data: Path, clips: ClipConfig, sampler: SamplerConfig, config: EvaluationConfig, *,
-    split: str | None = None, window_frames: int | None = None, callback: Callable[[float, str], None] | None = None,
+    split: str | None = None, in_flight: int | None = None, callback: Callable[[float, str], None] | None = None,
 ) -> Evaluation:  # fmt: skip
     """Everything about a network: films that continue recorded clips, and what they say.
 
     Args:
         data, clips, split: where the clips come from, as `choose_clips` takes them.
-        window_frames: of `generate`.
+        in_flight: of `generate`.
         callback: called with the share of the work that is done, and what is being done.
 
     Raises:
@@ -83,7 +83,7 @@ def evaluate_run(
         raise ValueError(f"data: {data} holds latents; decode the films of `sae sample --npz` and evaluate those")
     films = continue_clips(
         model, stats, chosen.clips, chosen.frames, sampler, context=chosen.context, seed=config.seed,
-        window_frames=window_frames, callback=lambda done: say(0.9 * done / chosen.frames, "films"),
+        in_flight=in_flight, callback=lambda done: say(0.9 * done / chosen.frames, "films"),
     )  # fmt: skip
     groups = [episode_of(clip.source) for clip in chosen.clips]
     measured = evaluate_films(
