@@ -77,11 +77,13 @@ struct WeightGradient {
   int64_t rows, fan_in;
 };
 
-struct AttentionKernels;  // cpu_attention.h
+struct AttentionKernels;    // cpu_attention.h
+struct ConvolutionKernels;  // cpu_convolution.h
 
 struct Kernels {
   const char* name;
   const AttentionKernels* attention;
+  const ConvolutionKernels* convolution;
   void (*noise_forward)(const NoiseForward&, bool fp64, int64_t begin, int64_t end);
   void (*noise_backward)(const NoiseBackward&, bool fp64, int64_t slab);
   void (*noise_grad_x)(const NoiseBackward&, bool fp64, int64_t begin, int64_t end);

@@ -9,13 +9,11 @@
 
 #include "check.h"
 #include "ops.h"
+#include "tasks.h"
 
 namespace sae {
 
 namespace {
-
-// What a thread must have to do to be worth waking, in multiplications: about 20 microseconds.
-constexpr double kWorthWaking = 1e6;
 
 Rows rows_of(const char* name, const Tensor& t, int64_t batch, int64_t heads, int64_t rows, int64_t dim, Type type) {
   STD_TORCH_CHECK(t.dim() == 4 && t.size(0) == batch && t.size(1) == heads && t.size(2) == rows && t.size(3) == dim,
@@ -61,25 +59,6 @@ Sequence sequence_of(int64_t tokens, int64_t block, int64_t copies, bool noisy_f
   return {tokens, block, copies, noisy_first ? copies * tokens : 0, noisy_first ? 0 : tokens, window, sink,
           noisy_queries_only};
 }
-
-// Floats for all that a call keeps between tasks, from PyTorch's allocator; parts begin at multiples of 64 bytes.
-class Workspace {
- public:
-  void add(float** part, int64_t size) {
-    parts_.push_back({part, total_});
-    total_ += ceil_div(size, 16) * 16;
-  }
-  void allocate(const Tensor& like) {
-    memory_ = torch::stable::new_empty(like, {total_ + 16}, torch::headeronly::ScalarType::Float);
-    const uintptr_t start = (reinterpret_cast<uintptr_t>(memory_.data_ptr()) + 63) / 64 * 64;
-    for (const auto& [part, at] : parts_) *part = reinterpret_cast<float*>(start) + at;
-  }
-
- private:
-  Tensor memory_;
-  std::vector<std::pair<float**, int64_t>> parts_;
-  int64_t total_ = 0;
-};
 
 // Tasks numbered in an order in which none waits for a later one. Each head's first `packing` tasks make what the
 // others of the head read; a count for each head says how many are done. As many heads as there are threads advance

@@ -29,5 +29,15 @@ void frame_attention_bwd_cpu(const Tensor& grad_out, const Tensor& q, const Tens
                              const Tensor& out, const Tensor& lse, Tensor dq, Tensor dk, Tensor dv, int64_t tokens,
                              int64_t block, int64_t copies, bool noisy_first, int64_t window, int64_t sink,
                              double scale, bool noisy_queries_only);
+void causal_conv3d_fwd_cpu(std::optional<Tensor> x, const Tensor& weight, std::optional<Tensor> past_scale,
+                           std::optional<Tensor> last_scale, std::optional<Tensor> history, std::optional<Tensor> out,
+                           std::optional<Tensor> past, double pad_value, int64_t frames, int64_t copies,
+                           bool noisy_first);
+void causal_conv3d_bwd_cpu(const Tensor& grad_out, std::optional<Tensor> x, const Tensor& weight,
+                           std::optional<Tensor> past_scale, std::optional<Tensor> last_scale,
+                           std::optional<Tensor> history, std::optional<Tensor> past, std::optional<Tensor> grad_x,
+                           std::optional<Tensor> grad_weight, std::optional<Tensor> grad_past_scale,
+                           std::optional<Tensor> grad_last_scale, std::optional<Tensor> grad_history, double pad_value,
+                           int64_t frames, int64_t copies, bool noisy_first);
 
 }  // namespace sae

@@ -29,6 +29,15 @@ STABLE_TORCH_LIBRARY(sae_kernels_native, m) {
   m.def("frame_attention_bwd(Tensor grad_out, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, Tensor(a!) dq, "
         "Tensor(b!) dk, Tensor(c!) dv, int tokens, int block, int copies, bool noisy_first, int window, int sink, "
         "float scale, bool noisy_queries_only) -> ()");
+  // out (B, Cout, F, Y, X), and past (B, Cout, T, Y, X), what its earlier taps sum to; without x and out, past alone, of
+  // one frame. Backward: the gradients that are there; past where grad_past_scale is. fp32; videos of any strides with
+  // contiguous channels, the rest contiguous.
+  m.def("causal_conv3d_fwd(Tensor? x, Tensor weight, Tensor? past_scale, Tensor? last_scale, Tensor? history, "
+        "Tensor(a!)? out, Tensor(b!)? past, float pad_value, int frames, int copies, bool noisy_first) -> ()");
+  m.def("causal_conv3d_bwd(Tensor grad_out, Tensor? x, Tensor weight, Tensor? past_scale, Tensor? last_scale, "
+        "Tensor? history, Tensor? past, Tensor(a!)? grad_x, Tensor(b!)? grad_weight, Tensor(c!)? grad_past_scale, "
+        "Tensor(d!)? grad_last_scale, Tensor(e!)? grad_history, float pad_value, int frames, int copies, "
+        "bool noisy_first) -> ()");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(sae_kernels_native, CPU, m) {
@@ -40,4 +49,6 @@ STABLE_TORCH_LIBRARY_IMPL(sae_kernels_native, CPU, m) {
   m.impl("normalize_weights_bwd", TORCH_BOX(&sae::normalize_weights_bwd_cpu));
   m.impl("frame_attention_fwd", TORCH_BOX(&sae::frame_attention_fwd_cpu));
   m.impl("frame_attention_bwd", TORCH_BOX(&sae::frame_attention_bwd_cpu));
+  m.impl("causal_conv3d_fwd", TORCH_BOX(&sae::causal_conv3d_fwd_cpu));
+  m.impl("causal_conv3d_bwd", TORCH_BOX(&sae::causal_conv3d_bwd_cpu));
 }

@@ -19,7 +19,7 @@ NAMESPACE = "sae_kernels_native"
 # Those in csrc/registration.cpp; a library built from earlier sources lacks some.
 OPS = (
     "token_noise_fwd", "token_noise_bwd", "token_noise_eps", "edm_loss", "normalize_weights", "normalize_weights_bwd",
-    "frame_attention_fwd", "frame_attention_bwd",
+    "frame_attention_fwd", "frame_attention_bwd", "causal_conv3d_fwd", "causal_conv3d_bwd",
 )  # fmt: skip
 _HERE = Path(__file__).parent
 

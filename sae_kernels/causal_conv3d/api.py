@@ -40,9 +40,10 @@ def causal_conv3d(
         pad_value: without `history`, the constant that fills those frames; the spatial padding around them
             stays 0.
         impl: "auto", "reference" (one frame at a time, any float dtype), "composed" (library convolutions),
-            "triton" (not for noisy frames in blocks of several). A named one is used or refused, never replaced.
-            "auto" is triton on CUDA, but composed where triton cannot run or is slower according to the table of
-            `python -m sae_kernels.tune`; `python -m sae_kernels` prints both.
+            "cpp" (the CPU's C++ kernel, float32) or "triton", neither for noisy frames in blocks of several. A named
+            one is used or refused, never replaced. "auto" is cpp on the CPU and triton on CUDA, but composed where
+            they cannot run or triton is slower according to the table of `python -m sae_kernels.tune`;
+            `python -m sae_kernels` prints both.
 
     Returns:
         (B, Cout, F, Y, X) of the dtype of x; channels_last_3d if the channels of x are innermost in memory,
@@ -53,7 +54,7 @@ def causal_conv3d(
         TypeError: not a tensor, or not a supported or matching dtype.
     """
     _check(x, weight, layout, past_scale, last_scale, history, pad_value)
-    available, why_not = ops.implementations(x.device, x.dtype, layout.frames_per_block, layout.noisy_copies)
+    available, why_not = ops.implementations(x.device, _computed_in(x), layout.frames_per_block, layout.noisy_copies)
     chosen = _checks.choose_implementation("causal_conv3d", impl, x.device, available, why_not)
     if chosen == "reference":
         return reference.causal_conv3d(x, weight, layout, past_scale, last_scale, history, float(pad_value))
@@ -98,13 +99,21 @@ def past_term(history: torch.Tensor, weight: torch.Tensor, *, impl: str = "auto"
     _checks.check_float("history", history)
     _check_weight(weight, "history", history)
     _checks.check_size("history", "frames", history.shape[2], "kt - 1 of weight", weight.shape[2] - 1)
-    available, why_not = ops.implementations(history.device, history.dtype)
+    available, why_not = ops.implementations(history.device, _computed_in(history))
     chosen = _checks.choose_implementation("past_term", impl, history.device, available, why_not)
     if chosen == "reference":
         return reference.past_term(history, weight)
     if impl == "auto" and chosen == "triton":
         chosen = "auto"
     return ops.causal_conv3d_past_fwd(history, weight, chosen)
+
+
+def _computed_in(x: torch.Tensor) -> torch.dtype:
+    """The dtype that the op sees, behind its autocast rule."""
+    device = x.device.type
+    if device != "meta" and x.dtype != torch.float64 and torch.is_autocast_enabled(device):
+        return torch.get_autocast_dtype(device)
+    return x.dtype
 
 
 def _check(x, weight, layout, past_scale, last_scale, history, pad_value) -> None:

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import torch
 
-from .. import _launch, _library
+from .. import _extension, _launch, _library
 from ..layout import FrameLayout
-from . import composed, configs
+from . import composed, configs, cpp
 
 _TENSORS = "Tensor x, Tensor weight, Tensor? past_scale, Tensor? last_scale, Tensor? history"
 _GEOMETRY = "float pad_value, SymInt frames, SymInt frames_per_block, SymInt noisy_copies, bool noisy_first"
@@ -20,11 +20,18 @@ def implementations(
 ) -> tuple[list[str], dict[str, str]]:
     """(those that run on this device, fastest first; those that do not, with the reason)."""
     available = ["composed", "reference"]
-    why_not = dict.fromkeys(("cpp", "cuda"), "there is no C++ kernel for this op; use triton or composed")
+    why_not: dict[str, str] = {}
+    own_past = frames_per_block > 1 and noisy_copies > 0
+    if device.type == "cpu":
+        narrow = None if dtype == torch.float32 else "it computes in float32 alone; use composed"
+        _extension.offer(available, why_not, device, narrow or (_OWN_PAST if own_past else None))
+    else:
+        why_not["cpp"] = "it runs on the CPU; here use triton or composed"
+    why_not["cuda"] = "there is no CUDA C++ kernel for this op; use triton or composed"
     reason = _launch.why_not(device)
     if reason is None and dtype == torch.float64:
         reason = "it computes in float32; float64 is for composed and reference"
-    elif reason is None and frames_per_block > 1 and noisy_copies > 0:
+    elif reason is None and own_past:
         reason = _OWN_PAST
     if reason is not None:
         why_not["triton"] = reason
@@ -61,6 +68,8 @@ def _backend(impl: str, x: torch.Tensor, weight: torch.Tensor):
         impl = "composed" if key in configs.conv_slower() else "triton"
     if impl == "composed":
         return composed
+    if impl == "cpp":
+        return cpp
     if impl == "triton":
         from . import triton
 

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils.flop_counter import FlopCounterMode
 
-from sae_kernels import FrameLayout, causal_conv3d, past_term
+from sae_kernels import FrameLayout, _extension, causal_conv3d, past_term
 from sae_kernels.causal_conv3d import composed, ops
 from sae_kernels.testing import assert_within_budget, noncontiguous
 
@@ -38,6 +38,12 @@ def make(
         "history": normal(B, Cin, kt - 1, *size) if history else None,
     }
     return tensors, arrange(normal(B, Cout, frames, *size), memory)
+
+
+def need(impl):
+    reason = _extension.library("cpu") if impl == "cpp" else None
+    if reason is not None:
+        pytest.skip(reason)
 
 
 def arrange(x, memory):
@@ -331,40 +337,44 @@ def test_deterministic():
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
 
 
-@pytest.mark.parametrize("f", [1, 2])
+@pytest.mark.parametrize(("impl", "f"), [("composed", 1), ("composed", 2), ("cpp", 1)])
 @pytest.mark.parametrize("keep_past", [False, True])
 @pytest.mark.parametrize("optional", [False, True])
-def test_opcheck(f, keep_past, optional):
+def test_opcheck(impl, f, keep_past, optional):
+    need(impl)
     layout = FrameLayout(3, 20, frames_per_block=f, noisy_first=True)
     scales = "both" if optional else "none"
     memory = "channels_last_3d" if optional else "contiguous_format"
     tensors, grad = make(layout, scales=scales, history=optional, memory=memory)
     options = (0.5, 3, f, 1, True)
     leaves = [None if t is None else t.requires_grad_() for t in tensors.values()]
-    torch.library.opcheck(ops.causal_conv3d_fwd, (*leaves, *options, keep_past, "composed"))
+    torch.library.opcheck(ops.causal_conv3d_fwd, (*leaves, *options, keep_past, impl))
     with torch.no_grad():
-        _, past = ops.causal_conv3d_fwd(*leaves, *options, keep_past, "composed")
+        _, past = ops.causal_conv3d_fwd(*leaves, *options, keep_past, impl)
         mask = [True, True, optional, optional, optional]
-        torch.library.opcheck(ops.causal_conv3d_bwd, (grad, *leaves, past, *options, mask, "composed"))
+        torch.library.opcheck(ops.causal_conv3d_bwd, (grad, *leaves, past, *options, mask, impl))
 
 
-def test_opcheck_past_term():
+@pytest.mark.parametrize("impl", ["composed", "cpp"])
+def test_opcheck_past_term(impl):
+    need(impl)
     tensors, grad = make(FrameLayout(1, 20))
     history, weight = (tensors[k].requires_grad_() for k in ("history", "weight"))
-    torch.library.opcheck(ops.causal_conv3d_past_fwd, (history, weight, "composed"))
+    torch.library.opcheck(ops.causal_conv3d_past_fwd, (history, weight, impl))
     with torch.no_grad():
-        arguments = (grad[:, :, 0], history, weight, [True, True], "composed")
+        arguments = (grad[:, :, 0], history, weight, [True, True], impl)
         torch.library.opcheck(ops.causal_conv3d_past_bwd, arguments)
 
 
+@pytest.mark.parametrize("impl", ["composed", "cpp"])
 @pytest.mark.parametrize("memory", ["channels_last_3d", "contiguous_format"])
-def test_compile_fullgraph_without_recompiling(memory):
+def test_compile_fullgraph_without_recompiling(memory, impl):
+    need(impl)
+
     def step(x, weight, past_scale, last_scale, history, frames):
         layout = FrameLayout(frames, 1, noisy_copies=2)
-        y = causal_conv3d(
-            x, weight, layout, past_scale=past_scale, last_scale=last_scale, history=history, impl="composed"
-        )
-        return y.square().sum() + past_term(history, weight).square().sum()
+        y = causal_conv3d(x, weight, layout, past_scale=past_scale, last_scale=last_scale, history=history, impl=impl)
+        return y.square().sum() + past_term(history, weight, impl=impl).square().sum()
 
     torch._dynamo.reset()
     compiled = torch.compile(step, backend="aot_eager", fullgraph=True, dynamic=True)
