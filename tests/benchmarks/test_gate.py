@@ -12,7 +12,7 @@ from benchmarks import __main__ as cli
 from benchmarks import attention, convolution, gate, naive, noise, registry, run, train_step
 from benchmarks.registry import Case, Contender
 from sae_kernels import FrameLayout, causal_conv3d, frame_attention, token_noise
-from sae_kernels.causal_conv3d import composed as conv_composed
+from sae_kernels.causal_conv3d import ops as convolution_ops
 from sae_kernels.causal_conv3d import reference as conv_reference
 from sae_kernels.frame_attention import ops as attention_ops
 from sae_kernels.frame_attention import reference
@@ -23,6 +23,7 @@ DRY = run.Options(seconds=0.01, dry=True)
 
 # What "auto" takes here: the C++ kernel where it is built.
 default_attention = attention_ops._backend(attention_ops.implementations(torch.device("cpu"))[0][0])
+default_convolution = getattr(convolution_ops, convolution_ops.implementations(torch.device("cpu"))[0][0])
 
 
 def smoke(op: str, device: str = "cpu") -> Case:
@@ -84,12 +85,12 @@ def test_broken_backward_turns_the_gate_red(monkeypatch):
 
 
 def test_broken_convolution_turns_the_gates_of_op_and_network_red(monkeypatch):
-    sound = conv_composed.forward
+    sound = default_convolution.forward
 
-    def forward(x, weight, past_scale, last_scale, history, pad_value, *options):
-        return sound(x, weight, past_scale, last_scale, history, 0.0, *options)
+    def forward(x, weight, *options):
+        return sound(x, weight.flip(2), *options)
 
-    monkeypatch.setattr(conv_composed, "forward", forward)
+    monkeypatch.setattr(default_convolution, "forward", forward)
     for op in ("convolution", "train-step", "sampling"):
         record = run_smoke(op)
         assert not record["gate"]["ok"], op
