@@ -17,6 +17,7 @@ from sae_diffusion.diffusion import sampler
 from sae_diffusion.diffusion.config import SamplerConfig
 from sae_diffusion.diffusion.forcing import forcing_loss
 from sae_diffusion.diffusion.loss import denoising_loss
+from sae_diffusion.diffusion.schedules import Staggered
 from sae_diffusion.model import Denoiser, ModelConfig
 from sae_diffusion.settings import read_config
 from sae_diffusion.train import TrainConfig
@@ -138,6 +139,13 @@ def test_window_frames():
     for arguments in (["--window-frames=4"], ["--window_frames", "4"]):
         with warns(arguments[0].partition("=")[0], "--in-flight"):
             assert cli.parse(["sample", "--run-dir=x", *arguments]).in_flight == 4
+
+
+def test_windows_of_a_schedule():
+    schedule = Staggered(4, window=2)
+    with warns("windows", "intervals"):
+        old = schedule.windows()
+    assert all(torch.equal(a, b) for a, b in zip(old, schedule.intervals(), strict=True))
 
 
 def test_teacher(tmp_path):

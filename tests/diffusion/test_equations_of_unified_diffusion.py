@@ -287,20 +287,20 @@ sizes = pytest.mark.parametrize(("tokens", "window"), SIZES)
 @sizes
 def test_l_of_the_first_token(tokens, window):
     """l(0) = 0, in generation time 1 - t."""
-    assert float(Staggered(tokens, window).windows()[0][0]) == 0
+    assert float(Staggered(tokens, window).intervals()[0][0]) == 0
 
 
 @sizes
 def test_r_of_the_last_token(tokens, window):
     """r(N - 1) = 1."""
-    assert float(Staggered(tokens, window).windows()[1][-1]) == pytest.approx(1, abs=1e-15)
+    assert float(Staggered(tokens, window).intervals()[1][-1]) == pytest.approx(1, abs=1e-15)
 
 
 @sizes
 def test_r_minus_l(tokens, window):
     """r(i) - l(i) = t, the fraction of time in which a token moves, and the schedule does move in it and only in it."""
     schedule = Staggered(tokens, window)
-    left, right = schedule.windows()
+    left, right = schedule.intervals()
     fraction = window_to_fraction(window, tokens)
     torch.testing.assert_close(right - left, torch.full_like(left, fraction), rtol=1e-9, atol=1e-12)
     assert schedule.width == pytest.approx(fraction)
@@ -342,7 +342,7 @@ def test_t(tokens, window):
 def test_l_and_r(tokens, window):
     """l(i) = i / v and r(i) = l(i) + t."""
     schedule = Staggered(tokens, window)
-    left, right = (edge.tolist() for edge in schedule.windows())
+    left, right = (edge.tolist() for edge in schedule.intervals())
     for i in range(tokens):
         assert left[i] == pytest.approx(i / (tokens - 1 + window))
         assert right[i] == pytest.approx((i + window) / (tokens - 1 + window))

@@ -16,6 +16,8 @@ from collections.abc import Sequence
 
 import torch
 
+from sae_kernels._deprecated import warn_renamed
+
 from .curves import EDM, Cosine, Curve, Flow, LogLinear, VPLinear
 
 __all__ = [
@@ -103,7 +105,7 @@ class Schedule(ABC):
         return t
 
 
-class _Windowed(Schedule):
+class _Delayed(Schedule):
     """Token i follows the curve while t goes from delay_i to delay_i + width, and rests before and after.
 
     delay: (*shape) fp64; width: a number.
@@ -150,7 +152,7 @@ class _Windowed(Schedule):
         return snapped, inside
 
 
-class Together(_Windowed):
+class Together(_Delayed):
     """All tokens at one level: ordinary diffusion with any curve.
 
     Args:
@@ -181,16 +183,16 @@ class Independent(Together):
         return (uniform[0].argsort(dim=0) + uniform[1]) / batch
 
 
-class Staggered(_Windowed):
-    """Tokens are generated one after another with overlapping windows (Unified Diffusion).
+class Staggered(_Delayed):
+    """Tokens are generated one after another, overlapping in time (Unified Diffusion).
 
     In generation time 1 - t the k-th token in the order moves from l_k = k / v to r_k = (k + w) / v with v = N - 1 + w:
-    token 0 is generated first. w = 1 is autoregressive (disjoint windows), w = inf is joint diffusion; for w < 1
+    token 0 is generated first. w = 1 is autoregressive (disjoint intervals), w = inf is joint diffusion; for w < 1
     nothing moves between two tokens.
 
     Args:
         tokens: N.
-        window: w > 0, in tokens; `math.inf` for joint diffusion.
+        window: w > 0, tokens in flight; `math.inf` for joint diffusion.
         order: order[k] is the token generated k-th, a permutation of 0..N-1; 0, 1, 2, ... by default.
     """
 
@@ -210,7 +212,7 @@ class Staggered(_Windowed):
             raise ValueError(f"window: must be positive, got {window}")
         self.tokens, self.window = tokens, float(window)
         self.order = _check_order(order, tokens)
-        left, right = self.windows()
+        left, right = self.intervals()
         # 1 - r_k, written so that rounding cannot separate it from the l of another token
         delay = left.flip(0) if math.isfinite(window) else left
         super().__init__((tokens,), delay[torch.argsort(self.order)], float(right[0]), curve, scaling)
@@ -220,12 +222,17 @@ class Staggered(_Windowed):
         """v = N - 1 + w: tokens that start per unit of time."""
         return self.tokens - 1 + self.window
 
-    def windows(self) -> tuple[torch.Tensor, torch.Tensor]:
+    def intervals(self) -> tuple[torch.Tensor, torch.Tensor]:
         """(l, r), each (N,) fp64: generation times at which the k-th token in the order starts and is finished."""
         k = torch.arange(self.tokens, dtype=torch.float64)
         if math.isinf(self.window):
             return torch.zeros_like(k), torch.ones_like(k)
         return k / self.speed, (k + self.window) / self.speed
+
+    def windows(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Deprecated: `intervals`."""
+        warn_renamed("windows", "intervals")
+        return self.intervals()
 
 
 class Triangular(Staggered):
@@ -268,16 +275,16 @@ class Triangular(Staggered):
         return super().times(self.macro_steps if steps is None else steps)
 
 
-class Rolling(_Windowed):
-    """An endless sequence in a window of W tokens (rolling diffusion, Ruhe et al. 2024).
+class Rolling(_Delayed):
+    """An endless sequence with W tokens in flight (rolling diffusion, Ruhe et al. 2024).
 
     In global time g, counted in tokens, token k enters as noise at g = k and leaves clean at g = k + W. As a schedule
-    it is one shift of the window: slot j has progress (j + t) / W, so from t = 1 to t = 0 every slot takes the level of
+    it is one shift by a token: slot j has progress (j + t) / W, so from t = 1 to t = 0 every slot takes the level of
     the one before it, slot 0 becomes clean and leaves, and noise enters at the end. `first=True` is the run-in that
     leads from pure noise to the state at t = 0, progress min(1, j / W + t). `roll` in solvers.py samples with both.
 
     Args:
-        window: W >= 1 tokens.
+        window: W >= 1, tokens in flight.
     """
 
     def __init__(
@@ -294,7 +301,7 @@ class Rolling(_Windowed):
         return (1 - (global_time - token) / self.window).clamp(0, 1)
 
 
-class PerPixel(_Windowed):
+class PerPixel(_Delayed):
     """Any generation order over positions: a map from 0 (generated first) to 1 (last).
 
     A position with value m is noised while t goes from b (1 - m) to b (1 - m) + 1 - b.
