@@ -40,7 +40,7 @@ INSTRUCTION_SETS = {
     "avx512": ["-mavx512f", "-mavx512dq", "-mavx512bw", "-mavx512vl", "-mavx2", "-mfma", "-mprefer-vector-width=512"],
 }
 # Compiled once for each of these.
-INNER_LOOPS = ("cpu_kernels", "cpu_attention", "cpu_convolution")
+INNER_LOOPS = ("cpu_kernels", "cpu_attention", "cpu_convolution", "cpu_steps", "cpu_norms")
 CUDA_ARCHS = "80;90a;120"
 
 

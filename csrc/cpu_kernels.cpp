@@ -467,9 +467,11 @@ void weight_rows_backward(const WeightGradient& args, float eps, int64_t begin, 
 
 extern const AttentionKernels attention_kernels;      // cpu_attention.cpp
 extern const ConvolutionKernels convolution_kernels;  // cpu_convolution.cpp
+extern const StepKernels step_kernels;                // cpu_steps.cpp
+extern const NormKernels norm_kernels;                // cpu_norms.cpp
 extern const Kernels kernels;
-const Kernels kernels = {SAE_STRING(SAE_ISA), &attention_kernels, &convolution_kernels, noise_forward, noise_backward,
-                         noise_grad_x, eps, edm_loss, weight_rows, weight_rows_backward};
+const Kernels kernels = {SAE_STRING(SAE_ISA), &attention_kernels, &convolution_kernels, &step_kernels, &norm_kernels,
+                         noise_forward, noise_backward, noise_grad_x, eps, edm_loss, weight_rows, weight_rows_backward};
 
 }  // namespace SAE_ISA
 }  // namespace sae

@@ -79,11 +79,15 @@ struct WeightGradient {
 
 struct AttentionKernels;    // cpu_attention.h
 struct ConvolutionKernels;  // cpu_convolution.h
+struct StepKernels;         // cpu_steps.h
+struct NormKernels;         // cpu_steps.h
 
 struct Kernels {
   const char* name;
   const AttentionKernels* attention;
   const ConvolutionKernels* convolution;
+  const StepKernels* steps;
+  const NormKernels* norms;
   void (*noise_forward)(const NoiseForward&, bool fp64, int64_t begin, int64_t end);
   void (*noise_backward)(const NoiseBackward&, bool fp64, int64_t slab);
   void (*noise_grad_x)(const NoiseBackward&, bool fp64, int64_t begin, int64_t end);

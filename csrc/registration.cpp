@@ -38,6 +38,28 @@ STABLE_TORCH_LIBRARY(sae_kernels_native, m) {
         "Tensor? history, Tensor? past, Tensor(a!)? grad_x, Tensor(b!)? grad_weight, Tensor(c!)? grad_past_scale, "
         "Tensor(d!)? grad_last_scale, Tensor(e!)? grad_history, float pad_value, int frames, int copies, "
         "bool noisy_first) -> ()");
+  // The small steps (cpu_steps.h): tensors of fp32, bf16 or fp16, dense and in one order of memory.
+  m.def("mp_silu(Tensor x, Tensor? grad_out, Tensor(a!) out) -> ()");
+  m.def("mp_sum(Tensor a, Tensor b, Tensor(a!) out, float weight_a, float weight_b, float? limit) -> ()");
+  m.def("mp_sum_bwd(Tensor grad_out, Tensor? out, Tensor(a!)? grad_a, Tensor(b!)? grad_b, float weight_a, "
+        "float weight_b, float? limit) -> ()");
+  // Two parts of each row to the whole, or back; schemas cannot say which of them is written.
+  m.def("mp_cat(Tensor(a!)[] parts, Tensor(b!) whole, float[] weights, int rows, bool backward) -> ()");
+  // scale fp32 (groups, channels), x (groups, pixels, channels).
+  m.def("modulated_silu(Tensor x, Tensor scale, Tensor(a!) out, int channels) -> ()");
+  m.def("modulated_silu_bwd(Tensor grad_out, Tensor x, Tensor scale, Tensor(a!)? grad_x, Tensor(b!)? grad_scale, "
+        "int channels) -> ()");
+  // x (outer, size, inner), rms fp32 (outer, inner); act is mp_silu of out.
+  m.def("pixel_norm(Tensor x, Tensor(a!) out, Tensor(b!) rms, Tensor(c!)? act, int size, int inner, float eps) -> ()");
+  m.def("pixel_norm_bwd(Tensor grad_out, Tensor? grad_act, Tensor out, Tensor rms, Tensor(a!) grad_x, int size, "
+        "int inner, float eps) -> ()");
+  // Parts (B, H, S, D) of any strides with a contiguous last dimension; rms (B, H, S) and, backward, outs of those in
+  // the bit mask `normalized`. table: for each axis (size, 2, channels) cosines and sines; place: frames, tokens per
+  // frame and per row, frames = 0 where the table has a row for each token.
+  m.def("qk_prepare_fwd(Tensor[] parts, Tensor(a!)[] outs, Tensor(b!)[] rms, int normalized, Tensor? table, "
+        "int[] place, int[] axes, int[] sizes, bool interleaved, float eps) -> ()");
+  m.def("qk_prepare_bwd(Tensor[] grads, Tensor[] outs, Tensor[] rms, Tensor(a!)[] grad_parts, int normalized, "
+        "Tensor? table, int[] place, int[] axes, int[] sizes, bool interleaved, float eps) -> ()");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(sae_kernels_native, CPU, m) {
@@ -51,4 +73,14 @@ STABLE_TORCH_LIBRARY_IMPL(sae_kernels_native, CPU, m) {
   m.impl("frame_attention_bwd", TORCH_BOX(&sae::frame_attention_bwd_cpu));
   m.impl("causal_conv3d_fwd", TORCH_BOX(&sae::causal_conv3d_fwd_cpu));
   m.impl("causal_conv3d_bwd", TORCH_BOX(&sae::causal_conv3d_bwd_cpu));
+  m.impl("mp_silu", TORCH_BOX(&sae::mp_silu_cpu));
+  m.impl("mp_sum", TORCH_BOX(&sae::mp_sum_cpu));
+  m.impl("mp_sum_bwd", TORCH_BOX(&sae::mp_sum_bwd_cpu));
+  m.impl("mp_cat", TORCH_BOX(&sae::mp_cat_cpu));
+  m.impl("modulated_silu", TORCH_BOX(&sae::modulated_silu_cpu));
+  m.impl("modulated_silu_bwd", TORCH_BOX(&sae::modulated_silu_bwd_cpu));
+  m.impl("pixel_norm", TORCH_BOX(&sae::pixel_norm_cpu));
+  m.impl("pixel_norm_bwd", TORCH_BOX(&sae::pixel_norm_bwd_cpu));
+  m.impl("qk_prepare_fwd", TORCH_BOX(&sae::qk_prepare_fwd_cpu));
+  m.impl("qk_prepare_bwd", TORCH_BOX(&sae::qk_prepare_bwd_cpu));
 }

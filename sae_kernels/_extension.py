@@ -19,7 +19,9 @@ NAMESPACE = "sae_kernels_native"
 # Those in csrc/registration.cpp; a library built from earlier sources lacks some.
 OPS = (
     "token_noise_fwd", "token_noise_bwd", "token_noise_eps", "edm_loss", "normalize_weights", "normalize_weights_bwd",
-    "frame_attention_fwd", "frame_attention_bwd", "causal_conv3d_fwd", "causal_conv3d_bwd",
+    "frame_attention_fwd", "frame_attention_bwd", "causal_conv3d_fwd", "causal_conv3d_bwd", "mp_silu", "mp_sum",
+    "mp_sum_bwd", "mp_cat", "modulated_silu", "modulated_silu_bwd", "pixel_norm", "pixel_norm_bwd", "qk_prepare_fwd",
+    "qk_prepare_bwd",
 )  # fmt: skip
 _HERE = Path(__file__).parent
 
@@ -104,3 +106,14 @@ def offer(available: list[str], unavailable: dict[str, str], device: torch.devic
         available.insert(0, name)
     else:
         unavailable[name] = reason
+
+
+def offer_on_cpu(
+    available: list[str], unavailable: dict[str, str], device: torch.device, cannot: str | None = None
+) -> None:
+    """`offer` for an op whose C++ is for the CPU alone."""
+    if device.type == "cpu":
+        offer(available, unavailable, device, cannot)
+    else:
+        unavailable["cpp"] = "it runs on the CPU; here use triton or composed"
+    unavailable["cuda"] = "there is no CUDA C++ kernel for this op; use triton"

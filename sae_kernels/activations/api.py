@@ -2,7 +2,8 @@
 
 Each keeps a root mean square of 1 if its inputs have it. All of them take float32, bfloat16, float16 and float64 on
 any device, compute in fp32 (fp64 for fp64) also under autocast, keep the memory order of their (first) input, and are
-deterministic. `impl` is "auto", "reference", "composed", or "triton"; a named one is used or refused, never replaced.
+deterministic. `impl` is "auto", "reference", "composed", "cpp" (on the CPU; not for float64) or "triton"; a named one
+is used or refused, never replaced.
 """
 
 from __future__ import annotations
@@ -58,7 +59,7 @@ def mp_sum(
         a, b: of one shape; different dtypes are promoted as torch.add does.
         t: a number, or a float tensor that broadcasts to a, such as (B, 1, F, 1, 1) for one value per frame of
             (B, C, F, Y, X); a tensor receives a gradient too. "triton" takes a number, or one value for each (dim 0,
-            dim 2).
+            dim 2); "cpp" takes a number.
         limit: clamp the sum to [-limit, limit], without gradient where the limit is reached; only if t is a number.
 
     Raises:
@@ -77,6 +78,7 @@ def mp_sum(
             raise ValueError(f"t: must broadcast to the shape of a {tuple(a.shape)}, got {_checks.describe(t)}")
     else:
         t = _checks.check_number("t", t)
+    no_cpp = f"its t must be a number, got {_checks.describe(t)}" if isinstance(t, torch.Tensor) else None
     no_triton = None
     if isinstance(t, torch.Tensor) and (a.ndim < 2 or ops.varies_inside_frames(t, a)):
         no_triton = f"its t must be a number or one value for each (dim 0, dim 2), got {_checks.describe(t)}"
@@ -86,7 +88,7 @@ def mp_sum(
             raise ValueError(f"limit: must be > 0, got {limit}")
         if isinstance(t, torch.Tensor):
             raise ValueError(f"limit: must be None with a tensor t, got {limit}")
-    chosen = _choose("mp_sum", impl, a, no_triton)
+    chosen = _choose("mp_sum", impl, a, no_cpp, no_triton)
     if chosen == "reference":
         return reference.mp_sum(a, b, t, limit)
     return ops.mp_sum_tensor(a, b, t, chosen) if isinstance(t, torch.Tensor) else ops.mp_sum(a, b, t, limit, chosen)
@@ -173,6 +175,6 @@ def _check_norm(x: torch.Tensor, dim: int, eps: float) -> tuple[int, float]:
     return dim, eps
 
 
-def _choose(op: str, impl: str, x: torch.Tensor, no_triton: str | None = None) -> str:
-    available, why_not = ops.implementations(x.device, x.dtype, no_triton=no_triton)
+def _choose(op: str, impl: str, x: torch.Tensor, no_cpp: str | None = None, no_triton: str | None = None) -> str:
+    available, why_not = ops.implementations(x.device, x.dtype, no_cpp=no_cpp, no_triton=no_triton)
     return _checks.choose_implementation(op, impl, x.device, available, why_not)

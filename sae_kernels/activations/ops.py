@@ -8,25 +8,27 @@ from __future__ import annotations
 
 import torch
 
-from .. import _launch, _library
+from .. import _extension, _launch, _library
 from .._tensors import empty_if, rms_like
-from . import composed
+from . import composed, cpp
 
 
 def implementations(
-    device: torch.device, dtype: torch.dtype = torch.float32, *, no_triton: str | None = None
+    device: torch.device,
+    dtype: torch.dtype = torch.float32,
+    *,
+    no_cpp: str | None = None,
+    no_triton: str | None = None,
 ) -> tuple[list[str], dict[str, str]]:
     """(those that run on this device, fastest first; those that do not, with the reason).
 
-    `no_triton`: why the Triton kernels do not take these arguments.
+    `no_cpp`, `no_triton`: why those kernels do not take these arguments.
     """
     available = ["composed", "reference"]
-    why_not = dict.fromkeys(("cpp", "cuda"), "there is no C++ kernel for this op; use triton or composed")
-    reason = _launch.why_not(device)
-    if reason is None and dtype == torch.float64:
-        reason = "it computes in float32; float64 is for composed and reference"
-    if reason is None:
-        reason = no_triton
+    why_not: dict[str, str] = {}
+    narrow = "it computes in float32; float64 is for composed and reference" if dtype == torch.float64 else None
+    _extension.offer_on_cpu(available, why_not, device, narrow or no_cpp)
+    reason = _launch.why_not(device) or narrow or no_triton
     if reason is not None:
         why_not["triton"] = reason
     else:
@@ -44,6 +46,8 @@ def varies_inside_frames(t: torch.Tensor, x: torch.Tensor) -> bool:
 def _backend(impl: str):
     if impl == "composed":
         return composed
+    if impl == "cpp":
+        return cpp
     if impl == "triton":
         from . import triton
 

@@ -23,11 +23,7 @@ def implementations(
     available = ["composed", "reference"]
     why_not: dict[str, str] = {}
     narrow = "it computes in float32; float64 is for composed and reference" if dtype == torch.float64 else None
-    if device.type == "cpu":
-        _extension.offer(available, why_not, device, narrow)
-    else:
-        why_not["cpp"] = "it runs on the CPU; here use triton or composed"
-    why_not["cuda"] = "there is no CUDA C++ kernel for this op; use triton"
+    _extension.offer_on_cpu(available, why_not, device, narrow)
     reason = _launch.why_not(device)
     if reason is None and narrow is not None:
         reason = narrow

@@ -50,7 +50,8 @@ def qk_prepare(
             Axes take consecutive pairs in either case.
         normalize: scale q and k to unit RMS. normalize_v: v too.
         eps: added to the RMS, positive.
-        impl: "auto", "reference", "composed" or "triton". A named one is used or refused, never replaced.
+        impl: "auto", "reference", "composed", "cpp" (on the CPU; not for float64) or "triton". A named one is used or
+            refused, never replaced.
 
     Returns:
         (q, k), or (q, k, v) if v was given; each is stored as (B, S, H, D) if q is, else as (B, H, S, D).

@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import torch
 
-from .. import _launch, _library
-from . import composed
+from .. import _extension, _launch, _library
+from . import composed, cpp
 
 # positions, or the place of a token: frames = 0 where there is no layout; no axes: nothing is turned.
 _OPTIONS = (
@@ -22,11 +22,11 @@ def implementations(
 ) -> tuple[list[str], dict[str, str]]:
     """(those that run on this device, fastest first; those that do not, with the reason)."""
     available = ["composed", "reference"]
-    why_not = dict.fromkeys(("cpp", "cuda"), "there is no C++ kernel for this op; use triton or composed")
-    reason = _launch.why_not(device)
-    if reason is None and dtype == torch.float64:
-        reason = "it computes in float32; float64 is for composed and reference"
-    elif reason is None and head_dim > 1024:
+    why_not: dict[str, str] = {}
+    narrow = "it computes in float32; float64 is for composed and reference" if dtype == torch.float64 else None
+    _extension.offer_on_cpu(available, why_not, device, narrow)
+    reason = _launch.why_not(device) or narrow
+    if reason is None and head_dim > 1024:
         reason = "it holds head dims up to 1024"
     if reason is not None:
         why_not["triton"] = reason
@@ -39,6 +39,8 @@ def implementations(
 def _backend(impl: str):
     if impl == "composed":
         return composed
+    if impl == "cpp":
+        return cpp
     if impl == "triton":
         from . import triton
 

@@ -125,6 +125,52 @@ def frame_attention() -> None:
                 )  # fmt: skip
 
 
+def small_steps() -> None:
+    """Less than a vector, whole vectors and not; rows of channels and channels apart; past the caches from 8 MiB on."""
+    steps = sae_kernels
+    shapes = [(2, 3, 1, 1), (1, 16, 2, 33), (2, 70, 3, 21), (1, 5, 2, 300), (1, 2100, 1, 3), (1, 128, 1, 16390)]
+    for dtype, shape in itertools.product((torch.float32, torch.bfloat16, torch.float16), shapes):
+        large = shape[3] > 1000
+        videos = variants(torch.randn(shape).to(dtype))[: 2 if large else 4]
+        videos.append(videos[0].movedim(1, -1).contiguous().movedim(-1, 1))
+        scale = torch.rand(shape[0], shape[2], shape[1])
+        for x, y in zip(videos, [*videos[1:], videos[0]], strict=True):
+            differentiate(lambda x: steps.mp_silu(x, impl="cpp"), x)
+            differentiate(lambda x, y: steps.mp_sum(x, y, 0.3, impl="cpp"), x, y)
+            differentiate(lambda x, y: steps.mp_sum(x, y, 0.3, limit=0.5, impl="cpp"), x, y)
+            differentiate(lambda x, y: steps.mp_cat(x, y[:, :2], impl="cpp"), x, y)
+            differentiate(lambda x, scale: steps.modulated_silu(x, scale, impl="cpp"), x, scale)
+            for dim in (1,) if large else (0, 1, 2, 3):
+                differentiate(lambda x: steps.pixel_norm(x, dim, impl="cpp"), x)  # noqa: B023
+                differentiate(lambda x: steps.pixel_norm_silu(x, dim, impl="cpp"), x)  # noqa: B023
+
+
+def qk_prepare() -> None:
+    layouts = [
+        (FrameLayout(3, 6), {"grid": (2, 3)}),
+        (FrameLayout(5, 7), {"start": 3}),
+        (torch.arange(36), {}),
+        (None, {}),
+    ]
+    for dim, dtype, interleaved in itertools.product(
+        (6, 13, 64), (torch.float32, torch.bfloat16, torch.float16), (False, True)
+    ):
+        for positions, options in layouts:
+            length = positions.sequence_length if isinstance(positions, FrameLayout) else 36
+            if positions is not None and dim % 2:
+                axes = (6, 4, 2) if "grid" in options else (12,)
+                options = options | {"axes": axes}
+            options = options | {"interleaved": interleaved, "impl": "cpp"}
+            qs = variants(torch.randn(2, 3, length, dim).to(dtype))
+            for q, k in zip(qs, [*qs[1:], qs[0]], strict=True):
+                differentiate(
+                    lambda *a: sae_kernels.qk_prepare(*a, positions, normalize_v=True, **options),  # noqa: B023
+                    q, k[:, :1], k[:, 1:2],
+                )  # fmt: skip
+            qkv = torch.randn(2, length, 5, dim).to(dtype)
+            differentiate(lambda x: sae_kernels.qkv_prepare(x, positions, kv_heads=1, **options), qkv)  # noqa: B023
+
+
 def main() -> None:
     torch.set_num_threads(1)
     torch.manual_seed(0)
@@ -133,7 +179,7 @@ def main() -> None:
         raise SystemExit(reason)
     ops = native_ops()
     called = watch(ops)
-    for exercise in (token_noise, edm_loss, normalize_weights, frame_attention):
+    for exercise in (token_noise, edm_loss, normalize_weights, frame_attention, small_steps, qk_prepare):
         exercise()
         print(exercise.__name__, flush=True)
     missing = sorted(set(ops) - set(called))

@@ -18,7 +18,9 @@ from hypothesis import strategies as st
 
 import sae_kernels as sk
 from sae_kernels import FrameLayout
+from sae_kernels.activations import ops as activations
 from sae_kernels.frame_attention import ops as attention
+from sae_kernels.qk_prepare import ops as qk
 from sae_kernels.testing import STRIDES, assert_within_budget, strided
 
 CALLS: Counter[str] = Counter()
@@ -130,6 +132,11 @@ def chosen(triton: int, *others: str, dtype=torch.float32) -> list[str]:
     return ["composed", "reference", *others, *["triton"] * (triton == 0 and dtype != torch.float64)]
 
 
+def native(ops, dtype: torch.dtype) -> list[str]:
+    """The C++ kernels, where there are some for this dtype."""
+    return [impl for impl in ops.implementations(torch.device("cpu"), dtype)[0] if impl == "cpp"]
+
+
 def largest(x: torch.Tensor) -> float:
     return x.detach().double().abs().max().item() if x.numel() else 0.0
 
@@ -144,7 +151,14 @@ VIDEO = st.tuples(
 @fuzz("mp_silu", shape=SHAPE, dtype=DTYPES, kinds=KINDS, scales=SCALES, seed=SEEDS, triton=TRITON)
 def test_mp_silu(shape, dtype, kinds, scales, seed, triton):
     inputs = make([shape], kinds, scales, dtype, seed)
-    hold("mp_silu", lambda impl, x: sk.mp_silu(x, impl=impl), inputs, chosen(triton, dtype=dtype), kinds[-1], seed)
+    hold(
+        "mp_silu",
+        lambda impl, x: sk.mp_silu(x, impl=impl),
+        inputs,
+        chosen(triton, *native(activations, dtype), dtype=dtype),
+        kinds[-1],
+        seed,
+    )
 
 
 @fuzz("modulated_silu", shape=VIDEO, dtype=DTYPES, kinds=KINDS, seed=SEEDS, triton=TRITON)
@@ -154,7 +168,15 @@ def test_modulated_silu(shape, dtype, kinds, seed, triton):
     # A scale's gradient is a sum over pixels.
     terms = [0, 0, math.prod(shape[3:]) * largest(x) * 4]
     call = lambda impl, x, scale: sk.modulated_silu(x, scale, impl=impl)  # noqa: E731
-    hold("modulated_silu", call, [x, scale], chosen(triton, dtype=dtype), kinds[-1], seed, terms)
+    hold(
+        "modulated_silu",
+        call,
+        [x, scale],
+        chosen(triton, *native(activations, dtype), dtype=dtype),
+        kinds[-1],
+        seed,
+        terms,
+    )
 
 
 @fuzz(
@@ -170,7 +192,15 @@ def test_modulated_silu(shape, dtype, kinds, seed, triton):
 def test_mp_sum(shape, dtype, kinds, t, limit, seed, triton):
     a, b = make([shape, shape], kinds, [1.0], dtype, seed)
     call = lambda impl, a, b: sk.mp_sum(a, b, t, limit=limit, impl=impl)  # noqa: E731
-    hold("mp_sum", call, [a, b], chosen(triton, dtype=dtype), kinds[-1], seed, [largest(a) + largest(b), 0, 0])
+    hold(
+        "mp_sum",
+        call,
+        [a, b],
+        chosen(triton, *native(activations, dtype), dtype=dtype),
+        kinds[-1],
+        seed,
+        [largest(a) + largest(b), 0, 0],
+    )
 
 
 @fuzz("mp_sum_tensor", shape=VIDEO, dtype=DTYPES, kinds=KINDS, inside=st.booleans(), seed=SEEDS, triton=TRITON)
@@ -199,7 +229,7 @@ def test_mp_cat(shape, dtype, kinds, dim, sizes, seed, triton):
     dim %= len(shape)
     a, b = make([[*shape[:dim], size, *shape[dim + 1 :]] for size in sizes], kinds, [1.0], dtype, seed)
     call = lambda impl, a, b: sk.mp_cat(a, b, dim, 0.3, impl=impl)  # noqa: E731
-    hold("mp_cat", call, [a, b], chosen(triton, dtype=dtype), kinds[-1], seed)
+    hold("mp_cat", call, [a, b], chosen(triton, *native(activations, dtype), dtype=dtype), kinds[-1], seed)
 
 
 def norm_terms(x: torch.Tensor, dims, results: int) -> list[float]:
@@ -222,14 +252,30 @@ def test_pixel_norm(shape, dtype, kinds, dim, scales, seed, triton):
     shape = (max(shape[0], 1), *shape[1:]) if dim == 0 else shape
     (x,) = make([shape], kinds, scales, dtype, seed)
     call = lambda impl, x: sk.pixel_norm(x, dim, impl=impl)  # noqa: E731
-    hold("pixel_norm", call, [x], chosen(triton, dtype=dtype), kinds[-1], seed, norm_terms(x, dim, 1))
+    hold(
+        "pixel_norm",
+        call,
+        [x],
+        chosen(triton, *native(activations, dtype), dtype=dtype),
+        kinds[-1],
+        seed,
+        norm_terms(x, dim, 1),
+    )
 
 
 @fuzz("pixel_norm_silu", shape=VIDEO, dtype=DTYPES, kinds=KINDS, seed=SEEDS, triton=TRITON)
 def test_pixel_norm_silu(shape, dtype, kinds, seed, triton):
     (x,) = make([shape], kinds, [1.0], dtype, seed)
     call = lambda impl, x: sk.pixel_norm_silu(x, impl=impl)  # noqa: E731
-    hold("pixel_norm_silu", call, [x], chosen(triton, dtype=dtype), kinds[-1], seed, norm_terms(x, 1, 2))
+    hold(
+        "pixel_norm_silu",
+        call,
+        [x],
+        chosen(triton, *native(activations, dtype), dtype=dtype),
+        kinds[-1],
+        seed,
+        norm_terms(x, 1, 2),
+    )
 
 
 WEIGHT = st.tuples(st.integers(0, 4), st.integers(1, 5), st.sampled_from([1, 3]), st.integers(2, 3))
@@ -348,7 +394,7 @@ def test_qk_prepare(B, heads, D, frames, tokens, dtype, kinds, interleaved, norm
         return sk.qk_prepare(q, k, v, places(turned, layout, seed), **options, impl=impl)
 
     terms = [3 * largest(x) + 3 for x in inputs] + [norm_terms(x, -1, 0)[0] for x in inputs]
-    hold("qk_prepare", call, inputs, chosen(triton, dtype=dtype), kinds[-1], seed, terms)
+    hold("qk_prepare", call, inputs, chosen(triton, *native(qk, dtype), dtype=dtype), kinds[-1], seed, terms)
 
 
 @fuzz("qkv_prepare", **PREPARE)
@@ -361,7 +407,7 @@ def test_qkv_prepare(B, heads, D, frames, tokens, dtype, kinds, interleaved, nor
         return sk.qkv_prepare(qkv, places(turned, layout, seed), **options, impl=impl)
 
     terms = [3 * largest(qkv) + 3] * 3 + norm_terms(qkv, -1, 0)
-    hold("qkv_prepare", call, [qkv], chosen(triton, dtype=dtype), kinds[-1], seed, terms)
+    hold("qkv_prepare", call, [qkv], chosen(triton, *native(qk, dtype), dtype=dtype), kinds[-1], seed, terms)
 
 
 CONV = {
@@ -443,8 +489,8 @@ def test_frame_attention(B, heads, D, layout, long, noisy, dtype, kinds, seed, t
     product = 4 * D**0.5 * max(largest(v), 1)
     readers = heads[0] / heads[1] * rows
     terms = [largest(v), product * max(largest(k), 1), product * max(largest(q), 1) * readers**0.5, 4 * readers**0.5]
-    native = [impl for impl in attention.implementations(q.device, dtype, D)[0] if impl == "cpp"]
-    hold("frame_attention", call, [q, k, v], chosen(triton, *native, dtype=dtype), kinds[-1], seed, terms)
+    impls = chosen(triton, *native(attention, dtype), dtype=dtype)
+    hold("frame_attention", call, [q, k, v], impls, kinds[-1], seed, terms)
 
 
 def self_overlaps(kind: str) -> bool:

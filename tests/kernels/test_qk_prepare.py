@@ -9,7 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sae_kernels import FrameLayout, _launch, qk_prepare, qkv_prepare
+from sae_kernels import FrameLayout, _extension, _launch, qk_prepare, qkv_prepare
 from sae_kernels.qk_prepare import ops
 from sae_kernels.testing import assert_within_budget, noncontiguous
 
@@ -190,7 +190,9 @@ def test_triton_of_real_widths_and_ragged_tiles(D, S):
         assert_within_budget(*results, f"D={D}")
 
 
-IMPLEMENTATIONS = ["composed", "reference", pytest.param("triton", marks=needs_triton)]
+needs_cpp = pytest.mark.skipif(_extension.library("cpu") is not None, reason=str(_extension.library("cpu")))
+REGISTERED = ["composed", pytest.param("cpp", marks=needs_cpp), pytest.param("triton", marks=needs_triton)]
+IMPLEMENTATIONS = [*REGISTERED, "reference"]
 
 
 @pytest.mark.parametrize("interleaved", [False, True])
@@ -293,7 +295,7 @@ def test_empty_batch(name, impl):
 
 
 @pytest.mark.parametrize("name", ["frames", "grid interleaved", "positions on two axes by batch"])
-@pytest.mark.parametrize("impl", ["composed", pytest.param("triton", marks=needs_triton)])
+@pytest.mark.parametrize("impl", REGISTERED)
 def test_deterministic_and_deaf_to_autocast(name, impl):
     inputs, grads = make(name)
     first, second = (run(name, inputs, grads, torch.float32, impl=impl) for _ in range(2))
@@ -303,7 +305,7 @@ def test_deterministic_and_deaf_to_autocast(name, impl):
         assert torch.equal(a, b) and torch.equal(a, c)
 
 
-@pytest.mark.parametrize("impl", ["composed", pytest.param("triton", marks=needs_triton)])
+@pytest.mark.parametrize("impl", REGISTERED)
 def test_the_rest_of_the_batch_does_not_matter(impl):
     inputs, grads = make("grid")
     both = run("grid", inputs, grads, torch.float32, impl=impl)
@@ -314,13 +316,14 @@ def test_the_rest_of_the_batch_does_not_matter(impl):
 def test_gradients_that_are_missing_or_expanded():
     inputs, _ = make("frames")
     results = {}
-    for impl in ("reference", "composed"):
+    for impl in ("reference", "composed", "auto"):
         tensors = [x.clone().requires_grad_() for x in inputs]
         q, _, v = qk_prepare(*tensors, LAYOUT, normalize_v=True, impl=impl)
         (q.sum() + 2 * v.sum()).backward()
         results[impl] = [torch.zeros_like(t) if t.grad is None else t.grad for t in tensors]
-    for got, want in zip(results["composed"], results["reference"], strict=True):
-        torch.testing.assert_close(got, want)
+    for impl in ("composed", "auto"):
+        for got, want in zip(results[impl], results["reference"], strict=True):
+            torch.testing.assert_close(got, want)
 
 
 @given(
@@ -349,7 +352,8 @@ def test_any_geometry(D, heads, geometry, start, share, grid, interleaved, norma
     try:
         inputs, grads = make("any", seed=seed)
         inputs = [(scale * x).to(dtype) for x in inputs]
-        compare("any", inputs, [g.to(dtype) for g in grads], impl="composed", function=run_packed if seed % 2 else run)
+        for impl in ("composed", *["cpp"] * (_extension.library("cpu") is None)):
+            compare("any", inputs, [g.to(dtype) for g in grads], impl=impl, function=run_packed if seed % 2 else run)
     finally:
         del CASES["any"]
 
@@ -375,9 +379,10 @@ OPCHECKS = {
 }
 
 
+@pytest.mark.parametrize("impl", REGISTERED[:2])
 @pytest.mark.parametrize("name", OPCHECKS)
-def test_opcheck(name):
-    tensors, positions, heads, options = op_arguments(**OPCHECKS[name])
+def test_opcheck(name, impl):
+    tensors, positions, heads, options = op_arguments(**OPCHECKS[name], impl=impl)
     grad = [t if t is None else t.requires_grad_() for t in tensors]
     torch.library.opcheck(ops.qk_prepare_fwd, (*grad, positions, heads, *options))
     with torch.no_grad():
