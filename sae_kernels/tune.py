@@ -1,7 +1,7 @@
 """`python -m sae_kernels.tune`: measure launch configurations on this GPU and write the fastest as JSON.
 
-The file takes effect where SAE_KERNELS_CONFIGS names it; hand the same file to every rank of a job, so that all of them
-round alike. Nothing is ever timed outside this command.
+The file takes effect if SAE_KERNELS_CONFIGS names it; give the same file to every rank of a job, so that all of them
+round in the same way. Nothing is timed outside this command.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from .frame_attention import configs as attention
 from .frame_attention.configs import AttentionConfig
 from .layout import FrameLayout
 
-# Long enough that scheduling, not launch, is measured; small blocks leave a 128-row tile mostly masked.
+# Long enough to measure scheduling rather than launch; small blocks leave a 128-row tile mostly masked.
 LAYOUTS = (FrameLayout(16, 512), FrameLayout(256, 16, noisy_first=True))
 HEAD_DIMS = (64, 128, 256)
 REPEATS = 20
@@ -44,7 +44,7 @@ Config = TypeVar("Config", AttentionConfig, ConvConfig)
 
 
 def fastest(configs: Iterable[Config], measure: Callable[[Config], float]) -> tuple[Config | None, float]:
-    """The configuration with the least time; infinite where it does not compile or is wrong. Ties keep the first."""
+    """The fastest configuration and its time, infinite if it does not compile or is wrong. Ties keep the first."""
     best, best_time = None, math.inf
     for config in configs:
         time = measure(config)
@@ -108,7 +108,7 @@ def _attention_launchers(layout: FrameLayout, head_dim: int, dtype: torch.dtype,
 
         return run
 
-    # In this order each kernel finds what the one before it wrote.
+    # In this order, because each kernel reads what the one before it wrote.
     return {
         "fwd": (forward, (out, lse)),
         "delta": (backward(0), (delta,)),
@@ -135,7 +135,7 @@ def _fits(launch: Callable[[], None]) -> bool:
 
 
 def _agree(outputs, expected) -> bool:
-    """Another tiling is another order of summation; half a percent of the largest value is no tiling's rounding."""
+    """Whether a difference is rounding: another order of summation changes less than half a percent of the largest."""
     pairs = zip(outputs, expected, strict=True)
     return all(bool((x.float() - y.float()).abs().max() <= 5e-3 * y.float().abs().max() + 1e-3) for x, y in pairs)
 
@@ -155,7 +155,7 @@ CONVOLUTIONS = ((8, 32, 64), (2, 16, 256), (2, 8, 256), (2, 4, 512))
 
 
 def conv_candidates(default: ConvConfig, direction: str, architecture: int) -> list[ConvConfig]:
-    """The default first. Tiles beyond the shared memory are left out: they would only be compiled to fail."""
+    """The default first. Tiles that exceed the shared memory are left out, because they would fail to compile."""
     if direction == "streams":
         return [default, *(ConvConfig(m, default.block_n, 16, w, 1) for m in (8, 16, 32, 64) for w in (2, 4, 8))]
     limit = _configs.SHARED_MEMORY.get(architecture, 101_376)

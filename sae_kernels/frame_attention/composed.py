@@ -19,7 +19,7 @@ import torch
 
 from ..layout import FrameLayout
 
-# Blocks are grouped until they hold this many tokens per stream: below it the cost of a call exceeds its arithmetic.
+# Blocks are grouped until they hold this many tokens per stream; with fewer, a call costs more than its arithmetic.
 GROUP_TOKENS = 128
 
 
@@ -81,7 +81,7 @@ def edge_mask(group: Group, layout: FrameLayout, like: torch.Tensor) -> torch.Te
 
 
 class Streams:
-    """q, k, v and anything shaped like them, seen as (B, Hkv, G, stream, token, D) without copies."""
+    """q, k, v and tensors of their shapes, viewed as (B, Hkv, G, stream, token, D) without copies."""
 
     def __init__(self, q: torch.Tensor, k: torch.Tensor, layout: FrameLayout, noisy_queries_only: bool) -> None:
         self.layout = layout
@@ -109,7 +109,7 @@ class Streams:
         return x.transpose(2, 3).contiguous()
 
     def edge_keys(self, x: torch.Tensor, group: Group) -> torch.Tensor:
-        """(B, Hkv, S, D) -> (B, Hkv, R, m, D): for each stream the keys that `edge_mask` is about."""
+        """(B, Hkv, S, D) -> (B, Hkv, R, m, D): for each stream the keys of `edge_mask`."""
         x = self.keys(x)
         own = x[:, :, self.key_memory, group.start : group.end]
         if group.blocks == 1:
@@ -118,7 +118,7 @@ class Streams:
         return torch.cat([clean[:, :, None].expand(-1, -1, len(self.key_memory), -1, -1), own], dim=3)
 
     def add_edge_grad(self, grad: torch.Tensor, part: torch.Tensor, group: Group) -> None:
-        """Scatter the gradient of `edge_keys` back: shared clean keys collect from every stream."""
+        """Add the gradient of `edge_keys` to that of the keys: shared clean keys sum over all streams."""
         grad = self.keys(grad)
         n = group.end - group.start
         shared = part[..., :-n, :]
@@ -238,19 +238,19 @@ def _attend_backward(rows, k, v, mask, scale):
     delta = (grad_out.to(p.dtype) * out).sum(dim=-1, keepdim=True)
     ds = (p * (torch.matmul(grad_out, v.transpose(-2, -1)) - delta)).mul_(scale)
     if mask is not None:
-        ds.masked_fill_(mask != 0, 0)  # 0 * inf where a product of what is hidden overflows
+        ds.masked_fill_(mask != 0, 0)  # 0 * inf where a product of hidden values overflows
     ds = ds.to(q.dtype)
     return torch.matmul(ds, k), torch.matmul(ds.transpose(-2, -1), q), dv
 
 
-# In a call with a mask, what the mask hides must count nothing: not as 0 * nan, nor as inf - inf where a product of
-# finite numbers overflows. The library adds the mask to the scores. On the CPU, where looking at a result costs little,
-# what is not finite is made again with zeros for what is hidden from it, which leaves the bits of all else. Elsewhere
-# `_attend` overwrites scores, and what is not finite is kept out beforehand.
+# In a call with a mask, what the mask hides must have no effect: not as 0 * nan, nor as inf - inf where a product of
+# finite numbers overflows. The library adds the mask to the scores. On the CPU, where checking a result is cheap, rows
+# that are not finite are computed again with zeros for what is hidden from them, which leaves the bits of all others.
+# Elsewhere `_attend` overwrites scores, and what is not finite is removed beforehand.
 
 
 def _attend_apart(q, k, v, mask, scale):
-    """`_attend` in which what the mask hides counts nothing."""
+    """`_attend` in which what the mask hides has no effect."""
     if mask is None:
         return _attend(q, k, v, mask, scale)
     if _flash_cpu(q):
@@ -268,7 +268,7 @@ def _attend_apart(q, k, v, mask, scale):
 
 
 def _attend_backward_apart(rows, k, v, mask, scale):
-    """`_attend_backward` in which what the mask hides counts nothing."""
+    """`_attend_backward` in which what the mask hides has no effect."""
     if mask is None:
         return _attend_backward(rows, k, v, mask, scale)
     grad_out, q, out, lse = rows
@@ -300,7 +300,7 @@ def _not_finite(*tensors: torch.Tensor) -> torch.Tensor:
 
 
 def _not_finite_lines(mask: torch.Tensor, *results: torch.Tensor) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """Lines (n) of mask (n, m) that hide the same, where some result (B, H, n, D) is not finite; what they hide (m)."""
+    """Rows (n) of mask (n, m) that hide the same keys (m), where a result (B, H, n, D) is not finite; those keys."""
     kinds, kind = (mask != 0).unique(dim=0, return_inverse=True)
     bad = _not_finite(*results).flatten(0, 1).any(dim=0)
     for index in kind[bad].unique():

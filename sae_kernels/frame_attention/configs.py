@@ -53,7 +53,7 @@ def attention_config(
 def attention_key(
     architecture: int, dtype: torch.dtype, head_dim: int, block_tokens: int, direction: str
 ) -> tuple[int, str, int, bool, str]:
-    """What configurations are told apart by: of the block only whether it fills a 128-row tile."""
+    """The features that a configuration depends on; of the block, only whether it fills a 128-row tile."""
     return architecture, str(dtype).removeprefix("torch."), _width(head_dim), block_tokens < 128, direction
 
 
@@ -67,7 +67,7 @@ def _width(head_dim: int) -> int:
 def _default(
     architecture: int, dtype: torch.dtype, head_dim: int, block_tokens: int, direction: str
 ) -> AttentionConfig:
-    """Sized by what must fit; the compile gate holds every entry to the shared memory and registers there are."""
+    """Sizes follow from what must fit; the compile gate checks shared memory and registers of every entry."""
     if direction == "delta":
         return AttentionConfig(64, 16, 4, 1)
     width = max(64, _width(head_dim))
@@ -127,7 +127,7 @@ _PORTABLE = {
     ("dq", 256, False): AttentionConfig(64, 32, 8, 1),
     ("dq", 256, True): AttentionConfig(64, 32, 8, 1),
 }
-# True fp32 products run on the plain cores with operands in registers: larger tiles spill kilobytes.
+# True fp32 products use the ordinary cores with operands in registers; larger tiles spill kilobytes.
 _FLOAT32 = {
     ("fwd", 64): AttentionConfig(32, 32, 4, 1),
     ("fwd", 128): AttentionConfig(32, 32, 8, 1),
@@ -143,6 +143,6 @@ _FLOAT32 = {
 
 @functools.cache
 def _measured() -> dict[tuple, AttentionConfig]:
-    """What `python -m sae_kernels.tune` wrote."""
+    """A configuration written by `python -m sae_kernels.tune`."""
     entries = _configs.measured("frame_attention")
     return {tuple(e[name] for name in ATTENTION_KEY): AttentionConfig(**e["config"]) for e in entries}

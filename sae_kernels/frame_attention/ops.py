@@ -34,7 +34,7 @@ def implementations(
     elif device.type == "cuda":
         available.insert(0, "triton")
     else:
-        # The interpreter serves tests: never the choice of "auto".
+        # The interpreter is for tests; "auto" never chooses it.
         available.append("triton")
     return available, why_not
 
@@ -74,12 +74,12 @@ def _backward(grad_out, q, k, v, out, lse, *options):
 
 
 def _in_rows(x: torch.Tensor) -> torch.Tensor:
-    """x if each token has its channels in one piece of memory, apart from the next one's, else a copy."""
+    """x if the channels of each token are contiguous and do not overlap those of the next one, else a copy."""
     return x if (x.stride(3) == 1 or x.shape[3] == 1) and x.stride(2) >= x.shape[3] else x.contiguous()
 
 
 def _empty_rows(like: torch.Tensor) -> torch.Tensor:
-    """Of the memory order of `like`, but with contiguous channels."""
+    """An empty tensor in the memory order of `like`, but with contiguous channels."""
     made = torch.empty_like(like)
     return made if made.stride(3) == 1 else like.new_empty(like.shape)
 

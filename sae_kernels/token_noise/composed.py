@@ -15,7 +15,7 @@ KEY_STEP_0, KEY_STEP_1 = 0x9E3779B9, 0xBB67AE85
 WORD = 0xFFFFFFFF
 
 # Elements made at a time. A piece needs about 20 bytes of temporaries for each: 20 MiB, inside a last-level cache. On a
-# GPU a piece costs some 130 launches, which four times as many elements hide.
+# GPU a piece costs about 130 launches, which four times as many elements hide.
 PIECE = 1 << 20
 
 
@@ -138,7 +138,7 @@ def backward(
     seed: int,
     offset: int,
 ) -> None:
-    """Write those gradients that are not None. eps is made again, not stored."""
+    """Write the gradients that are not None. eps is generated again, not stored."""
     compute = torch.float64 if x.dtype == torch.float64 else torch.float32
     streams = grad_out.shape[1] // x.shape[1]
     x, grad_out = x.unsqueeze(1), grad_out.unflatten(1, (streams, -1))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-# Partial sums of a scale's gradient, at most: each takes as much memory as the scale, and they are added in order.
+# At most this many partial sums of a scale's gradient: each takes as much memory as the scale; added in order.
 SLABS = 16
 
 
@@ -37,10 +37,10 @@ def backward(
     seed: int,
     offset: int,
 ) -> None:
-    """Write those gradients that are not None. eps is made again, not stored."""
+    """Write the gradients that are not None. eps is generated again, not stored."""
     wanted = [grad for grad in (grad_signal, grad_noise) if grad is not None]
     largest = max((grad.numel() for grad in wanted), default=1)
-    # On CUDA one block sums one element of a gradient; threads of the CPU each fill a slab.
+    # On CUDA one block sums one element of a gradient; on the CPU each thread fills a slab.
     slabs = 1 if x.is_cuda else max(1, min(SLABS, grad_out.numel() // largest))
     sum_signal, sum_noise = (
         None if grad is None else torch.zeros((slabs, *grad.shape), dtype=torch.float64, device=grad.device)

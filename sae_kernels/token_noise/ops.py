@@ -13,7 +13,7 @@ from . import composed, cpp
 _OPTIONS = "SymInt seed, SymInt offset, str impl"
 
 
-# Dimensions of x that the extension walks: batch and kMaxDims of csrc/cpu_kernels.h.
+# Dimensions of x that the extension supports: batch and kMaxDims of csrc/cpu_kernels.h.
 MAX_DIMS = 9
 
 
@@ -28,7 +28,7 @@ def implementations(
     if reason is not None:
         why_not["triton"] = reason
     else:
-        # The interpreter serves tests: never the choice of "auto".
+        # The interpreter is for tests; "auto" never chooses it.
         available.insert(0 if device.type == "cuda" else len(available), "triton")
     too_many = f"it takes up to {MAX_DIMS} dimensions, got {ndim}" if ndim > MAX_DIMS else None
     _extension.offer(available, why_not, device, too_many)
@@ -96,7 +96,7 @@ token_noise_bwd = _library.define(
     _backward,
     _empty_backward,
 )
-# `like` carries device and dtype: the dispatcher needs a tensor to choose by.
+# `like` gives device and dtype, because the dispatcher needs a tensor to choose by.
 token_noise_eps = _library.define(
     f"token_noise_eps(Tensor like, SymInt[] shape, {_OPTIONS}) -> Tensor",
     _eps,

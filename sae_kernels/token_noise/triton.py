@@ -88,7 +88,7 @@ def _box_muller(word0, word1):
 @triton.jit
 def _normals(group, seed, offset):
     """Four normals of each group [G] as [4 G], in the order of the elements."""
-    # The interpreter types an integer by its value, not by its annotation.
+    # The interpreter takes the type of an integer from its value, not from its annotation.
     seed = seed.to(tl.int64)
     k0 = (seed & 0xFFFFFFFF).to(tl.uint32)
     k1 = ((seed >> 32) & 0xFFFFFFFF).to(tl.uint32)
@@ -244,7 +244,7 @@ def backward(
     seed: int,
     offset: int,
 ) -> None:
-    """Write those gradients that are not None. eps is made again, not stored."""
+    """Write the gradients that are not None. eps is generated again, not stored."""
     grad = grad_out.float()
     streams = grad.shape[1] // x.shape[1]
     if grad_x is not None:

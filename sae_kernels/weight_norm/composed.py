@@ -1,4 +1,4 @@
-"""Weight normalisation in few passes, forward and backward, on any device; outputs are given by ops.py.
+"""Weight normalisation in few passes, forward and backward, on any device; outputs are allocated by ops.py.
 
 Everything is computed in fp32 (fp64 for fp64) and rounded once.
 """
@@ -83,5 +83,5 @@ def normalize_weights_backward(
 
 
 def _rms_of(w: torch.Tensor) -> torch.Tensor:
-    """Room for the RMS of each output channel."""
+    """An empty tensor for the RMS of each output channel."""
     return torch.empty((len(w), *[1] * (w.ndim - 1)), dtype=compute_dtype(w.dtype), device=w.device)

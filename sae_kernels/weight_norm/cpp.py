@@ -10,7 +10,7 @@ EPS = 1e-4
 def normalize_weights_(weights: list[torch.Tensor], copies: list[torch.Tensor], gains: list[float]) -> None:
     """Each weight to unit RMS for each output channel, in place; copies get the weight that forward would use."""
     torch.ops.sae_kernels_native.normalize_weights(weights, copies, gains, EPS, True)
-    # The dispatcher does not see what C++ writes to; caches of effective weights go by the version.
+    # The dispatcher does not see writes by C++, and caches of effective weights depend on the version.
     torch.autograd.graph.increment_version([*weights, *copies])
 
 

@@ -27,7 +27,7 @@ def implementations(device: torch.device, dtype: torch.dtype = torch.float32) ->
     if reason is not None:
         why_not["triton"] = reason
     else:
-        # The interpreter serves tests: never the choice of "auto".
+        # The interpreter is for tests; "auto" never chooses it.
         available.insert(0 if device.type == "cuda" else len(available), "triton")
     return available, why_not
 
@@ -109,7 +109,7 @@ def _weight_backend(impl: str):
 
 
 def _normalize_in_place(weights, copies, gains, impl):
-    """A tensor that is given again, as tied weights are, is written once; its further copies are made after that."""
+    """A tensor that appears again, such as a tied weight, is written once; its further copies are made after that."""
     first: dict[tuple, int] = {}
     again = []
     for i, w in enumerate(weights):
@@ -135,12 +135,12 @@ def _normalize_in_place(weights, copies, gains, impl):
 
 
 def _identity(x: torch.Tensor) -> tuple:
-    """Equal for two names of one tensor."""
+    """A key that is equal for two references to one tensor."""
     return x.untyped_storage()._cdata, x.storage_offset(), x.dtype, x.shape, x.stride()
 
 
 def _check_no_shared_memory(named: list[tuple[str, torch.Tensor]]) -> None:
-    """Threads write these tensors at once, so each byte may belong to one element only."""
+    """Check that each byte belongs to one element only, because threads write these tensors concurrently."""
     reach = []
     for name, x in named:
         start = x.data_ptr()
@@ -160,7 +160,7 @@ def _check_no_shared_memory(named: list[tuple[str, torch.Tensor]]) -> None:
 
 
 def _addresses(x: torch.Tensor) -> torch.Tensor:
-    """Of every byte, on the CPU."""
+    """Addresses of all bytes of a tensor, on the CPU."""
     size = x.element_size()
     found = torch.tensor([x.data_ptr()])
     for n, stride in (*((n, stride * size) for n, stride in zip(x.shape, x.stride(), strict=True)), (size, 1)):
@@ -214,7 +214,7 @@ def _weights_context(ctx, inputs, output) -> None:
 
 
 def _weights_gradient(ctx, grads):
-    """One launch for all; a weight whose copy was not used gets no gradient."""
+    """One launch for all weights; a weight whose copy was not used gets no gradient."""
     found: list[torch.Tensor | None] = [None] * len(ctx.gains)
     used = [i for i, grad in enumerate(grads) if grad is not None and ctx.needs_input_grad[0][i]]
     if used:

@@ -44,7 +44,7 @@ def normalize_weight_bwd_kernel(
     grad_ptr, w_ptr, gain_ptr, rms_ptr, grad_w_ptr, part_ptr, units: tl.int64, factor, eps,
     NEEDS_W: tl.constexpr, NEEDS_GAIN: tl.constexpr, HAS_GAIN: tl.constexpr, UNIT: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
-    """The gradient's part along w[i] is taken out of it; part[i] is the channel's share of the gain's gradient."""
+    """Remove the part of the gradient along w[i]; part[i] is the channel's share of the gain's gradient."""
     N = units * UNIT
     row = tl.program_id(0).to(tl.int64)
     n = tl.arange(0, BN)
@@ -70,7 +70,7 @@ def normalize_weight_bwd_kernel(
 
 
 def plan_weight(kernel, w: torch.Tensor, gain: torch.Tensor | None, factor: float, **args) -> list[Launch]:
-    """Rows of w, each one piece of memory."""
+    """Rows of w, each contiguous in memory."""
     N = math.prod(w.shape[1:])
     unit = common_unit(N)
     args |= {"w_ptr": w, "gain_ptr": w if gain is None else gain, "HAS_GAIN": gain is not None}
@@ -103,7 +103,7 @@ def normalize_weight_backward(
     grad_w: torch.Tensor | None,
     grad_gain: torch.Tensor | None,
 ) -> None:
-    """Writes those gradients that are not None; that of the gain is summed over channels in a second launch."""
+    """Write the gradients that are not None; that of the gain is summed over channels in a second launch."""
     if grad_w is None or not _in_rows(grad_w):
         dense = torch.empty(w.shape, dtype=w.dtype, device=w.device)
     else:

@@ -1,13 +1,13 @@
 """frame_attention in Triton: forward, dK/dV and dQ kernels whose work list is arithmetic on the layout's integers.
 
-A tile of rows lies in one stream and may cut through blocks anywhere. What its rows see is at most four intervals of
-keys; the part that every row sees is walked in full tiles without a mask, and only what is left is masked, by comparing
-token indices with each row's own bounds. dK/dV walks the same relation from the side of a tile of keys. Each gradient
+A tile of rows is inside one stream and may cut through blocks anywhere. Its rows see at most four intervals of keys;
+the part that every row sees is processed in full tiles without a mask, and only the rest is masked, by comparing token
+indices with each row's bounds. dK/dV follows the same relation from the side of a tile of keys. Each gradient
 element is summed by one program in one order: no atomics, bitwise repeatable, independent of the batch.
 
 Tiles are read through pointers, or (TMA) through tensor descriptors by the copy engine: the same tiles in the same
-order, hence the same bits. A pointer's masks leave out what no row of a tile sees. A descriptor reads all of a tile;
-where that let a NaN in, which shows in the result, the tile is done again with care.
+order, hence the same bits. The masks of pointers leave out what no row of a tile sees. A descriptor reads all of a
+tile; if that lets a NaN in, which shows in the result, the tile is computed again with care.
 
 Token indices count from a stream's start. N tokens in a stream, U tokens in a block, W tokens in a window,
 BM rows and BN keys in a tile, D head dim, BD its next power of two. Addresses are int64.

@@ -125,7 +125,7 @@ def frame_attention_bwd_dq_kernel(
                 visible = sees(row_block, keys, end, is_own, is_noisy, U, W, sink, HAS_WINDOW)
                 p = tl.exp2(scores * qk_scale - lse2[:, None])
                 dp = tl.dot(grad, tl.trans(v), input_precision=PRECISION)
-                # Not p but the whole product is masked: dp of what is hidden may overflow.
+                # The whole product is masked, not only p: dp of hidden keys may overflow.
                 ds, k = set_apart(tl.where(visible, p * (dp - delta[:, None]), 0.0), visible, k, CAREFUL)
                 dq = tl.dot(ds.to(k.dtype), k, dq, input_precision=PRECISION)
             if TMA:
@@ -178,7 +178,7 @@ def frame_attention_bwd_dkdv_kernel(
     """
     tiles = tl.cdiv(N, BN)
     slot, head = place_of(tl.program_id(0), tiles * (1 + copies), all_heads, section)
-    # The earliest clean keys have most readers; noisy keys have few and come last.
+    # The earliest clean keys have the most readers; noisy keys have few and come last.
     first_key = slot % tiles * BN
     copy = slot // tiles - 1
     is_noisy = copy >= 0
@@ -249,7 +249,7 @@ def frame_attention_bwd_dkdv_kernel(
                 statistics = (head.to(tl.int64) * group + member) * rows + row + row_index
                 q = load_tile(q_ptr, q_at, q_head, row, key_ok, dims, D, BD, BM, False, TMA)
                 grad = load_tile(grad_ptr, grad_at, q_head, row, key_ok, dims, D, BD, BM, False, TMA)
-                # lse and delta are read where they are used: read earlier, they cost 32 registers a thread.
+                # lse and delta are read where they are used; read earlier, they would cost 32 registers per thread.
                 scores = tl.dot(k, tl.trans(q), input_precision=PRECISION)
                 lse2 = tl.load(lse_ptr + statistics) * LOG2E
                 p = tl.exp2(scores * qk_scale - lse2[None, :])

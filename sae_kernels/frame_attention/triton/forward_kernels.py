@@ -73,7 +73,7 @@ def frame_attention_fwd_kernel(
     total = tl.zeros([BM], tl.float32)
     acc = tl.zeros([BM, BD], tl.float32)
     again = True
-    # A descriptor reads whole tiles, whatever lies in them: where 0 * nan has made a NaN, a second time with care.
+    # A descriptor reads whole tiles; if 0 * nan has made a NaN, the tile is computed again with care.
     for CAREFUL in tl.static_range(1 + TMA):
         if again:
             highest = tl.full([BM], LOWEST, tl.float32)

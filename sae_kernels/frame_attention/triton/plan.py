@@ -17,14 +17,14 @@ from .backward_kernels import (
 )
 from .forward_kernels import frame_attention_fwd_kernel
 
-# Heads are walked in sections whose keys and values fit in this many bytes of L2 (50 MB on H100, shared with the rest).
+# Heads are processed in sections whose keys and values fit in this many bytes of L2 (50 MB on H100, shared).
 SECTION_BYTES = 24 << 20
 MAX_TILE = 256  # rows or keys
 
 
 @dataclass(frozen=True)
 class Geometry:
-    """The layout in the integers the kernels take; names as in the module docstring."""
+    """The layout as the integers that the kernels take; names as in the module docstring."""
 
     N: int
     U: int
@@ -40,7 +40,7 @@ class Geometry:
     @staticmethod
     def of(layout: FrameLayout, noisy_queries_only: bool) -> "Geometry":
         stream = layout.frames * layout.tokens_per_frame
-        # Blocks longer than the clip, and windows longer than the clip, are the clip: products stay below 2^31.
+        # Blocks and windows longer than the clip are cut to the clip, so that products stay below 2^31.
         block = min(layout.frames_per_block, layout.frames) * layout.tokens_per_frame
         blocks = layout.num_blocks
         return Geometry(
@@ -146,7 +146,7 @@ def _shared(layout, noisy_queries_only, scale, tensors, **strided) -> tuple[dict
 
 
 def _operands(config, architecture: int, rows: dict[str, torch.Tensor], keys: dict[str, torch.Tensor]) -> dict:
-    """The tensors that a kernel reads in tiles: as descriptors where the configuration wants them and all allow it."""
+    """The tensors that a kernel reads in tiles: as descriptors if the configuration asks for them and all allow it."""
     args = {"BM": config.block_m, "BN": config.block_n, "TMA": False, **rows, **keys}
     if not config.descriptors or 0 < architecture < 90 or not all(map(_describable, (*rows.values(), *keys.values()))):
         return args
@@ -167,7 +167,7 @@ def _descriptor(x: torch.Tensor, tile_rows: int) -> TensorDescriptor:
     Coordinates count heads and tokens, so 32 bits hold them; the addresses made of them have 64.
     """
     unit = 16 // x.element_size()
-    # The stride of a dimension of one entry is never used, but must be legal.
+    # The stride of a dimension of size 1 is never used, but must be legal.
     strides = [stride if size > 1 else unit for stride, size in zip(x.stride()[:3], x.shape[:3], strict=True)]
     width = max(16, triton.next_power_of_2(x.shape[3]))
     return TensorDescriptor(x, list(x.shape), [*strides, 1], [1, 1, tile_rows, width])

@@ -1,4 +1,4 @@
-"""Tiles and their addresses, and which keys a tile of rows sees."""
+"""Tiles, their addresses, and the keys that a tile of rows sees."""
 
 import math
 
@@ -27,7 +27,7 @@ def place_of(program, slots, all_heads, section):
 
 @triton.jit
 def offsets_of(index, stride, UNIT: tl.constexpr, WIDE: tl.constexpr):
-    """Offsets of a tile's rows from its first: 32 bits save a dozen registers a thread, and hold unless WIDE."""
+    """Offsets of a tile's rows from its first: 32 bits save a dozen registers per thread and suffice unless WIDE."""
     if WIDE:
         return index * (stride * UNIT)
     else:
@@ -36,7 +36,7 @@ def offsets_of(index, stride, UNIT: tl.constexpr, WIDE: tl.constexpr):
 
 @triton.jit
 def heads_of(x, stride_b, stride_h, stride_s, batch, index, UNIT: tl.constexpr, WIDE: tl.constexpr, TMA: tl.constexpr):
-    """What `load_tile` needs to read tiles of rows `index` [rows] from any head of one batch entry of x."""
+    """What `load_tile` needs to read tiles of rows `index` [rows] from any head of a batch entry of x."""
     if TMA:
         return (batch,)
     else:
@@ -50,9 +50,9 @@ def load_tile(
     x, place, head, row, row_ok, dims,
     D: tl.constexpr, BD: tl.constexpr, ROWS: tl.constexpr, CHECK: tl.constexpr, TMA: tl.constexpr,
 ):  # fmt: skip
-    """Tile [ROWS, BD] of one head from `row` of memory on; zeros beyond D.
+    """Tile [ROWS, BD] of one head, from `row` in memory on; zeros beyond D.
 
-    If CHECK, some rows are not row_ok: zeros from a pointer, from a descriptor whatever lies there, or zeros beyond the
+    If CHECK, some rows are not row_ok: a pointer gives zeros, a descriptor the memory there, or zeros beyond the
     tensor.
     """
     if TMA:
@@ -74,8 +74,8 @@ def load_tile(
 
 @triton.jit
 def set_apart(weights, visible, x, CAREFUL: tl.constexpr):
-    """(weights, x) for a product weights [A, B] x [B, D] in which what is not visible, of weight 0, counts nothing, not
-    even 0 * nan. A row of weights that does see an infinity or a NaN of x becomes NaN.
+    """(weights, x) for a product weights [A, B] x [B, D] in which what is not visible, of weight 0, has no effect, not
+    even as 0 * nan. A row of weights that sees an infinity or a NaN of x becomes NaN.
     """
     if CAREFUL:
         finite = tl.abs(x.to(tl.float32)) < float("inf")
@@ -113,7 +113,7 @@ def row_work(first_row, last_row, is_noisy, N, U, W, sink, BN: tl.constexpr, HAS
     """
     first = first_row // U * U
     last = last_row // U * U
-    # Clean rows see their own block in the clean stream, noisy rows in their own.
+    # Clean rows see their own block in the clean stream, noisy rows see it in their own stream.
     reach = tl.where(is_noisy, 0, U)
     full_end = tl.minimum(first + reach, N)
     past_end = tl.minimum(last + reach, N)
