@@ -24,19 +24,25 @@ WARM_ALLOCATOR = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(2**40)}
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
-    parser.add_argument("--op", choices=registry.OPS, action="append", help="only this op; may be given more than once")
-    parser.add_argument("--case", help="only the case of this name")
+    parser.add_argument("--op", choices=registry.OPS, action="append", help="only this op; can be given several times")
+    parser.add_argument("--case", help="only the case with this name")
     parser.add_argument("--filter", default="", metavar="TEXT", help='only cases with TEXT in "op/case"')
-    parser.add_argument("--quick", action="store_true", help="the most important cases, half the time for each")
-    parser.add_argument("--dry", action="store_true", help="tiny cases, one round, nothing compiled: only that it runs")
-    parser.add_argument("--list", action="store_true", help="print the cases and leave")
+    parser.add_argument("--quick", action="store_true", help="only the most important cases, half the time for each")
+    parser.add_argument(
+        "--dry", action="store_true", help="only check that it runs: tiny cases, one round, nothing compiled"
+    )
+    parser.add_argument("--list", action="store_true", help="print the cases and exit")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--threads", type=int, default=os.cpu_count(), help="CPU threads (default: all cores)")
-    parser.add_argument("--seconds", type=float, help="of timing for each case and direction (default 3, quick 1.5)")
-    parser.add_argument("--budget", type=float, help="seconds for everything; most important cases first")
+    parser.add_argument(
+        "--seconds", type=float, help="seconds of timing for each case and direction (default 3, with --quick 1.5)"
+    )
+    parser.add_argument("--budget", type=float, help="seconds in total; the most important cases come first")
     parser.add_argument("--json", type=Path, help="result file (default benchmarks/results/<date>-<machine>.json)")
     parser.add_argument("--no-plots", action="store_true")
-    parser.add_argument("--allocator", choices=("warm", "as-found"), default="warm", help="keep memory between calls?")
+    parser.add_argument(
+        "--allocator", choices=("warm", "as-found"), default="warm", help="whether freed memory stays in the process"
+    )
     return parser
 
 
@@ -45,9 +51,9 @@ def _report_parser() -> argparse.ArgumentParser:
         prog="python -m benchmarks report", description="Tables and plots of result files."
     )
     parser.add_argument("files", nargs="+", type=Path)
-    parser.add_argument("--page", type=Path, default=ROOT / "docs" / "benchmarks.md", help="gets all tables")
-    parser.add_argument("--readme", type=Path, default=ROOT / "README.md", help="gets the short table")
-    parser.add_argument("--print", action="store_true", help="print all tables, write no page")
+    parser.add_argument("--page", type=Path, default=ROOT / "docs" / "benchmarks.md", help="file for all tables")
+    parser.add_argument("--readme", type=Path, default=ROOT / "README.md", help="file for the short table")
+    parser.add_argument("--print", action="store_true", help="print all tables and write no file")
     parser.add_argument("--plots", type=Path, metavar="FOLDER", help="where plots go (default: beside each file)")
     return parser
 

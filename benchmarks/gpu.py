@@ -84,7 +84,7 @@ class Session:
 
 
 def _stop(process: subprocess.Popen) -> None:
-    """The process leads a group of its own: ask it and its children to end, then end them."""
+    """Terminate the process, which leads its own process group, with its children; kill them if they do not end."""
     for sent, patience in ((signal.SIGINT, 10), (signal.SIGKILL, 10)):
         try:
             os.killpg(process.pid, sent)
@@ -95,7 +95,7 @@ def _stop(process: subprocess.Popen) -> None:
 
 
 def check_environment(session: Session) -> bool:
-    """What is here; False if there is no GPU where one is asked for."""
+    """Print what is installed; False if a GPU is required and there is none."""
     from . import measure
 
     try:
@@ -253,10 +253,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Exit status 0 if no step failed; a step that ran out of time has not."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu", description=__doc__)
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
-    parser.add_argument("--dry", action="store_true", help="start every step, do next to nothing in it")
-    parser.add_argument("--sanitize", action="store_true", help="fail where compute-sanitizer is missing")
-    parser.add_argument("--budget", type=float, default=float(os.environ.get("GPU_BUDGET_S", 480)), help="GPU_BUDGET_S")
-    parser.add_argument("--out", type=Path, help="GPU_OUT (default benchmarks/results/<date>-<gpu>)")
+    parser.add_argument("--dry", action="store_true", help="start every step, but do almost nothing in it")
+    parser.add_argument("--sanitize", action="store_true", help="fail if compute-sanitizer is missing")
+    parser.add_argument(
+        "--budget", type=float, default=float(os.environ.get("GPU_BUDGET_S", 480)), help="seconds (GPU_BUDGET_S)"
+    )
+    parser.add_argument(
+        "--out", type=Path, help="folder for the results (GPU_OUT; default benchmarks/results/<date>-<gpu>)"
+    )
     options = parser.parse_args(argv)
     out = options.out or (Path(os.environ["GPU_OUT"]) if os.environ.get("GPU_OUT") else _default_out(options.device))
     out = out.resolve()

@@ -55,7 +55,7 @@ class Contender:
         units: how many units of the problem one call yields.
         flops, bytes: of one call, where they are not the problem's.
         setup: what was paid before the first call: {"mask_seconds": ..., "mask_bytes": ...}.
-        adapt: input set -> the input set this contender wants, done once and not timed.
+        adapt: input set -> the input set for this contender, made once and not timed.
         compiled: takes seconds to compile; left out of dry runs.
         optional: one of ours that may be unable to run this size; not the default.
     """

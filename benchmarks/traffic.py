@@ -256,7 +256,9 @@ def main(argv: Sequence[str], root: Path) -> int:
     for name, default in (("B", 1), ("T", 8), ("K", 1)):
         parser.add_argument(f"--{name}", type=int, default=default)
     parser.add_argument("--json", type=Path, default=root / "benchmarks" / "results" / "traffic.json")
-    parser.add_argument("--page", type=Path, help="write the table between its markers, as docs/benchmarks.md has them")
+    parser.add_argument(
+        "--page", type=Path, help="file to write the table into, between markers as in docs/benchmarks.md"
+    )
     options = parser.parse_args(argv)
     shape = {key: getattr(options, key) for key in ("preset", "B", "T", "K")}
     counts = {device: count(shape, device) for device in ("cpu", "cuda")}

@@ -1,7 +1,7 @@
-"""`frame_attention` in a transformer of your own, trained with teacher forcing; needs sae_kernels alone.
+"""`frame_attention` in a transformer of your own, trained with teacher forcing; needs only sae_kernels.
 
 Clips are blobs that move over a torus, a constant step per frame. The network sees each clip twice: clean, and noised
-by flow matching (x = (1 - s) x0 + s eps) with a level s of its own for each frame. Noisy frame i sees the clean frames
+by flow matching (x = (1 - s) x0 + s eps) with a separate level s for each frame. Noisy frame i sees the clean frames
 before it and itself, so one pass trains all frames. Then the clips' next frames are generated one by one.
 """
 

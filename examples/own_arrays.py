@@ -1,4 +1,4 @@
-"""A world model of your own arrays: save them, train, load, continue what was held out.
+"""A world model of your own arrays: save them, train, load, and continue held-out clips.
 
 The game is a square on a small board that an action moves up, down, left or right. frames (N, T, Y, X, C) are uint8;
 actions (N, T - 1) integers, row t taken after frame t. Running it again resumes the training.

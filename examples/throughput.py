@@ -1,4 +1,4 @@
-"""Attention and convolution at your own shapes, against what PyTorch does without them; needs sae_kernels alone.
+"""Attention and convolution at your own shapes, compared with plain PyTorch; needs only sae_kernels.
 
 Times are medians of repeated calls with the same inputs. `python -m benchmarks` measures with more care: interleaved
 contenders, a cold cache, the machine's own limits.
@@ -39,7 +39,7 @@ def synchronize(x: torch.Tensor) -> None:
 
 
 def streams_apart(x: torch.Tensor, weight: torch.Tensor, layout: FrameLayout) -> torch.Tensor:
-    """The same convolution as PyTorch has it: the clean past of every stream, then that stream's own last tap."""
+    """The same convolution in PyTorch: the clean past of every stream, then that stream's own last tap."""
     clean, kt = layout.split(x, dim=2)[0], weight.shape[2]
     padding = (0, weight.shape[3] // 2, weight.shape[4] // 2)
     past = F.pad(clean, (0, 0, 0, 0, kt - 1, 0))[:, :, :-1]
@@ -50,9 +50,9 @@ def streams_apart(x: torch.Tensor, weight: torch.Tensor, layout: FrameLayout) ->
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--frames", type=int, default=16, help="T")
-    parser.add_argument("--grid", type=int, nargs=2, default=(8, 8), help="Y X; tokens of a frame are their product")
-    parser.add_argument("--noisy-copies", type=int, default=1, help="K")
+    parser.add_argument("--frames", type=int, default=16, help="T, frames of a clip")
+    parser.add_argument("--grid", type=int, nargs=2, default=(8, 8), help="Y X; a frame has Y * X tokens")
+    parser.add_argument("--noisy-copies", type=int, default=1, help="K, noisy copies that share the clean one")
     parser.add_argument("--frames-per-block", type=int, default=1)
     parser.add_argument("--window", type=int)
     parser.add_argument("--batch", type=int, default=1)

@@ -1,7 +1,7 @@
 """One network, any order of generation: per-token schedules on series that obey a law.
 
 A series is a sin(w t) + b cos(w t) with normal a and b, so x[t+1] + x[t-1] = 2 cos(w) x[t]. In training every point
-has a noise level of its own (`Independent`). The same network then generates from left to right (window 1), all points
+has its own noise level (`Independent`). The same network then generates from left to right (window 1), all points
 at once (an infinite window), or anything between (`Staggered`), and continues a given beginning (`Given`).
 """
 

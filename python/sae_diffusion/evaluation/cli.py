@@ -19,7 +19,7 @@ from .config import EvaluationConfig
 
 
 def settings_as_json(config: Any) -> dict[str, Any]:
-    """Fields by name; infinity, which JSON has not, as text."""
+    """Fields by name; infinity, which JSON does not have, as text."""
     fields = dataclasses.asdict(config)
     return {name: str(value) if value == math.inf else value for name, value in fields.items()}
 
@@ -34,19 +34,19 @@ class Evaluate:
         run_dir: run folder or checkpoint.
         films: instead of a run, an npz as `sae sample --npz` writes it, made with any tool: uint8 arrays `recorded` and
             `generated` (N, T, Y, X, C), the given frames included; `context` is their number, if not --context.
-        data: folder or file to take context and actions from; that which the run was trained on if not given.
-        split: episodes that are continued: "heldout", "train" or "all"; "None" takes held-out ones, or all where none
-            is held out or --data is one file.
-        out: folder to write into; <run_dir>/evaluation, or one beside --films, if not given.
-        npz: file to write the films into, as `sae sample` has it.
+        data: folder or file that context and actions come from; "None" takes the data that the run was trained on.
+        split: episodes to continue: "heldout", "train" or "all"; "None" takes held-out ones, or all if none is held
+            out or --data is one file.
+        out: folder to write into; "None": <run_dir>/evaluation, or a folder beside --films.
+        npz: file to write the films to, as with `sae sample`.
         evaluation: what is measured.
         in_flight: frames that are generated together, each at its own noise level, for networks trained with
             --objective forcing; "None" finishes each frame before it begins the next.
         ema: relative width of the average of weights; "None" takes the weights as trained.
-        preset: where the sampler's defaults come from, if not from the run.
+        preset: sets the sampler's defaults, in place of the run.
         sampler: the sampler.
         device: "auto" takes CUDA where there is one.
-        debug: show where an error came from.
+        debug: show the traceback of an error.
     """
 
     run_dir: Path | None = None

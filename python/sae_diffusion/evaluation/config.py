@@ -1,4 +1,4 @@
-"""What is measured of a video model."""
+"""Settings of the evaluation of a video model."""
 
 from __future__ import annotations
 
@@ -9,17 +9,17 @@ from ..checks import check_integers, check_number
 
 @dataclass(frozen=True)
 class EvaluationConfig:
-    """What is measured, and on how much.
+    """What is measured, and on how many films.
 
     Args:
         samples: films, clips that are continued.
-        frames: new frames of each, fewer where clips of the data are shorter.
-        context: given frames.
+        frames: new frames of each; fewer if the clips of the data are shorter.
+        context: number of given frames.
         object_colour: r,g,b or a name such as "lunar-lander" or "red": follow the object of that colour; "None" follows
             the lander in data recorded from LunarLander, and nothing elsewhere.
-        object_side: pixels, of the square that the object is looked for in: a little more than the object.
-        object_within: pixels between the object and the recorded one that are a hit.
-        seed: of the noise, and of the draws behind the intervals.
+        object_side: side in pixels of the square in which the object is looked for, a little larger than the object.
+        object_within: distance in pixels to the recorded object up to which it is a hit.
+        seed: of the noise, and of the resampling for the intervals.
 
     Raises:
         ValueError: a field breaks its rule.
