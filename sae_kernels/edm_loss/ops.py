@@ -33,51 +33,51 @@ def _backend(impl: str):
     raise ValueError(f"impl: edm_loss has no registered implementation {impl!r}")
 
 
-def _empty_forward(raw, x0, sigma, *options):
-    return raw.new_empty(raw.shape[:2], dtype=composed.compute_dtype(raw.dtype))
+def _empty_forward(model_output, x0, sigma, *options):
+    return model_output.new_empty(model_output.shape[:2], dtype=composed.compute_dtype(model_output.dtype))
 
 
-def _forward(raw, x0, sigma, *options):
-    out = _empty_forward(raw, x0, sigma)
-    if raw.numel() > 0:
-        _backend(options[-1]).forward(raw, x0, sigma, out, *options[:-1])
+def _forward(model_output, x0, sigma, *options):
+    out = _empty_forward(model_output, x0, sigma)
+    if model_output.numel() > 0:
+        _backend(options[-1]).forward(model_output, x0, sigma, out, *options[:-1])
     else:
         out.fill_(math.nan)  # the mean of nothing
     return out
 
 
-def _empty_backward(grad_loss, raw, x0, sigma, *options):
-    return raw.new_empty(raw.shape)
+def _empty_backward(grad_loss, model_output, x0, sigma, *options):
+    return model_output.new_empty(model_output.shape)
 
 
-def _backward(grad_loss, raw, x0, sigma, *options):
-    grad_raw = _empty_backward(grad_loss, raw, x0, sigma)
-    if raw.numel() > 0:
-        _backend(options[-1]).backward(grad_loss, raw, x0, sigma, grad_raw, *options[:-1])
-    return grad_raw
+def _backward(grad_loss, model_output, x0, sigma, *options):
+    grad_output = _empty_backward(grad_loss, model_output, x0, sigma)
+    if model_output.numel() > 0:
+        _backend(options[-1]).backward(grad_loss, model_output, x0, sigma, grad_output, *options[:-1])
+    return grad_output
 
 
 edm_loss_fwd = _library.define(
-    f"edm_loss_fwd(Tensor raw, Tensor x0, Tensor sigma, {_OPTIONS}) -> Tensor", _forward, _empty_forward
+    f"edm_loss_fwd(Tensor model_output, Tensor x0, Tensor sigma, {_OPTIONS}) -> Tensor", _forward, _empty_forward
 )
 edm_loss_bwd = _library.define(
-    f"edm_loss_bwd(Tensor grad_loss, Tensor raw, Tensor x0, Tensor sigma, {_OPTIONS}) -> Tensor",
+    f"edm_loss_bwd(Tensor grad_loss, Tensor model_output, Tensor x0, Tensor sigma, {_OPTIONS}) -> Tensor",
     _backward,
     _empty_backward,
 )
 
 
-def noise(raw, x0, streams, noisy_first, seed, offset) -> torch.Tensor:
+def noise(model_output, x0, streams, noisy_first, seed, offset) -> torch.Tensor:
     """The eps of the noisy frames, fp32, as the reference takes it."""
-    shape = (raw.shape[0], streams * x0.shape[1], *raw.shape[2:])
-    like = raw.new_empty(0, dtype=torch.float32)
+    shape = (model_output.shape[0], streams * x0.shape[1], *model_output.shape[2:])
+    like = model_output.new_empty(0, dtype=torch.float32)
     eps = torch.ops.sae_kernels.token_noise_eps(like, shape, seed, offset, "composed")
-    return eps.narrow(1, 0 if noisy_first else x0.shape[1], raw.shape[1])
+    return eps.narrow(1, 0 if noisy_first else x0.shape[1], model_output.shape[1])
 
 
 def _setup_context(ctx, inputs, output) -> None:
-    raw, x0, sigma, *ctx.options = inputs
-    ctx.save_for_backward(raw, x0, sigma)
+    model_output, x0, sigma, *ctx.options = inputs
+    ctx.save_for_backward(model_output, x0, sigma)
 
 
 def _gradient(ctx, grad_loss):

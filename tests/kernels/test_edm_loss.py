@@ -271,7 +271,7 @@ def test_gpu_agrees_with_the_cpu(dtype):
 
 
 FAULTS = {
-    "noise of the clean stream": ("0 if noisy_first else frames, raw.shape[1]", "0, raw.shape[1]"),
+    "noise of the clean stream": ("0 if noisy_first else frames, model_output.shape[1]", "0, model_output.shape[1]"),
     "noise of another draw": ("shape, seed, offset, ", "shape, seed, offset + 1, "),
     "sign of the target": ("value=-1", "value=1"),
     "sigma_data forgotten": ("torch.full_like(s, sigma_data)", "torch.ones_like(s)"),
