@@ -63,7 +63,7 @@ def conv_config(
 def _conv_default(
     architecture: int, dtype: torch.dtype, reduced: int, produced: int, pixels: int, direction: str
 ) -> ConvConfig:
-    """Sized by what must fit; the compile gate holds every entry to the shared memory and registers there are."""
+    """Sizes follow from what must fit; the compile gate checks shared memory and registers of every entry."""
     if direction == "streams":
         # Loads and stores of whole 16-byte groups; nothing is used twice.
         return ConvConfig(32, _conv_width(produced), 16, 4, 1)
@@ -105,7 +105,7 @@ def _conv_default(
 def conv_key(
     architecture: int, dtype: torch.dtype, reduced: int, produced: int, pixels: int
 ) -> tuple[int, str, int, int, int]:
-    """What configurations are told apart by: of channels the tile's width, of maps 4 x 4, 8 x 8, 16 x 16 and more."""
+    """The features that a configuration depends on: tile width, and maps of 4 x 4, 8 x 8, 16 x 16 or more."""
     scale = sum(pixels > limit for limit in (16, 64, 255))
     return architecture, str(dtype).removeprefix("torch."), _conv_width(reduced), _conv_width(produced), scale
 
@@ -115,20 +115,20 @@ CONV_KEY = ("architecture", "dtype", "reduced", "produced", "map")
 
 @functools.cache
 def _measured() -> dict[tuple, ConvConfig]:
-    """What `python -m sae_kernels.tune` wrote."""
+    """A configuration written by `python -m sae_kernels.tune`."""
     entries = _configs.measured("causal_conv3d")
     return {tuple(e[f] for f in (*CONV_KEY, "direction")): ConvConfig(**e["config"]) for e in entries}
 
 
 @functools.cache
 def conv_slower() -> dict[tuple, float]:
-    """{key of Cin, Cout: time of the library route over that of the kernels} where that was measured below 1."""
+    """{key of Cin, Cout: time of the library route over that of the kernels}, where it was measured to be below 1."""
     entries = _configs.measured("causal_conv3d_slower")
     return {tuple(e[f] for f in CONV_KEY): e["composed_over_triton"] for e in entries}
 
 
 def conv_spread(architecture: int, tiles: int, pixels: int, units: int, dot: bool) -> bool:
-    """Whether the parts of a tile's sums are spread over programs. It changes no number.
+    """Whether the parts of a tile's sums are spread over programs. It does not change the result.
 
     A program each where there are fewer tiles than multiprocessors: those without a tile would stay idle. From there
     on the parts' way through memory, 8 bytes for each and every output, buys nothing. With the dot products of dgrad
@@ -158,7 +158,7 @@ def conv_box(block_m: int, Y: int, X: int) -> tuple[int, int, int]:
 
 
 def _conv_width(channels: int) -> int:
-    """Columns of a tile: 128 where that divides the channels, else 64 or what is enough."""
+    """Columns of a tile: 128 if that divides the channels, else 64 or as many as needed."""
     if channels > 64 and channels % 128:
         return 64
     return min(128, max(16, 1 << (channels - 1).bit_length()))

@@ -40,14 +40,14 @@ def implementations(
     slower = _slower_note(device)
     if slower:
         why_not["triton by itself"] = slower
-    # On the CPU it is interpreted, which serves tests: never the choice of "auto".
+    # On the CPU it is interpreted, for tests only; "auto" never chooses it there.
     available.insert(0 if device.type == "cuda" else len(available), "triton")
     return available, why_not
 
 
 @_library.constant_in_graphs
 def _slower_note(device: torch.device) -> str:
-    """The shapes for which "auto" takes composed although the kernels run, as SAE_KERNELS_CONFIGS measured them."""
+    """The shapes for which "auto" is composed although the kernels run, according to SAE_KERNELS_CONFIGS."""
     if device.type != "cuda" or not configs.conv_slower():
         return ""
     architecture = _launch.architecture(device)
@@ -57,11 +57,11 @@ def _slower_note(device: torch.device) -> str:
         for (tuned, dtype, reduced, produced, scale), ratio in configs.conv_slower().items()
         if tuned == architecture
     ]
-    return f"measured slower, auto takes composed there: {'; '.join(shapes)}" if shapes else ""
+    return f"measured to be slower than composed, which auto uses, for: {'; '.join(shapes)}" if shapes else ""
 
 
 def _backend(impl: str, x: torch.Tensor, weight: torch.Tensor):
-    """`impl` may be "auto" where the kernels run: what a measurement found slower than the library goes there."""
+    """The implementation. If `impl` is "auto", shapes that were measured to be slower than the library go there."""
     if impl == "auto":
         pixels = x.shape[3] * x.shape[4]
         key = configs.conv_key(_launch.architecture(x.device), x.dtype, weight.shape[1], weight.shape[0], pixels)
@@ -108,7 +108,7 @@ def _forward(
 
 
 def _empty_backward(x, weight, mask):
-    """Unasked gradients are empty, because an op's arity is fixed."""
+    """Gradients that are not needed are empty, because an op's arity is fixed."""
     B, _, F, Y, X = x.shape
     past_shape = (B, x.shape[1], weight.shape[2] - 1, Y, X)
     grads = (

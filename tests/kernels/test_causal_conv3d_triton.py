@@ -241,7 +241,7 @@ def test_boxes_only_where_a_descriptor_can_address_the_video_and_tiles_are_not_m
     )
     shifted = torch.zeros(weight.numel() + 1, dtype=weight.dtype).as_strided(weight.shape, weight.stride(), 1)
     assert boxed(x, aligned, T=2) and not boxed(x, shifted, T=2)
-    # One frame of 4 x 4 pixels in a box of four frames; the batch has no say.
+    # One frame of 4 x 4 pixels in a box of four frames; the batch does not matter.
     for B in (1, 3):
         assert boxed(meta((B, 64, 4, 4, 4)), weight, T=4) and not boxed(meta((B, 64, 1, 4, 4)), weight, T=1)
 

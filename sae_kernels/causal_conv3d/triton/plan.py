@@ -177,7 +177,7 @@ def _convolution(job: Pass, architecture: int, config: defaults.ConvConfig | Non
     if config.boxes and aligned and all(map(_has_strides, used)):
         box = _box(config.block_m, frames, Y, X)
     if config.boxes and box is None and dot_with is not None:
-        # Addresses take the registers that a tile of z wants.
+        # Addresses take the registers that a tile of z needs.
         config = dataclasses.replace(config, block_n=max(16, config.block_n // 2))
     tiles_m = B * _boxes(box, frames, Y, X) if box else _ceil(rows, config.block_m)
     tiles_n = _ceil(N, config.block_n)
@@ -247,7 +247,7 @@ def _boxes(box: tuple[int, int, int], frames: int, Y: int, X: int) -> int:
 
 
 def _has_strides(video: torch.Tensor) -> bool:
-    """Whether a descriptor can address the video: no dimension is read again and again."""
+    """Whether a descriptor can address the video: no dimension has stride 0."""
     return all(stride > 0 for size, stride in zip(video.shape, video.stride(), strict=True) if size > 1)
 
 
@@ -308,7 +308,7 @@ def _weight_gradient(grad, source, history, weight, parts, past, architecture, c
     if config.boxes and unit_k > 1 and unit_n > 1 and _has_strides(grad) and _has_strides(source):
         box = _box(config.block_k, frames, Y, X)
     blocks = B * _boxes(box, frames, Y, X) if box else blocks
-    # Enough programs for a large GPU, but no part shorter than its own cost of being written and read again.
+    # Enough programs for a large GPU, but no part so short that writing and reading it costs more.
     splits = max(1, min(_ceil(WEIGHT_PROGRAMS, programs), blocks // SPLIT_BLOCKS))
     chunk = _ceil(blocks, splits)
     splits = _ceil(blocks, chunk)

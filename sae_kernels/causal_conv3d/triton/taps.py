@@ -100,7 +100,7 @@ def accumulate_boxes(
             dx = -dx
         a = tl.trans(tl.reshape(video.load([batch, frame - lag, y + dy, x + dx, first]), [BM, BK]))
         # Columns of the weight are taps x Cin. A box that reaches into the next tap meets zeros of a, or makes columns
-        # that nobody stores.
+        # that are not stored.
         if DIRECTION == BACK:
             w = weight.load([n, tap * columns + first])
         else:
@@ -127,7 +127,7 @@ def sum_past(
     in_time_tap = tl.cdiv(K * UNIT_K, BK) * KY * KX
     steps = in_time_tap * (KT - 1)
     chunk = tl.cdiv(steps, parts)
-    # Without PARTS the sum goes on in acc itself.
+    # Without PARTS the sum continues in acc itself.
     for index in range(part, end_part if PARTS else part + 1):
         begin = tl.minimum(index * chunk, steps)
         end = tl.minimum(begin + chunk, steps) if PARTS else steps * end_part
