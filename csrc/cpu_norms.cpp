@@ -25,21 +25,23 @@ SAE_INLINE Slopes slopes_of(Vec rms, Vec dot, float eps, int64_t n) {
 }
 
 // The tensors of a call at an offset; kAct: with mp_silu of the result, or its gradient.
-template <class T, bool kStream, bool kAct>
+template <class T, bool kAct>
 struct NormAt {
   const T *x, *grad, *grad_act;
   T *out, *act;
+  bool stream;
 
   explicit NormAt(const Norm& a, int64_t at)
       : x(static_cast<const T*>(a.x) + at),
         grad(static_cast<const T*>(a.grad) + at),
         grad_act(static_cast<const T*>(a.grad_act) + at),
         out(static_cast<T*>(a.out) + at),
-        act(static_cast<T*>(a.act) + at) {}
+        act(static_cast<T*>(a.act) + at),
+        stream(a.stream) {}
 
   SAE_MEMBER void write(int64_t i, Vec y, int64_t m) const {
-    put<kStream>(out + i, y, m);
-    if constexpr (kAct) put<kStream>(act + i, silu_of(y), m);
+    put(out + i, y, m, stream);
+    if constexpr (kAct) put(act + i, silu_of(y), m, stream);
   }
   // The gradient of the normalised y.
   SAE_MEMBER Vec gradient(int64_t i, Vec y, int64_t m) const {
@@ -50,17 +52,17 @@ struct NormAt {
 };
 
 // Rows of channels: tasks are norm_rows() of them, kLanes at a time, whose square roots and quotients are one vector.
-template <class T, bool kStream, bool kAct>
+template <class T, bool kAct>
 __attribute__((noinline)) void norm_rows_forward(const Norm& a, int64_t first, int64_t count) {
   const int64_t n = a.size;
-  const NormAt<T, kStream, kAct> at(a, first * n);
+  const NormAt<T, kAct> at(a, first * n);
   const Vec squares = sums_of_rows(count, n, [&](Vec sum, int64_t r, int64_t i, int64_t m)
                                                  __attribute__((always_inline)) {
     const Vec some = get(at.x + r * n + i, m);
     return madd(some, some, sum);
   });
   const Vec rms = root(squares / splat(static_cast<float>(n)));
-  put<false>(a.rms + first, rms, count);
+  put(a.rms + first, rms, count);
   alignas(64) float scales[kLanes];
   store(scales, splat(1.0f) / (rms + splat(a.eps)));
   for (int64_t r = 0; r < count; ++r) {
@@ -72,14 +74,14 @@ __attribute__((noinline)) void norm_rows_forward(const Norm& a, int64_t first, i
 }
 
 // `scratch` holds kLanes rows.
-template <class T, bool kStream, bool kAct>
+template <class T, bool kAct>
 __attribute__((noinline)) void norm_rows_backward(const Norm& a, float* scratch, int64_t first, int64_t count) {
   const int64_t n = a.size;
-  const NormAt<T, kStream, kAct> at(a, first * n);
+  const NormAt<T, kAct> at(a, first * n);
   const Vec dots = sums_of_rows(count, n, [&](Vec sum, int64_t r, int64_t i, int64_t m)
                                               __attribute__((always_inline)) {
     const Vec y = get(at.x + r * n + i, m), grad = at.gradient(r * n + i, y, m);
-    if constexpr (kAct) put<false>(scratch + r * n + i, grad, m);
+    if constexpr (kAct) put(scratch + r * n + i, grad, m);
     return madd(grad, y, sum);
   });
   const Slopes s = slopes_of(get(a.rms + first, count), dots, a.eps, n);
@@ -92,7 +94,7 @@ __attribute__((noinline)) void norm_rows_backward(const Norm& a, float* scratch,
       Vec grad;
       if constexpr (kAct) grad = get(scratch + r * n + i, m);
       else grad = get(at.grad + r * n + i, m);
-      put<kStream>(at.out + r * n + i, madd(get(at.x + r * n + i, m), y_factor, grad * grad_factor), m);
+      put(at.out + r * n + i, madd(get(at.x + r * n + i, m), y_factor, grad * grad_factor), m, a.stream);
     });
   }
 }
@@ -139,9 +141,9 @@ SAE_INLINE void sum_channels(const Norm& a, const Tile& tile, Term term) {
   }
 }
 
-template <class T, bool kStream, bool kAct>
+template <class T, bool kAct>
 __attribute__((noinline)) void norm_tile_forward(const Norm& a, const Tile& tile) {
-  const NormAt<T, kStream, kAct> at(a, tile.first);
+  const NormAt<T, kAct> at(a, tile.first);
   sum_channels(a, tile, [&](int64_t i, int64_t kept, int64_t m) __attribute__((always_inline)) {
     const Vec some = get(at.x + i, m);
     store(tile.values + kept, some);
@@ -149,7 +151,7 @@ __attribute__((noinline)) void norm_tile_forward(const Norm& a, const Tile& tile
   });
   vectors(tile.pixels, [&](int64_t i, int64_t m) __attribute__((always_inline)) {
     const Vec rms = root(load(tile.all + i) / splat(static_cast<float>(a.size)));
-    put<false>(a.rms + tile.row + i, rms, m);
+    put(a.rms + tile.row + i, rms, m);
     store(tile.sums + i, splat(1.0f) / (rms + splat(a.eps)));
   });
   for (int64_t c = 0; c < a.size; ++c)
@@ -158,9 +160,9 @@ __attribute__((noinline)) void norm_tile_forward(const Norm& a, const Tile& tile
     });
 }
 
-template <class T, bool kStream, bool kAct>
+template <class T, bool kAct>
 __attribute__((noinline)) void norm_tile_backward(const Norm& a, const Tile& tile) {
-  const NormAt<T, kStream, kAct> at(a, tile.first);
+  const NormAt<T, kAct> at(a, tile.first);
   sum_channels(a, tile, [&](int64_t i, int64_t kept, int64_t m) __attribute__((always_inline)) {
     const Vec y = get(at.x + i, m), grad = at.gradient(i, y, m);
     store(tile.values + kept, y);
@@ -176,43 +178,43 @@ __attribute__((noinline)) void norm_tile_backward(const Norm& a, const Tile& til
     vectors(tile.pixels, [&](int64_t i, int64_t m) __attribute__((always_inline)) {
       const int64_t kept = c * tile.width + i;
       const Vec grad = load(tile.others + kept) * load(tile.sums + i);
-      put<kStream>(at.out + c * a.inner + i, madd(load(tile.values + kept), load(tile.all + i), grad), m);
+      put(at.out + c * a.inner + i, madd(load(tile.values + kept), load(tile.all + i), grad), m, a.stream);
     });
 }
 
 template <class Body>
 SAE_INLINE void norm_with(const Norm& a, bool act, Body body) {
-  with(a.type, a.stream, [&](auto zero, auto streams) __attribute__((always_inline)) {
-    if (act) body(zero, streams, Flag<true>{});
-    else body(zero, streams, Flag<false>{});
+  with(a.type, a.stream, [&](auto zero) __attribute__((always_inline)) {
+    if (act) body(zero, Flag<true>{});
+    else body(zero, Flag<false>{});
   });
 }
 
 void norm(const Norm& a, float* scratch, int64_t begin, int64_t end) {
-  norm_with(a, a.act, [&](auto zero, auto streams, auto act) __attribute__((always_inline)) {
+  norm_with(a, a.act, [&](auto zero, auto act) __attribute__((always_inline)) {
     using T = decltype(zero);
-    constexpr bool kStream = decltype(streams)::value, kAct = decltype(act)::value;
+    constexpr bool kAct = decltype(act)::value;
     if (a.inner == 1)
       row_blocks(a, begin, end, [&](int64_t first, int64_t count) __attribute__((always_inline)) {
-        norm_rows_forward<T, kStream, kAct>(a, first, count);
+        norm_rows_forward<T, kAct>(a, first, count);
       });
     else
       for (int64_t task = begin; task < end; ++task)
-        norm_tile_forward<T, kStream, kAct>(a, tile_of(a, task, scratch));
+        norm_tile_forward<T, kAct>(a, tile_of(a, task, scratch));
   });
 }
 
 void norm_backward(const Norm& a, float* scratch, int64_t begin, int64_t end) {
-  norm_with(a, a.grad_act, [&](auto zero, auto streams, auto act) __attribute__((always_inline)) {
+  norm_with(a, a.grad_act, [&](auto zero, auto act) __attribute__((always_inline)) {
     using T = decltype(zero);
-    constexpr bool kStream = decltype(streams)::value, kAct = decltype(act)::value;
+    constexpr bool kAct = decltype(act)::value;
     if (a.inner == 1)
       row_blocks(a, begin, end, [&](int64_t first, int64_t count) __attribute__((always_inline)) {
-        norm_rows_backward<T, kStream, kAct>(a, scratch, first, count);
+        norm_rows_backward<T, kAct>(a, scratch, first, count);
       });
     else
       for (int64_t task = begin; task < end; ++task)
-        norm_tile_backward<T, kStream, kAct>(a, tile_of(a, task, scratch));
+        norm_tile_backward<T, kAct>(a, tile_of(a, task, scratch));
   });
 }
 
@@ -239,7 +241,7 @@ SAE_INLINE const float* turn_of(const Heads& a, int64_t batch, int64_t token, fl
 }
 
 // out = scale R(p) x, or R(-p): x(i, m) gives m channels from i.
-template <bool kStream, bool kBack, class T, class X>
+template <bool kBack, class T, class X>
 SAE_INLINE void turn(const Heads& a, const float* cosines, Vec scale, T* out, X x) {
   int64_t done = 0;
   const float* const sines = cosines + a.turned;
@@ -247,19 +249,19 @@ SAE_INLINE void turn(const Heads& a, const float* cosines, Vec scale, T* out, X 
     done = a.turned;
     vectors(done, [&](int64_t i, int64_t m) __attribute__((always_inline)) {
       const Vec v = x(i, m), sine = get(sines + i, m);
-      put<kStream>(out + i, madd(v, get(cosines + i, m), swap_pairs(v) * (kBack ? -sine : sine)) * scale, m);
+      put(out + i, madd(v, get(cosines + i, m), swap_pairs(v) * (kBack ? -sine : sine)) * scale, m, a.stream);
     });
   } else if (cosines) {
     done = 2 * a.turned;
     vectors(a.turned, [&](int64_t i, int64_t m) __attribute__((always_inline)) {
       const Vec u = x(i, m), v = x(a.turned + i, m), cosine = get(cosines + i, m);
       const Vec sine = kBack ? -get(sines + i, m) : get(sines + i, m);
-      put<kStream>(out + i, madd(u, cosine, -v * sine) * scale, m);
-      put<kStream>(out + a.turned + i, madd(v, cosine, u * sine) * scale, m);
+      put(out + i, madd(u, cosine, -v * sine) * scale, m, a.stream);
+      put(out + a.turned + i, madd(v, cosine, u * sine) * scale, m, a.stream);
     });
   }
   vectors(a.dim - done, [&](int64_t i, int64_t m) __attribute__((always_inline)) {
-    put<kStream>(out + done + i, x(done + i, m) * scale, m);
+    put(out + done + i, x(done + i, m) * scale, m, a.stream);
   });
 }
 
@@ -272,7 +274,7 @@ struct Row {
 };
 
 // Up to kLanes rows, all normalised or none.
-template <class T, bool kStream>
+template <class T>
 __attribute__((noinline)) void turn_rows(const Heads& a, const Row* rows, int64_t count) {
   alignas(64) float rms[kLanes], scales[kLanes];
   if (rows[0].rms) {
@@ -288,13 +290,13 @@ __attribute__((noinline)) void turn_rows(const Heads& a, const Row* rows, int64_
   }
   for (int64_t r = 0; r < count; ++r) {
     const T* const x = static_cast<const T*>(rows[r].x);
-    turn<kStream, false>(a, rows[r].cosines, rows[0].rms ? splat(scales[r]) : splat(1.0f), static_cast<T*>(rows[r].out),
+    turn<false>(a, rows[r].cosines, rows[0].rms ? splat(scales[r]) : splat(1.0f), static_cast<T*>(rows[r].out),
                          [&](int64_t i, int64_t m) __attribute__((always_inline)) { return get(x + i, m); });
   }
 }
 
 // From the output y: a rotation keeps products.
-template <class T, bool kStream>
+template <class T>
 __attribute__((noinline)) void turn_rows_back(const Heads& a, const Row* rows, int64_t count) {
   alignas(64) float rms[kLanes] = {}, across[kLanes], along[kLanes];
   if (rows[0].rms) {
@@ -313,11 +315,11 @@ __attribute__((noinline)) void turn_rows_back(const Heads& a, const Row* rows, i
     const Vec one = splat(1.0f);
     if (rows[0].rms) {
       const Vec grad_factor = splat(across[r]), y_factor = splat(along[r]);
-      turn<kStream, true>(a, rows[r].cosines, one, out, [&](int64_t i, int64_t m) __attribute__((always_inline)) {
+      turn<true>(a, rows[r].cosines, one, out, [&](int64_t i, int64_t m) __attribute__((always_inline)) {
         return madd(get(y + i, m), y_factor, get(grad + i, m) * grad_factor);
       });
     } else {
-      turn<kStream, true>(a, rows[r].cosines, one, out,
+      turn<true>(a, rows[r].cosines, one, out,
                           [&](int64_t i, int64_t m) __attribute__((always_inline)) { return get(grad + i, m); });
     }
   }
@@ -326,16 +328,15 @@ __attribute__((noinline)) void turn_rows_back(const Heads& a, const Row* rows, i
 // Tasks are kHeadTokens tokens with all their heads; `scratch` holds their cosines and sines.
 template <bool kBack>
 SAE_INLINE void all_heads(const Heads& a, float* scratch, int64_t begin, int64_t end) {
-  with(a.type, a.stream, [&](auto zero, auto streams) __attribute__((always_inline)) {
+  with(a.type, a.stream, [&](auto zero) __attribute__((always_inline)) {
     using T = decltype(zero);
-    constexpr bool kStream = decltype(streams)::value;
     const int64_t groups = (a.tokens + kHeadTokens - 1) / kHeadTokens;
     Row rows[kLanes];
     int64_t held = 0;
     const auto work = [&]() {
       if (held == 0) return;
-      if constexpr (kBack) turn_rows_back<T, kStream>(a, rows, held);
-      else turn_rows<T, kStream>(a, rows, held);
+      if constexpr (kBack) turn_rows_back<T>(a, rows, held);
+      else turn_rows<T>(a, rows, held);
       held = 0;
     };
     for (int64_t task = begin; task < end; ++task) {

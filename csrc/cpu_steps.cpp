@@ -17,7 +17,7 @@ namespace {
 // f(in, out) maps kIn vectors to kOut.
 template <int kIn, int kOut, class F>
 SAE_INLINE void pointwise(const Pointwise& a, int64_t begin, int64_t end, F f) {
-  with(a.type, a.stream, [&](auto zero, auto streams) __attribute__((always_inline)) {
+  with(a.type, a.stream, [&](auto zero) __attribute__((always_inline)) {
     using T = decltype(zero);
     const int64_t first = begin * kChunk, n = (end * kChunk < a.size ? end * kChunk : a.size) - first;
     const T* in[kIn];
@@ -28,7 +28,7 @@ SAE_INLINE void pointwise(const Pointwise& a, int64_t begin, int64_t end, F f) {
       Vec x[kIn], y[kOut];
       for (int k = 0; k < kIn; ++k) x[k] = get(in[k] + i, m);
       f(x, y);
-      for (int k = 0; k < kOut; ++k) put<decltype(streams)::value>(out[k] + i, y[k], m);
+      for (int k = 0; k < kOut; ++k) put(out[k] + i, y[k], m, a.stream);
     });
   });
 }
@@ -79,7 +79,7 @@ void sum_backward(const Pointwise& a, float*, int64_t begin, int64_t end) {
 // ---- mp_cat
 
 void parts(const Parts& a, float*, int64_t begin, int64_t end) {
-  with(a.type, a.stream, [&](auto zero, auto streams) __attribute__((always_inline)) {
+  with(a.type, a.stream, [&](auto zero) __attribute__((always_inline)) {
     using T = decltype(zero);
     const int64_t row_size = a.part[0].size + a.part[1].size, chunks = (row_size + kPartChunk - 1) / kPartChunk;
     for (int64_t task = begin; task < end; ++task) {
@@ -92,7 +92,7 @@ void parts(const Parts& a, float*, int64_t begin, int64_t end) {
         T* out = static_cast<T*>(part.out) + row * part.out_row + first;
         const Vec factor = splat(part.factor);
         vectors(last - first, [&](int64_t i, int64_t m) __attribute__((always_inline)) {
-          put<decltype(streams)::value>(out + i, get(in + i, m) * factor, m);
+          put(out + i, get(in + i, m) * factor, m, a.stream);
         });
         at += part.size;
       }
@@ -104,9 +104,8 @@ void parts(const Parts& a, float*, int64_t begin, int64_t end) {
 
 // Tasks are groups where a group has one scale, else pixels.
 void modulate(const Modulation& a, float*, int64_t begin, int64_t end) {
-  with(a.type, a.stream, [&](auto zero, auto streams) __attribute__((always_inline)) {
+  with(a.type, a.stream, [&](auto zero) __attribute__((always_inline)) {
     using T = decltype(zero);
-    constexpr bool kStream = decltype(streams)::value;
     const int64_t n = a.channels == 1 ? a.pixels : a.channels;
     const T* x = static_cast<const T*>(a.x) + begin * n;
     T* out = static_cast<T*>(a.out) + begin * n;
@@ -114,12 +113,12 @@ void modulate(const Modulation& a, float*, int64_t begin, int64_t end) {
       if (a.channels == 1) {
         const Vec scale = splat(a.scale[row]);
         vectors(n, [&](int64_t i, int64_t m) __attribute__((always_inline)) {
-          put<kStream>(out + i, silu_of(get(x + i, m) * scale), m);
+          put(out + i, silu_of(get(x + i, m) * scale), m, a.stream);
         });
       } else {
         const float* const scale = a.scale + row / a.pixels * n;
         vectors(n, [&](int64_t i, int64_t m) __attribute__((always_inline)) {
-          put<kStream>(out + i, silu_of(get(x + i, m) * get(scale + i, m)), m);
+          put(out + i, silu_of(get(x + i, m) * get(scale + i, m)), m, a.stream);
         });
       }
     }
@@ -128,14 +127,13 @@ void modulate(const Modulation& a, float*, int64_t begin, int64_t end) {
 
 // Tasks are groups. `scratch` holds two rows of sums over pixels: of some, then of all.
 void modulate_backward(const Modulation& a, float* scratch, int64_t begin, int64_t end) {
-  with(a.type, a.stream, [&](auto zero, auto streams) __attribute__((always_inline)) {
+  with(a.type, a.stream, [&](auto zero) __attribute__((always_inline)) {
     using T = decltype(zero);
-    constexpr bool kStream = decltype(streams)::value;
     const int64_t pixels = a.pixels, n = a.channels;
     // The gradient of z = scale x; that of x is written.
     const auto slope = [&](int64_t at, Vec scale, Vec x, int64_t m) __attribute__((always_inline)) {
       const Vec dz = get(static_cast<const T*>(a.grad) + at, m) * silu_slope(x * scale);
-      if (a.out) put<kStream>(static_cast<T*>(a.out) + at, dz * scale, m);
+      if (a.out) put(static_cast<T*>(a.out) + at, dz * scale, m, a.stream);
       return dz;
     };
     for (int64_t group = begin; group < end; ++group) {
@@ -160,7 +158,7 @@ void modulate_backward(const Modulation& a, float* scratch, int64_t begin, int64
         vectors(n, [&](int64_t i, int64_t m) __attribute__((always_inline)) {
           const Vec some = get(x + p * n + i, m);
           const Vec dz = slope(first + p * n + i, get(scale + i, m), some, m);
-          if (a.grad_scale) put<false>(sums + i, madd(dz, some, get(sums + i, m)), m);
+          if (a.grad_scale) put(sums + i, madd(dz, some, get(sums + i, m)), m);
         });
         if (a.grad_scale && (p % 64 == 63 || p == pixels - 1))
           for (int64_t i = 0; i < n; ++i) {

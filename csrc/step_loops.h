@@ -17,16 +17,12 @@ struct Flag {
   static constexpr bool value = v;
 };
 
-// body(T{}, Flag<stream>{}) for the type of the tensors.
+// body(T{}) for the type of the tensors.
 template <class Body>
 SAE_INLINE void with(Type type, bool stream, Body body) {
-  const auto typed = [&](auto zero) __attribute__((always_inline)) {
-    if (stream) body(zero, Flag<true>{});
-    else body(zero, Flag<false>{});
-  };
-  if (type == Type::f32) typed(0.0f);
-  else if (type == Type::bf16) typed(Bf16{});
-  else typed(F16{});
+  if (type == Type::f32) body(0.0f);
+  else if (type == Type::bf16) body(Bf16{});
+  else body(F16{});
   if (stream) fence();
 }
 
@@ -34,10 +30,11 @@ template <class T>
 SAE_INLINE Vec get(const T* p, int64_t m) {
   return m >= kLanes ? load(p) : load_some(p, m);
 }
-template <bool kStream, class T>
-SAE_INLINE void put(T* p, Vec v, int64_t m) {
+// A branch for each vector: as a template argument `past` doubled the code, and bought nothing.
+template <class T>
+SAE_INLINE void put(T* p, Vec v, int64_t m, bool past = false) {
   if (m < kLanes) store_some(p, v, m);
-  else if constexpr (kStream) stream(p, v);
+  else if (past) stream(p, v);
   else store(p, v);
 }
 

@@ -13,6 +13,7 @@ WEIGHTS = "tests/kernels/test_activations.py tests/kernels/test_weight_norm.py"
 NOISE = "tests/kernels/test_token_noise.py"
 LOSS = "tests/kernels/test_edm_loss.py"
 QK = "tests/kernels/test_qk_prepare.py"
+STEPS = "tests/kernels/test_steps_cpp.py"
 TRAINER = "tests/train/test_trainer.py -k 'uninterrupted_run or resume_is_bit_exact or order'"
 MODEL = "tests/model/test_equations.py tests/model/test_denoiser.py"
 
@@ -211,6 +212,46 @@ KERNELS: list[Entry] = [
             ("turn == 0 && i < count", "turn == 0 && i < count - 1"),
             ("a.lse[head * a.rows + first + i];", "a.lse[head * a.rows + i];"),
             ("const int64_t key_head = head / a.group;", "const int64_t key_head = head % (a.heads / a.group);"),
+        ],
+    ),
+    (
+        "csrc/cpu_steps.cpp",
+        STEPS + " -k 'reference or around'",
+        [
+            ("y[0] = x[0] * silu_slope(x[1]);", "y[0] = x[1] * silu_slope(x[0]);"),
+            ("const Vec z = madd(x[1], g, x[0] * f);", "const Vec z = madd(x[0], g, x[1] * f);"),
+            ("(x[1] >= limit) | (x[1] <= -limit)", "(x[1] >= limit)"),
+            ("const Vec factor = splat(part.factor);", "const Vec factor = splat(a.part[0].factor);"),
+            ("a.scale + row / a.pixels * n", "a.scale + row % a.groups * n"),
+            ("madd(dz, some, get(sums + i, m))", "madd(dz, dz, get(sums + i, m))"),
+            ("scale, some, m), some, part)", "scale, some, m), splat(1.0f), part)"),
+            ("p % 64 == 63 || p == pixels - 1", "p % 64 == 63"),
+        ],
+    ),
+    (
+        "csrc/step_loops.h",
+        STEPS + " -k 'reference or around'",
+        [
+            ("constexpr float kGain = 1 / 0.596;", "constexpr float kGain = 1 / 0.597;"),
+            ("madd(x, s.rest, splat(1.0f))", "madd(x, s.value, splat(1.0f))"),
+            ("add(sum, r, p + i, m)", "add(sum, r, i, m)"),
+        ],
+    ),
+    (
+        "csrc/cpu_norms.cpp",
+        STEPS + " -k 'reference or around or ragged or zeros'",
+        [
+            ("-dot / (rms * splat(static_cast<float>(n)))", "-dot / rms"),
+            ("rms == Vec{} ? Vec{} : ", ""),
+            ("silu_slope(y), direct)", "splat(1.0f), direct)"),
+            ("c % 64 == 63 || c == a.size - 1", "c % 64 == 63"),
+            ("swap_pairs(v) * (kBack ? -sine : sine)", "swap_pairs(v) * sine"),
+            ("madd(v, cosine, u * sine)", "madd(v, cosine, -u * sine)"),
+            (
+                "token / a.tokens_per_frame % a.frames, in_frame",
+                "(token + 1) / a.tokens_per_frame % a.frames, in_frame",
+            ),
+            ("(batch * a.table_batch + token)", "(token)"),
         ],
     ),
     (

@@ -102,6 +102,14 @@ def test_real_widths_and_ragged_groups_of_tokens(D, S, interleaved):
         del heads.CASES["any"]
 
 
+@pytest.mark.parametrize("shape", [(2, 8, 3, 5), (2, 8, 1, 1)])
+def test_zeros_stay_zeros_and_their_gradient_is_that_of_dividing_by_eps(shape):
+    x, grad = torch.zeros(shape, requires_grad=True), torch.randn(shape)
+    out = pixel_norm(x, impl="cpp")
+    assert torch.equal(out, torch.zeros_like(out))
+    torch.testing.assert_close(torch.autograd.grad(out, x, grad)[0], grad * 1e4)
+
+
 def same(got, want, what):
     assert len(got) == len(want)
     for index, (g, w) in enumerate(zip(got, want, strict=True)):
