@@ -105,7 +105,7 @@ class Pixels {
   void add_taps(const Video& source, int64_t first, const float* constant, int64_t begin, int64_t end,
                 const float* weights, int64_t k, int64_t vectors, float* acc) {
     if (begin >= end) return;
-    place(source);
+    place(constant ? c_.x : source);
     const float* const origin = source.data + w_.batch * source.batch;
     const int64_t shift = first * source.frame;
     for (int64_t tap = 0; tap < taps_; ++tap) {

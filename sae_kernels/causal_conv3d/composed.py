@@ -31,7 +31,7 @@ def forward(
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """(out (B, Cout, F, Y, X), past (B, Cout, R T, Y, X) or None if kt = 1 or not kept); R is `_rows`."""
     x = x.contiguous(memory_format=torch.channels_last_3d)
-    out = _video(_conv(_images(x), weight[:, :, -1]), x.shape[0])
+    out = _video(_conv(_images(x), _last_kernel(weight)), x.shape[0])
     if last_scale is not None:
         out.mul_(_per_frame(last_scale))
     if weight.shape[2] == 1:
@@ -67,9 +67,9 @@ def backward(
     x = x.contiguous(memory_format=torch.channels_last_3d)
     grad = grad.contiguous(memory_format=torch.channels_last_3d)
     grad_x = grad_past_scale = grad_last_scale = grad_history = None
-    grad_weight = torch.zeros_like(weight) if need_weight else None
+    grad_weight = torch.empty_like(weight) if need_weight else None
 
-    last = weight[:, :, -1]
+    last = _last_kernel(weight)
     if need_x or need_last_scale:
         # y = s (W conv x) gives dx = s u and ds = <x, u>, with u the data gradient of the unscaled dy.
         grad_x = _video(_data_gradient(_images(grad), last), B)
@@ -94,7 +94,7 @@ def backward(
             total, kernel = _images(_sum_groups(groups, past_scale, layout)), _past_kernel(weight)
             if grad_weight is not None:
                 sources = _stack_sources(x, history, pad_value, kt, layout)
-                _add_past_kernel(grad_weight, _kernel_gradient(total, sources, kernel))
+                _put_past_kernel(grad_weight, _kernel_gradient(total, sources, kernel))
             if need_x or need_history:
                 grad_sources = _data_gradient(total, kernel)
                 _add_source_gradients(grad_sources, grad_x if need_x else None, grad_history, kt, layout)
@@ -117,7 +117,7 @@ def past_term_backward(
         grad_history = grad_history.contiguous(memory_format=torch.channels_last_3d)
     if mask[1]:
         grad_weight = torch.zeros_like(weight)
-        _add_past_kernel(grad_weight, _kernel_gradient(grad, _stack_history(history), kernel))
+        _put_past_kernel(grad_weight, _kernel_gradient(grad, _stack_history(history), kernel))
     return grad_history, grad_weight
 
 
@@ -200,13 +200,17 @@ def _stack_history(history: torch.Tensor) -> torch.Tensor:
     return stacked.contiguous(memory_format=torch.channels_last)
 
 
+def _last_kernel(weight: torch.Tensor) -> torch.Tensor:
+    return weight[:, :, -1].contiguous(memory_format=torch.channels_last)
+
+
 def _past_kernel(weight: torch.Tensor) -> torch.Tensor:
     """(Cout, (kt - 1) Cin, ky, kx), input channels in the order of `_stack_sources`."""
-    return weight[:, :, :-1].transpose(1, 2).flatten(1, 2)
+    return weight[:, :, :-1].transpose(1, 2).flatten(1, 2).contiguous(memory_format=torch.channels_last)
 
 
-def _add_past_kernel(grad_weight: torch.Tensor, grad_kernel: torch.Tensor) -> None:
-    grad_weight[:, :, :-1] += grad_kernel.unflatten(1, (-1, grad_weight.shape[1])).transpose(1, 2)
+def _put_past_kernel(grad_weight: torch.Tensor, grad_kernel: torch.Tensor) -> None:
+    grad_weight[:, :, :-1] = grad_kernel.unflatten(1, (-1, grad_weight.shape[1])).transpose(1, 2)
 
 
 def _past(x, weight, history, pad_value, layout) -> torch.Tensor:
@@ -252,7 +256,6 @@ def _padding(kernel: torch.Tensor) -> list[int]:
 
 
 def _conv(images: torch.Tensor, kernel: torch.Tensor) -> torch.Tensor:
-    kernel = kernel.contiguous(memory_format=torch.channels_last)
     with _deterministic(images.device):
         out = F.conv2d(images, kernel, padding=_padding(kernel))
     return out.contiguous(memory_format=torch.channels_last)
@@ -269,7 +272,6 @@ def _kernel_gradient(grad: torch.Tensor, images: torch.Tensor, kernel: torch.Ten
 
 
 def _conv_backward(grad: torch.Tensor, images: torch.Tensor, kernel: torch.Tensor, mask: list[bool]):
-    kernel = kernel.contiguous(memory_format=torch.channels_last)
     with _deterministic(images.device):
         return torch.ops.aten.convolution_backward(
             grad, images, kernel, None, [1, 1], _padding(kernel), [1, 1], False, [0, 0], 1, mask

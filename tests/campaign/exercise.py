@@ -171,6 +171,33 @@ def qk_prepare() -> None:
             differentiate(lambda x: sae_kernels.qkv_prepare(x, positions, kv_heads=1, **options), qkv)  # noqa: B023
 
 
+def causal_conv3d() -> None:
+    shapes = (
+        # channels, map, kernel, layout
+        ((3, 5), (4, 5), (3, 3, 3), FrameLayout(5, 1, noisy_copies=2)),
+        ((33, 17), (1, 1), (2, 3, 5), FrameLayout(3, 1, noisy_copies=0)),
+        ((16, 64), (17, 18), (3, 1, 3), FrameLayout(2, 1, noisy_first=True)),
+        ((300, 4), (3, 2), (4, 5, 1), FrameLayout(9, 1)),
+        ((4, 70), (2, 300), (1, 3, 3), FrameLayout(1, 1, noisy_copies=3)),
+    )
+    for (cin, cout), size, kernel, layout in shapes:
+        frames, kt = layout.total_frames, kernel[0]
+        last = [(2, layout.total_frames, *size, cin), (2, kt - 1, *size, cin)]
+        x, history = (variants(torch.randn(shape)) for shape in last)
+        weight, scales = torch.randn(cout, cin, *kernel), [torch.randn(2, frames) for _ in range(2)]
+        for i in range(len(x)):
+            video, before = (v[i].permute(0, 4, 1, 2, 3) for v in (x, history))
+            convolve = functools.partial(sae_kernels.causal_conv3d, layout=layout, pad_value=0.5, impl="cpp")
+
+            def with_everything(x, w, p, s, h, convolve=convolve):
+                return convolve(x, w, past_scale=p, last_scale=s, history=h)
+
+            differentiate(convolve, video, weight)
+            differentiate(with_everything, video, weight, *scales, before)
+            if kt > 1:
+                differentiate(functools.partial(sae_kernels.past_term, impl="cpp"), before, weight)
+
+
 def main() -> None:
     torch.set_num_threads(1)
     torch.manual_seed(0)
@@ -179,7 +206,10 @@ def main() -> None:
         raise SystemExit(reason)
     ops = native_ops()
     called = watch(ops)
-    for exercise in (token_noise, edm_loss, normalize_weights, frame_attention, small_steps, qk_prepare):
+    exercises = (
+        token_noise, edm_loss, normalize_weights, frame_attention, small_steps, qk_prepare, causal_conv3d,
+    )  # fmt: skip
+    for exercise in exercises:
         exercise()
         print(exercise.__name__, flush=True)
     missing = sorted(set(ops) - set(called))

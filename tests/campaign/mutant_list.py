@@ -255,6 +255,27 @@ KERNELS: list[Entry] = [
         ],
     ),
     (
+        "csrc/cpu_convolution.cpp",
+        "tests/kernels/test_causal_conv3d_cpp.py -k 'shared_out or is_the_reference or not_read or alone'",
+        [
+            ("least(w_.row + w_.rows, c_.rows - dy);", "least(w_.row + w_.rows, c_.rows);"),
+            ("left = most(0, -dx), right =", "left = most(0, dx), right ="),
+            ("const int64_t turned = tap / space * space + space - 1 - tap % space;", "const int64_t turned = tap;"),
+            (
+                "before = least(w.frames, most(0, -source));\n      const float* const of_tap",
+                "before = 0;\n      const float* const of_tap",
+            ),
+            ("end = most(begin, least(w.frames, c.frames - source));", "end = w.frames;"),
+            ("scaled + load(past + n * width + i) : scaled;", "scaled + scale * load(past + n * width + i) : scaled;"),
+            ("return stream == 0 ? scale * g :", "return stream == 0 ? g :"),
+            ("c.dots[at * c.parts + part]", "c.dots[at * c.parts]"),
+            ("before.grad + before.n * width_ == grad)", "true)"),
+            ("(tap * k + depth) * vectors * kLanes;", "tap * k * vectors * kLanes;"),
+            ("in_ + at, to, space_ * width_);\n          else", "at, to, space_ * width_);\n          else"),
+            ("else if (c.pad != 0) gradient.meet(", "else if (c.pad != c.pad) gradient.meet("),
+        ],
+    ),
+    (
         "sae_kernels/_extension.py",
         "tests/build/test_extension.py -k 'earlier_sources or told_once'",
         [

@@ -462,7 +462,7 @@ def test_past_term_bad_input():
 
 FAULTS = {
     "wrong tap order": ("weight[:, :, :-1].transpose(1, 2)", "weight[:, :, :-1].flip(2).transpose(1, 2)"),
-    "last tap is the first": ("_conv(_images(x), weight[:, :, -1])", "_conv(_images(x), weight[:, :, 0])"),
+    "last tap is the first": ("return weight[:, :, -1].contiguous", "return weight[:, :, 0].contiguous"),
     "past taps read a noisy stream": ("clean = layout.clean_start //", "clean = layout.noisy_start //"),
     "wrong pad value": ("rows[:, :, :early] = pad_value", "rows[:, :, :early] = 0"),
     "scales swapped": ("out.mul_(_per_frame(last_scale))", "out.mul_(_per_frame(past_scale))"),
