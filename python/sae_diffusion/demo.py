@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import math
 import os
 import sys
 import time
@@ -23,16 +22,17 @@ import tyro
 
 from .cli import USER_ERRORS
 from .data import ClipDataset, Timing, collect
+from .evaluation.config import EvaluationConfig
+from .evaluation.report import show, write_evaluation
+from .evaluation.run import Evaluation, evaluate_run
 from .presets import PRESETS, Preset
 from .progress import progress_bar
 from .rollout import Rollout, continue_clips
 from .runs import make_trainer, open_clips
 from .train.checkpoint import latest_checkpoint, load_denoiser, read_state, versions
-from .train.evaluate import one_step_psnr, validate
 
 METRICS = "metrics.json"
 CURVE = "metrics.jsonl"
-SIGMAS = (0.5, 1.0, 2.0, 5.0, 10.0, 20.0, 40.0)
 
 
 @dataclass(frozen=True)
@@ -49,7 +49,8 @@ class DemoConfig:
         context: frames given to each continuation.
         frames: frames generated in each continuation.
         videos: number of continuations.
-        eval_clips: held-out clips to measure on.
+        eval_clips: held-out clips that are continued to be measured.
+        drift_frames: of the long films that drift is measured on.
         ema: relative width of the average of weights that is sampled and measured.
         seed: of recording, training and sampling.
         device: for training and sampling.
@@ -66,7 +67,8 @@ class DemoConfig:
     context: int = 4
     frames: int = 14
     videos: Annotated[int, tyro.conf.arg(aliases=["--films"])] = 4  # the older name
-    eval_clips: int = 24
+    eval_clips: int = 32
+    drift_frames: int = 64
     ema: float = 0.05
     seed: int = 0
     device: str = "cpu"
@@ -95,11 +97,8 @@ def run(config: DemoConfig, preset: Preset) -> dict[str, Any]:
         rollout, fps = continuations(config, preset, model, stats)
         paths = rollout.write(config.out, fps=fps)
     with stage("evaluate", seconds):
-        losses = validate(
-            model, heldout, stats, SIGMAS,
-            clips=config.eval_clips, context_sigma=preset.sampler.context_sigma, seed=config.seed,
-        )  # fmt: skip
-        psnr = one_step_psnr(model, heldout, stats, preset.sampler, clips=config.eval_clips, seed=config.seed)
+        evaluation = measure(config, preset, model, stats)
+    paths += write_evaluation(config.out / "evaluation", evaluation)
     paths.append(loss_curve(config.out))
     metrics = {
         "environment": config.env,
@@ -114,11 +113,10 @@ def run(config: DemoConfig, preset: Preset) -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "device": config.device,
         "versions": versions(),
-        "heldout_loss": losses,
-        "one_step_psnr": psnr,
+        "evaluation": evaluation.numbers,
     }
     (config.out / METRICS).write_text(json.dumps(metrics, indent=1), encoding="utf-8")
-    show(metrics)
+    show(evaluation.numbers)
     for path in (*paths, latest_checkpoint(config.out), config.out / METRICS):
         print(path)
     return metrics
@@ -174,6 +172,19 @@ def continuations(config: DemoConfig, preset: Preset, model: Any, stats: Any) ->
     return rollout, dataset.fps or 10.0
 
 
+def measure(config: DemoConfig, preset: Preset, model: Any, stats: Any) -> Evaluation:
+    """What `sae evaluate` measures, on fewer and shorter films."""
+    what = EvaluationConfig(
+        samples=config.eval_clips, frames=config.frames, context=config.context, loss_clips=8,
+        drift_frames=config.drift_frames, drift_samples=4, seed=config.seed,
+    )  # fmt: skip
+    with progress_bar("evaluate", 100, "%") as bar:
+        return evaluate_run(
+            model, stats, Path(preset.train.data), preset.clips, preset.sampler, what,
+            callback=lambda share, part: bar.update(100 * share, part),
+        )  # fmt: skip
+
+
 def last_clips(dataset: ClipDataset) -> list[int]:
     """The index of each episode's last clip."""
     ends = {dataset.locate(i)[0].source: i for i in range(len(dataset))}
@@ -196,32 +207,6 @@ def loss_curve(folder: Path) -> Path:
     figure.savefig(folder / "loss.png", dpi=120)
     pyplot.close(figure)
     return folder / "loss.png"
-
-
-def show(metrics: dict[str, Any]) -> None:
-    """Print a short table of the results."""
-    from rich.console import Console
-    from rich.table import Table
-
-    losses, psnr = metrics["heldout_loss"], metrics["one_step_psnr"]
-    table = Table(title=f"Held-out denoising loss after {metrics['train_seconds']:.0f} s, {metrics['steps']} steps")
-    for heading in ("noise level", "full context", "last frame only", "no context"):
-        table.add_column(heading, justify="right")
-    for row in zip(losses["sigma"], losses["full_context"], losses["last_frame"], losses["no_context"]):
-        table.add_row(f"{row[0]:g}", *(f"{value:.4f}" for value in row[1:]))
-    mean = [geometric_mean(losses[k]) for k in ("full_context", "last_frame", "no_context")]
-    table.add_section()
-    table.add_row("geometric mean", *(f"{value:.4f}" for value in mean))
-    console = Console()
-    console.print(table)
-    console.print(
-        f"One-step prediction, PSNR over {psnr['clips']} held-out clips: generated {psnr['generated']:.2f} dB, "
-        f"copying the last frame {psnr['copy_last_frame']:.2f} dB"
-    )
-
-
-def geometric_mean(values: list[float]) -> float:
-    return math.exp(sum(math.log(max(v, 1e-12)) for v in values) / len(values))
 
 
 def main() -> int:

@@ -556,11 +556,68 @@ TRAINING: list[Entry] = [
         ],
     ),
     (
-        "python/sae_diffusion/train/evaluate.py",
-        "tests/train/test_evaluate.py",
+        "python/sae_diffusion/evaluation/losses.py",
+        "tests/evaluation/test_errors.py",
         [
-            ("given = (x0.shape[1] // block - 1) * block", "given = block"),
-            ("piece = slice(start - past, start + block)", "piece = slice(start, start + block)"),
+            ("slice(s - past, s + block)", "slice(s, s + block)"),
+            ("// block * block - 1", "// block * block"),
+            ("table[..., block:].mean(-1)", "table.mean(-1)"),
+        ],
+    ),
+    (
+        "python/sae_diffusion/evaluation/objects.py",
+        "tests/evaluation/test_objects.py",
+        [
+            ("x[..., bright].min(-1) - x[..., dark].max(-1)", "x[..., bright].max(-1) - x[..., dark].max(-1)"),
+            ("nan=np.inf) <= within", "nan=np.inf) <= 2 * within"),
+            ("hit = there & (", "hit = ("),
+            ("(self.mass <= MASS[1] * typical)", "(self.mass <= 3 * typical)"),
+            ("(self.peak >= PEAK) &", "(self.peak >= 0) &"),
+            ("(p * p).sum((1, 2)) / mass", "p.sum((1, 2)) / mass"),
+            ("np.where(shown, table, np.nan)[:, context:]", "table[:, context:]"),
+        ],
+    ),
+    (
+        "python/sae_diffusion/evaluation/films.py",
+        "tests/evaluation/test_films.py",
+        [
+            ("frames[:, films.context - 1 : films.context]", "frames[:, films.context : films.context + 1]"),
+            ("table[~seen] = np.nan", "pass"),
+            ("detected(typical)[:, given - 1]", "detected(typical)[:, given]"),
+        ],
+    ),
+    (
+        "python/sae_diffusion/evaluation/intervals.py",
+        "tests/evaluation/test_films.py",
+        [
+            ("self.counts = counts[:, which]", "self.counts = counts[:, np.arange(films) % len(names)]"),
+            ("tail = (1 - LEVEL) / 2", "tail = 1 - LEVEL"),
+            ("default_rng(seed)", "default_rng(0)"),
+        ],
+    ),
+    (
+        "python/sae_diffusion/evaluation/pictures.py",
+        "tests/evaluation/test_films.py",
+        [
+            ("xy - mx * my", "xy"),
+            ("255.0**2 / np", "255.0 / np"),
+        ],
+    ),
+    (
+        "python/sae_diffusion/evaluation/features.py",
+        "tests/evaluation/test_films.py",
+        [
+            ("root @ second @ root", "second @ root"),
+        ],
+    ),
+    (
+        "python/sae_diffusion/evaluation/drift.py",
+        "tests/evaluation/test_drift.py",
+        [
+            ("_grown(presence(", "(presence("),
+            ("start.max(-1) <= DARK", "start.min(-1) <= DARK"),
+            ("context - 1 + m for m in marks]]", "context + m for m in marks]]"),
+            ("objects[begins] = count(later[begins]", "objects[:] = count(later"),
         ],
     ),
     (

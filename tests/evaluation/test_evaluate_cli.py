@@ -19,7 +19,8 @@ MODEL = (
     "--model.video-attention=8 --model.window=None --clip-length=4 --batch-size=2 --num-workers=0 --no-tensorboard "
     "--clips.heldout-fraction=0.5 --clips.clip-stride=2 --device=cpu --steps=1 --sampler.sampling-steps=1"
 ).split()
-QUICK = ["--device=cpu", "--samples=9", "--frames=3", "--context=2"]
+SAME = ["--device=cpu", "--samples=9", "--frames=3", "--context=2"]
+QUICK = [*SAME, "--drift-frames=0", "--loss-clips=0"]
 
 
 @pytest.fixture(scope="module")
@@ -57,6 +58,8 @@ def test_a_run_is_measured_on_clips_of_its_own_data(run, tmp_path, capsys):
     assert films["object"]["films"] == 9 and len(films["psnr"]["generated"]["by_horizon"]["low"]) == 3
     with Image.open(out / "strip.png") as picture:
         assert picture.size[0] > 5 * 2 * SIZE
+    assert (out / "horizon.png").stat().st_size > 0
+    assert result["errors"] is None and result["drift"] is None and not (out / "drift.png").exists()
     # the films alone say the same, but for the intervals, which no longer know the episodes
     assert cli.main(["evaluate", f"--films={tmp_path / 'films.npz'}", "--object-colour=128,102,230"]) == 0
     alone = json.loads((tmp_path / "films-evaluation" / "evaluation.json").read_text())["films"]
@@ -67,6 +70,32 @@ def test_a_run_is_measured_on_clips_of_its_own_data(run, tmp_path, capsys):
     for name in ("detected", "hit", "mass", "sharpness"):
         assert alone["object"]["copy"][name]["all"]["value"] == films["object"]["copy"][name]["all"]["value"]
     assert alone["frechet"] == films["frechet"]
+
+
+@pytest.mark.parametrize("actions", ["random", "recorded"])
+def test_errors_and_drift_are_measured_too(run, tmp_path, capsys, actions):
+    options = [
+        "--loss-clips=3", "--loss-frames=4", "--drift-frames=20", "--drift-samples=2",
+        f"--drift-actions={actions}", "--object-colour=lunar-lander",
+    ]  # fmt: skip
+    assert evaluate(run, *options, f"--out={tmp_path}", "--samples=3") == 0
+    shown = capsys.readouterr().out
+    result = json.loads((tmp_path / "evaluation.json").read_text(), parse_constant=pytest.fail)
+    errors, drift = result["errors"], result["drift"]
+    assert errors["clips"] == 3 and len(errors["full_context"]["value"]) == len(errors["sigma"]) == 7
+    assert len(errors["by_frame"]["full_context"]["value"][0]) == len(errors["by_frame"]["copy"]["value"]) == 4
+    assert (drift["at"], drift["films"], drift["actions"]) == ([16], 2, actions)
+    assert drift["objects"]["value"][0] is not None and drift["terrain_psnr"]["value"][0] > 0
+    for text in (
+        "Squared error of 3 clips",
+        "noise 0.2",
+        f"2 long films with {actions} actions",
+        "terrain",
+        "frame 16",
+    ):
+        assert text in shown, text
+    for name in ("strip.png", "drift.png", "horizon.png", "errors.png"):
+        assert (tmp_path / name).stat().st_size > 0 and str(tmp_path / name) in shown
 
 
 def test_the_films_are_those_of_sample(run, tmp_path):
@@ -91,9 +120,11 @@ def test_the_films_are_those_of_sample(run, tmp_path):
 def test_the_same_seed_gives_the_same_numbers(run, tmp_path):
     texts = []
     for name, seed in (("a", 1), ("b", 1), ("c", 2)):
-        assert evaluate(run, f"--out={tmp_path / name}", f"--seed={seed}") == 0
-        texts.append(json.loads((tmp_path / name / "evaluation.json").read_text())["films"])
-    assert texts[0] == texts[1] != texts[2]
+        options = ["--drift-frames=4", "--loss-clips=2", "--drift-samples=2", f"--seed={seed}"]
+        assert evaluate(run, f"--out={tmp_path / name}", *options) == 0
+        result = json.loads((tmp_path / name / "evaluation.json").read_text())
+        texts.append([result[part] for part in ("films", "errors", "drift")])
+    assert texts[0] == texts[1] and all(a != b for a, b in zip(texts[0], texts[2]))
 
 
 def test_the_lander_is_followed_in_data_of_lunar_lander_alone(run, tmp_path, capsys):
@@ -122,7 +153,7 @@ def test_refusals_are_one_line(run, tmp_path, capsys):
         (["evaluate"], "run_dir, films: name a run with --run-dir or films with --films, one of them"),
         (["evaluate", f"--run-dir={run}", f"--films={tmp_path / 'x.npz'}"], "run_dir, films: name a run"),
         (["evaluate", f"--run-dir={copy}", "--device=cpu"], f"data: {copy} does not say what it was trained on"),
-        (["evaluate", f"--run-dir={run}", f"--data={run.parent / 'data'}", "--frames=40"], "to compare"),
+        (["evaluate", f"--run-dir={run}", "--hold=0"], "hold: must be at least 1"),
         (["evaluate", f"--run-dir={tmp_path / 'none'}", f"--data={run.parent / 'data'}"], "must be a checkpoint or a run"),
         (["evaluate", f"--films={tmp_path / 'none.npz'}"], "No such file"),
         (["evaluate", f"--run-dir={run}", "--object-colour=mauve"], "object_colour: must be r,g,b or one of lunar-lander"),
@@ -130,7 +161,4 @@ def test_refusals_are_one_line(run, tmp_path, capsys):
         (["evaluate", f"--run-dir={run}", "--in-flight=2"], "in_flight: must be None unless the network was trained with"),
     ):  # fmt: skip
         code, said = cli.main([*options]), capsys.readouterr().err
-        if "--frames=40" in options:  # shorter clips are taken, as for `sae sample`, and it says so
-            assert code == 0 and f"clips have {FRAMES} frames" in said
-            continue
         assert code == 2 and message in said and said.strip().count("\n") == 0, (options, said)

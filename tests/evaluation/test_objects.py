@@ -116,6 +116,9 @@ def test_a_colour_splits_at_its_widest_gap(colour, split):
     assert Object(colour).split() == split
     shares = presence(np.array([[colour, (90, 90, 90), (255, 255, 255)]], np.uint8), Object(colour))
     assert shares.tolist() == [[split[2], 0, 0]]
+    one = np.zeros((1, 1, 3), np.uint8)
+    one[..., split[0][0]] = 255  # of yellow, red alone is none of it
+    assert presence(one, Object(colour)).item() == (0 if len(split[0]) > 1 else split[2])
 
 
 def test_refusals():

@@ -28,7 +28,7 @@ def settings_as_json(config: Any) -> dict[str, Any]:
 class Evaluate:
     """Measure a trained model on held-out clips, against repeating the last given frame; or measure films alone.
 
-    Writes evaluation.json and strip.png, and prints a table.
+    Writes evaluation.json, plots of the curves in it and strips of the films, and prints tables.
 
     Args:
         run_dir: run folder or checkpoint.
@@ -66,30 +66,30 @@ class Evaluate:
     def run(self) -> None:
         if (self.run_dir is None) == (self.films is None):
             raise ValueError("run_dir, films: name a run with --run-dir or films with --films, one of them")
+        from ..runs import run_folder
         from .report import show, write_evaluation
 
         if self.films is not None:
-            numbers, films = self.measure_films(self.films)
+            evaluation, about = self.measure_films(self.films)
             out = self.out or self.films.with_name(f"{self.films.stem}-evaluation")
         else:
-            from ..runs import run_folder
-
             assert self.run_dir is not None
-            numbers, films = self.measure_run(self.run_dir)
+            evaluation, about = self.measure_run(self.run_dir)
             out = self.out or run_folder(self.run_dir) / "evaluation"
-        for note in numbers["notes"]:
+        for note in evaluation.numbers["notes"]:
             print(f"note: {note}", file=sys.stderr)
         if self.npz is not None:
-            films.save(self.npz)
+            evaluation.films.save(self.npz)
             print(self.npz)
-        paths = write_evaluation(out, numbers, films)
-        show(numbers)
+        paths = write_evaluation(out, evaluation, about)
+        show(evaluation.numbers)
         for path in paths:
             print(path)
 
-    def measure_films(self, path: Path) -> tuple[dict[str, Any], Any]:
+    def measure_films(self, path: Path) -> tuple[Any, dict[str, Any]]:
+        """The films in a file, and what they are."""
         from .films import evaluate_films, read_films
-        from .run import wanted_object
+        from .run import Evaluation, wanted_object
 
         films = read_films(path, self.evaluation.context)
         with progress_bar("evaluate", 100, "%") as bar:
@@ -98,10 +98,12 @@ class Evaluate:
                 callback=lambda share: bar.update(100 * share),
             )  # fmt: skip
         notes = measured.pop("notes")
-        about = {"films": str(path), "seed": self.evaluation.seed}
-        return {"about": about, "films": measured, "notes": notes}, films
+        return Evaluation({"films": measured, "notes": notes}, films), {
+            "films": str(path), "seed": self.evaluation.seed,
+        }  # fmt: skip
 
-    def measure_run(self, path: Path) -> tuple[dict[str, Any], Any]:
+    def measure_run(self, path: Path) -> tuple[Any, dict[str, Any]]:
+        """The run in this folder, or of this checkpoint, and what it is."""
         data = self.data or read_run_data(path)
         if data is None:
             raise ValueError(f"data: {path} does not say what it was trained on; name clips with --data FOLDER")
@@ -115,14 +117,13 @@ class Evaluate:
             check_independent_levels(state)
         settings = read_run_settings(path)
         with progress_bar("evaluate", 100, "%") as bar:
-            result = evaluate_run(
+            evaluation = evaluate_run(
                 model, stats, data, settings[0] if settings else ClipConfig(), self.sampler, self.evaluation,
                 split=self.split, in_flight=self.in_flight,
                 callback=lambda share, what: bar.update(100 * share, what),
             )  # fmt: skip
-        about = {
-            "run": str(path), "step": state["step"], "data": str(data), "split": self.split, "ema": self.ema,
-            "in_flight": self.in_flight, "sampler": settings_as_json(self.sampler),
-            "evaluation": settings_as_json(self.evaluation), "parameters": model.num_parameters(),
+        return evaluation, {
+            "run": str(path), "step": state["step"], "parameters": model.num_parameters(), "data": str(data),
+            "split": self.split, "ema": self.ema, "in_flight": self.in_flight,
+            "sampler": settings_as_json(self.sampler), "evaluation": settings_as_json(self.evaluation),
         }  # fmt: skip
-        return {"about": about, **result.numbers}, result.films

@@ -47,6 +47,10 @@ class Bootstrap:
         shape = table.shape[1:]
         return value.reshape(shape), drawn.reshape(RESAMPLES, *shape)
 
+    def estimate(self, *tables: np.ndarray, of: Callable[..., np.ndarray] = lambda mean: mean) -> Estimate:
+        """A function of the tables' means over films, for each column; tables (N, ...)."""
+        return self._estimate(of, [self.means(table) for table in tables])
+
     def curve(self, *tables: np.ndarray, of: Callable[..., np.ndarray] = lambda mean: mean) -> dict[str, Estimate]:
         """{"all": over all films and columns, "by_horizon": for each column} of a function of the tables' means.
 
@@ -54,10 +58,7 @@ class Bootstrap:
             tables: (N, H) each; of: takes a mean of each.
         """
         alone = [self._pooled(table) for table in tables]
-        return {
-            "all": self._estimate(of, alone),
-            "by_horizon": self._estimate(of, [self.means(table) for table in tables]),
-        }
+        return {"all": self._estimate(of, alone), "by_horizon": self.estimate(*tables, of=of)}
 
     def _pooled(self, table: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """As `means`, over all columns too; films with more columns to measure count for more."""
