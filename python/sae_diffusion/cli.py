@@ -17,6 +17,7 @@ from typing import Annotated, Any, Literal, cast
 import tyro
 
 from ._lazy import INSTALL
+from .checks import Count, check_choice, check_fields
 from .data.cli import DataCommand
 from .diffusion.cli import SchedulePlot
 from .diffusion.config import SamplerConfig
@@ -197,11 +198,11 @@ class Sample:
     split: Literal["heldout", "train", "all"] | None = None
     out: Path | None = None
     npz: Path | None = None
-    frames: int | None = None
-    context: int = 4
-    samples: int = 4
+    frames: Count | None = None
+    context: Count = 4
+    samples: Count = 4
     actions: str = "recorded"
-    hold: int = 2
+    hold: Count = 2
     in_flight: int | None = None
     ema: float | None = 0.05
     guide: Path | None = None
@@ -209,16 +210,13 @@ class Sample:
     preset: PresetName | None = None
     sampler: Annotated[SamplerConfig, tyro.conf.arg(name="")] = field(default_factory=SamplerConfig)
     fps: float = 10.0
-    scale: int = 4
+    scale: Count = 4
     seed: int = 0
     device: str = "auto"
     debug: bool = False
 
     def run(self) -> None:
-        for name in ("frames", "samples", "hold", "scale", "context"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ValueError(f"{name}: must be at least 1, got {value}")
+        check_fields(self)
         file = None if self.actions in ("recorded", "random") else Path(self.actions)
         if file is not None and not file.is_file():
             raise ValueError(f"actions: must be recorded, random or a file, got {self.actions!r}")
@@ -362,8 +360,8 @@ def parse(arguments: Sequence[str]) -> Any:
     arguments = current_arguments(arguments)
     command = arguments[0] if arguments else ""
     name, run_dir = cast(PresetName | None, option(arguments, "--preset")), option(arguments, "--run-dir")
-    if name is not None and name not in PRESETS:
-        raise ValueError(f"preset: must be one of {', '.join(PRESETS)}, got {name!r}")
+    if name is not None:
+        check_choice("preset", name, tuple(PRESETS))
     chosen, preset = name or Train.preset, PRESETS[name or Train.preset]
     settings = None
     if command == "train" and (file := option(arguments, "--config")) is not None:

@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from .checks import Count, check_value
 from .data.format import atomic_path
 
 BACKGROUND = 24
@@ -44,8 +45,7 @@ def to_rgb(frames: Any, name: str = "frames") -> np.ndarray:
 
 def enlarge(frames: np.ndarray, scale: int) -> np.ndarray:
     """(..., Y, X, C) enlarged by an integer, nearest neighbour."""
-    if isinstance(scale, bool) or not isinstance(scale, int) or scale < 1:
-        raise ValueError(f"scale: must be an integer >= 1, got {scale!r}")
+    check_value("scale", scale, Count)
     return frames.repeat(scale, axis=-3).repeat(scale, axis=-2)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
-from .checks import check_integers, check_numbers
+from .checks import Checked, Count, Fraction
 from .diffusion.config import NoiseConfig, OwnContextConfig, SamplerConfig
 from .model import ModelConfig
 from .train.config import TrainConfig
@@ -14,7 +14,7 @@ PresetName = Literal["tiny", "lunar-lander", "counter-strike"]
 
 
 @dataclass(frozen=True)
-class ClipConfig:
+class ClipConfig(Checked):
     """How clips are cut from the data.
 
     Args:
@@ -24,16 +24,10 @@ class ClipConfig:
         on_error: "raise" an error for a source that cannot be read or is too short, or "skip" and count it.
     """
 
-    frame_stride: int = 1
-    clip_stride: int | None = None
-    heldout_fraction: float = 0.1
+    frame_stride: Count = 1
+    clip_stride: Count | None = None
+    heldout_fraction: Fraction = 0.1
     on_error: Literal["raise", "skip"] = "skip"
-
-    def __post_init__(self) -> None:
-        check_integers(self, 1, "frame_stride")
-        if self.clip_stride is not None:
-            check_integers(self, 1, "clip_stride")
-        check_numbers(self, "in [0, 1]", "heldout_fraction")
 
 
 @dataclass(frozen=True)

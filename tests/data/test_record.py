@@ -205,7 +205,7 @@ def test_folders_that_are_not_ours_or_in_use_are_refused(tmp_path):
         ({"env_kwargs": {"space": "several"}}, "action space, got MultiBinary"),
         ({"hold": 3}, "multiples of frame_skip = 2"),
         ({"skip_first": 1}, "multiples of frame_skip = 2"),
-        ({"episodes": 0}, "episodes: must be an integer >= 1, got 0"),
+        ({"episodes": 0}, "episodes: must be at least 1, got 0"),
         ({"size": (0, 4)}, "size: must be"),
         ({"policy": "expert"}, "policy: .*'expert'"),
         ({"policy": lambda *_: 99}, r"policy: must return a member of Discrete\(5\), got 99"),

@@ -73,7 +73,7 @@ def test_random_order_follows_the_seed():
         ({"kind": "rolling", "window": 2.5}, "window: must be a whole number of tokens for 'rolling', got 2.5"),
         ({"tokens": 0}, "tokens: must be at least 1, got 0"),
         ({"window": -1.0}, "window: must be positive, got -1.0"),
-        ({"kind": "columns", "b": 1.0}, r"b: must lie in \[0, 1\), got 1.0"),
+        ({"kind": "columns", "b": 1.0}, r"b: must be in \[0, 1\), got 1.0"),
         ({"start": -9.0}, "start: must be finite and greater than end"),
         ({"rows": 0}, "rows: must be at least 1, got 0"),
     ],

@@ -126,7 +126,7 @@ def test_real_files_are_asked_for_by_default(folder):
 
 
 def test_bad_sets_are_refused():
-    with pytest.raises(ValueError, match="data: must be digits or cifar10, got 'mnist'"):
+    with pytest.raises(ValueError, match="data: must be one of digits, cifar10, got 'mnist'"):
         open_images("mnist")
     good = np.zeros((3, 1, 4, 4), np.uint8)
     with pytest.raises(TypeError, match="heldout: must be uint8"):

@@ -111,7 +111,7 @@ def test_permutations():
         (lambda: Source("cubic"), "kind: must be one of"),
         (lambda: Source("mixture", chaos_ratio=1.5), r"chaos_ratio: must be in \[0, 1\], got 1.5"),
         (lambda: gen_dataset(2, 5, -0.1), "chaos_ratio"),
-        (lambda: gen_dataset(0, 5), "count, n: must be at least 1"),
+        (lambda: gen_dataset(0, 5), "count: must be at least 1"),
         (lambda: Source().sample(0, 0), "count: must be at least 1"),
         (lambda: Source("mixture").clause_error(np.zeros((1, 20, 1))), "kind: must be one of logistic"),
         (lambda: Source().clause_error(np.zeros((2, 19, 1))), r"x: must have shape \(count, 20, 1\), got \(2, 19, 1\)"),

@@ -100,11 +100,16 @@ def test_numbers_are_finite(kind, field):
         (NoiseConfig, "context_sigma_min", (0.0,)),
         (SamplerConfig, "sigma_min", (0.0, -1.0, 81.0)),
         (SamplerConfig, "sigma_max", (-1.0,)),
+        (SamplerConfig, "sampling_steps", (2**16 - 1,)),
+        (SamplerConfig, "solver", ("rk4",)),
         (SamplerConfig, "rho", (0.0,)),
         (SamplerConfig, "churn_max", (-1.0, math.nan)),
         (ModelConfig, "sigma_data", (0.0, -1.0)),
         (ModelConfig, "dropout", (1.0,)),
         (ClipConfig, "heldout_fraction", (-0.1, 1.1)),
+        (ClipConfig, "on_error", ("ignore", None)),
+        (ModelConfig, "temporal_mixing", ("none",)),
+        (ImageTrainConfig, "basis", ("wavelet",)),
         (SeriesTrainConfig, "beta2", (1.0,)),
         (SeriesTrainConfig, "heldout_fraction", (0.0, 1.0)),
         (SeriesTrainConfig, "final_lr", (1.5,)),
@@ -124,7 +129,7 @@ def test_numbers_keep_their_rule(kind, field, values):
 
 @pytest.mark.parametrize("betas", [(), (0.9,), (0.9, 0.99, 0.999)])
 def test_betas_are_two(betas):
-    with pytest.raises(ValueError, match=r"^betas: must be two numbers"):
+    with pytest.raises(ValueError, match=r"^betas: must be 2 numbers"):
         TrainConfig(betas=betas)
 
 

@@ -177,7 +177,7 @@ def test_objective_is_fixed_for_a_run_and_old_checkpoints_are_of_teacher_forcing
         trainer(tmp_path, objective="forcing", steps=2)
     with pytest.raises(ValueError, match=r"clean_frames: must be in \[0, 1\], got 2"):
         config(tmp_path, clean_frames=2)
-    with pytest.raises(ValueError, match="objective: must be teacher_forcing or forcing, got 'student'"):
+    with pytest.raises(ValueError, match="objective: must be one of teacher_forcing, forcing, got 'student'"):
         config(tmp_path, objective="student")
 
 

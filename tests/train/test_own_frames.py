@@ -178,7 +178,7 @@ def test_cosine_decay():
     ("changes", "message"),
     [
         ({"first_weight": -1.0}, "^first_weight: must be at least 0"),
-        ({"lr_decay": "linear"}, "^lr_decay: must be power or cosine, got 'linear'"),
+        ({"lr_decay": "linear"}, "^lr_decay: must be one of power, cosine, got 'linear'"),
     ],
 )
 def test_config_names_the_field(changes, message):

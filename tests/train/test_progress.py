@@ -65,5 +65,5 @@ def test_series_sample_answers_soon_by_default():
     """What makes it slow is bounded by default: the evaluations of a likelihood's solver, and the series they are of."""
     default = SeriesSample(run_dir=None)  # type: ignore[arg-type]
     assert default.likelihood <= 16 and default.tolerance >= 1e-3
-    with pytest.raises(ValueError, match="tolerance: must lie in"):
+    with pytest.raises(ValueError, match="tolerance: must be in"):
         SeriesSample(run_dir=None, tolerance=0.0).run()  # type: ignore[arg-type]

@@ -105,7 +105,7 @@ def test_what_is_written_is_read_again_as_it_was(name, tmp_path):
         ("compile: 1", "compile: must be true or false, got 1"),
         ("data: 3", "data: must be text, got 3"),
         ("max_seconds: soon", "max_seconds: must be a number or null, got 'soon'"),
-        ("precision: fp8", "precision: must be auto or fp32 or bf16 or fp16, got 'fp8'"),
+        ("precision: fp8", "precision: must be one of auto, fp32, bf16, fp16, got 'fp8'"),
         ("betas: [0.9]", "betas: must be a list of 2 numbers, got [0.9]"),
         ("ema_stds: 0.1", "ema_stds: must be a list of numbers, got 0.1"),
         ("model: {channel_mult: [1, x]}", "model.channel_mult: must be a list of integers, got [1, 'x']"),

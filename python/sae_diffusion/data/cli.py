@@ -10,7 +10,7 @@ from typing import Annotated, Any
 
 import tyro
 
-from ..checks import check_integers
+from ..checks import Count, check_fields
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,8 +32,8 @@ class DataCommand:
     # tyro does not show a union or a Literal with a single member
     task: tyro.conf.Positional[Annotated[str, tyro.conf.arg(metavar="check")]]
     path: tyro.conf.Positional[Path]
-    clip_length: int = 1
-    frame_stride: int = 1
+    clip_length: Count = 1
+    frame_stride: Count = 1
     size: tuple[int, int] | None = None
     json: bool = False
     seed: int = 0
@@ -43,7 +43,7 @@ class DataCommand:
     def run(self) -> int:
         if self.task != "check":
             raise ValueError(f"task: must be check, got {self.task!r}")
-        check_integers(self, 1, "clip_length", "frame_stride")
+        check_fields(self)
         from .check import check_data
 
         good, bad, frames = 0, 0, 0

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from ..checks import Count, Fraction, check_choice, check_value
 from .arrays import NpzReader
 from .episodes import Clip, Episode, Reader, file_version
 from .format import DataError, resize_frames
@@ -211,14 +212,10 @@ def open_dataset(
     is verified at once; with "raise" recorded shards are verified as they are read, everything else at once.
     """
     for name, value in (("clip_length", clip_length), ("frame_stride", frame_stride), ("clip_stride", clip_stride)):
-        if value is not None and value < 1:
-            raise ValueError(f"{name}: must be at least 1, got {value}")
-    if on_error not in ("raise", "skip"):
-        raise ValueError(f"on_error: must be 'raise' or 'skip', got {on_error!r}")
-    if split not in ("all", "train", "heldout"):
-        raise ValueError(f"split: must be 'all', 'train' or 'heldout', got {split!r}")
-    if not 0 <= heldout_fraction <= 1:
-        raise ValueError(f"heldout_fraction: must be in [0, 1], got {heldout_fraction}")
+        check_value(name, value, Count | None)
+    check_choice("on_error", on_error, ("raise", "skip"))
+    check_choice("split", split, ("all", "train", "heldout"))
+    check_value("heldout_fraction", heldout_fraction, Fraction)
     if size is not None and (len(size) != 2 or min(size) < 1):
         raise ValueError(f"size: must be (Y, X) >= 1, got {size!r}")
 

@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+from ..checks import Checked, Count, Natural, check_value
 from ..lock import RunLock
 from .format import (
     FORMAT,
@@ -166,13 +167,8 @@ def _check_resume(root: Path, description: dict[str, Any]) -> None:
             )
 
 
-def _positive(name: str, value: Any, minimum: int = 1) -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or value < minimum:
-        raise ValueError(f"{name}: must be an integer >= {minimum}, got {value!r}")
-
-
 @dataclass(frozen=True)
-class Timing:
+class Timing(Checked):
     """When frames are recorded and actions are chosen, in steps of the environment.
 
     Args:
@@ -185,17 +181,13 @@ class Timing:
         ValueError: a field breaks its rule; the message names field, rule and value.
     """
 
-    frame_skip: int = 2
-    hold: int = 8
-    skip_first: int = 0
-    max_frames: int | None = None
+    frame_skip: Count = 2
+    hold: Count = 8
+    skip_first: Natural = 0
+    max_frames: Count | None = None
 
     def __post_init__(self) -> None:
-        _positive("frame_skip", self.frame_skip)
-        _positive("hold", self.hold)
-        _positive("skip_first", self.skip_first, 0)
-        if self.max_frames is not None:
-            _positive("max_frames", self.max_frames)
+        super().__post_init__()
         if self.hold % self.frame_skip or self.skip_first % self.frame_skip:
             raise ValueError(
                 f"hold, skip_first: must be multiples of frame_skip = {self.frame_skip}, so that one action causes "
@@ -229,13 +221,10 @@ def collect(
     Raises ValueError for a setting that breaks its rule or is not the folder's, ImportError for a missing package.
     """
     timing = Timing() if timing is None else timing
-    for name, value in (
-        ("episodes", episodes),
-        ("num_workers", num_workers),
-        ("episodes_per_shard", episodes_per_shard),
-    ):
-        _positive(name, value)
-    _positive("seed", seed, 0)
+    counts = {"episodes": episodes, "num_workers": num_workers, "episodes_per_shard": episodes_per_shard}
+    for name, value in counts.items():
+        check_value(name, value, Count)
+    check_value("seed", seed, Natural)
     if len(size) != 2 or min(size) < 1:
         raise ValueError(f"size: must be (Y, X) >= 1, got {size!r}")
     if isinstance(policy, str):

@@ -10,14 +10,15 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
+from ..checks import Count, check_value
+
 if TYPE_CHECKING:
     from .dataset import ClipDataset
 
 
 def _spread(dataset: ClipDataset, max_clips: int) -> list[int]:
     """Indices of up to `max_clips` clips, evenly over the data set."""
-    if max_clips < 1:
-        raise ValueError(f"max_clips: must be at least 1, got {max_clips}")
+    check_value("max_clips", max_clips, Count)
     return np.unique(np.linspace(0, len(dataset) - 1, min(max_clips, len(dataset))).round().astype(int)).tolist()
 
 

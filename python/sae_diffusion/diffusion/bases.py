@@ -16,6 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..checks import check_choice
+
 # Variances below this fraction of the largest are raised to it by a whitening PCA.
 VARIANCE_FLOOR = 1e-6
 _CHUNK = 4096
@@ -403,8 +405,7 @@ def make_basis(name: str, shape: Sequence[int], data: Tensor | None = None, **op
         if tuple(data.shape[1:]) != tuple(shape):
             raise ValueError(f"data: must be (M, {', '.join(map(str, shape))}), got {tuple(data.shape)}")
         return PCA.fit(data, **options)
-    if name not in _FIXED:
-        raise ValueError(f"name: must be one of {sorted((*_FIXED, PCA.name))}, got {name!r}")
+    check_choice("name", name, (*_FIXED, PCA.name))
     return _FIXED[name](shape, **options)
 
 

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
+from ..checks import Count, check_fields
+
 if TYPE_CHECKING:
     from .schedules import Schedule
 
@@ -40,7 +42,7 @@ class SchedulePlot:
         "staggered", "together", "independent", "rolling", "triangular", "components", "columns", "rows"
     ] = "staggered"  # fmt: skip
     curve: Literal["log-linear", "vp-linear", "cosine", "edm", "flow"] = "log-linear"
-    tokens: int = 20
+    tokens: Count = 20
     window: float = 8.0
     order: Literal["natural", "reverse", "random"] = "natural"
     steps_per_token: int = 10
@@ -51,7 +53,7 @@ class SchedulePlot:
     start: float = 9.2
     end: float = -4.6
     scaling: Literal["vp", "ve", "flow"] | None = None
-    rows: int = 10
+    rows: Count = 10
     plot: Path | None = None
     seed: int = 0
     device: str = "auto"
@@ -89,8 +91,6 @@ class SchedulePlot:
         if self.kind in ("columns", "rows"):
             lines = Columns if self.kind == "columns" else Rows
             return lines((1, *self.size), self.b, curve, scaling=self.scaling)
-        if self.tokens < 1:
-            raise ValueError(f"tokens: must be at least 1, got {self.tokens}")
         if self.kind == "components":
             variances = (1 + torch.arange(self.tokens, dtype=torch.float64)) ** -2
             return ComponentLinear(variances, self.a, start=self.start, end=self.end, scaling=self.scaling or "vp")
@@ -104,8 +104,7 @@ class SchedulePlot:
         return Staggered(self.tokens, self.window, curve, order=order, scaling=self.scaling)
 
     def run(self) -> None:
-        if self.rows < 1:
-            raise ValueError(f"rows: must be at least 1, got {self.rows}")
+        check_fields(self)
         from .plot import plot_schedule, schedule_table
         from .schedules import check_schedule
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Literal
 
-from ..checks import check_integers, check_numbers
+from ..checks import Checked, Count, Finite, Natural, NotNegative, Positive
 
 Solver = Literal["euler", "heun", "dpm++2m", "ancestral", "stochastic-heun"]
 CHURNED: tuple[Solver, ...] = ("euler", "heun", "stochastic-heun")
@@ -14,7 +14,7 @@ MOST_STEPS = 2**16 - 2  # draws of noise are numbered with 16 bits, and one numb
 
 
 @dataclass(frozen=True)
-class NoiseConfig:
+class NoiseConfig(Checked):
     """How noise levels are drawn, in units of the normalised data (sigma_data = 1).
 
     Args:
@@ -28,22 +28,20 @@ class NoiseConfig:
         ValueError: a field breaks its rule; the message names field, rule and value.
     """
 
-    mean: float = 0.0
-    std: float = 2.0
-    context_sigma_max: float = 0.5
-    context_sigma_min: float = 0.002
+    mean: Finite = 0.0
+    std: NotNegative = 2.0
+    context_sigma_max: NotNegative = 0.5
+    context_sigma_min: Positive = 0.002
 
     def __post_init__(self) -> None:
-        check_numbers(self, "finite", "mean")
-        check_numbers(self, "at least 0", "std", "context_sigma_max")
-        check_numbers(self, "positive", "context_sigma_min")
+        super().__post_init__()
         # so that squares of sigma stay finite in fp32 for all draws that can be expected
         if abs(self.mean) + 6 * self.std > 40:
             raise ValueError(f"mean, std: must satisfy |mean| + 6 std <= 40, got {self.mean} and {self.std}")
 
 
 @dataclass(frozen=True)
-class OwnContextConfig:
+class OwnContextConfig(Checked):
     """When and how training shows the network its own frames as context, see `with_own_frames`.
 
     Args:
@@ -59,26 +57,22 @@ class OwnContextConfig:
         ValueError: a field breaks its rule; the message names field, rule and value.
     """
 
-    start: int | None = None
-    ramp: int = 0
-    given: int = 2
-    sigma_min: float = 3.0
-    sigma_max: float = 15.0
-    steps: int = 1
-    depth: int = 1
+    start: Count | None = None
+    ramp: Natural = 0
+    given: Count = 2
+    sigma_min: Positive = 3.0
+    sigma_max: Positive = 15.0
+    steps: Count = 1
+    depth: Count = 1
 
     def __post_init__(self) -> None:
-        if self.start is not None:
-            check_integers(self, 1, "start")
-        check_integers(self, 0, "ramp")
-        check_integers(self, 1, "given", "steps", "depth")
-        check_numbers(self, "positive", "sigma_min", "sigma_max")
+        super().__post_init__()
         if self.sigma_max < self.sigma_min:
             raise ValueError(f"sigma_max: must be at least sigma_min = {self.sigma_min}, got {self.sigma_max}")
 
 
 @dataclass(frozen=True)
-class SamplerConfig:
+class SamplerConfig(Checked):
     """How a frame is drawn.
 
     Args:
@@ -104,18 +98,18 @@ class SamplerConfig:
         ValueError: a field breaks its rule.
     """
 
-    sampling_steps: int = 32
-    sigma_min: float = 0.002
-    sigma_max: float = 80.0
-    rho: float = 7.0
-    churn: float | None = None
-    churn_min: float = 0.0
+    sampling_steps: Count = 32
+    sigma_min: Finite = 0.002
+    sigma_max: Finite = 80.0
+    rho: Positive = 7.0
+    churn: NotNegative | None = None
+    churn_min: NotNegative = 0.0
     churn_max: float = math.inf
-    churn_noise: float = 1.0
+    churn_noise: NotNegative = 1.0
     solver: Solver = "heun"
-    context_sigma: float = 0.05
-    context_noise: float = 0.0
-    guidance: float = 1.0
+    context_sigma: Positive = 0.05
+    context_noise: NotNegative = 0.0
+    guidance: Finite = 1.0
     guidance_kind: Literal["context", "auto"] = "context"
 
     def __post_init__(self) -> None:
@@ -123,26 +117,14 @@ class SamplerConfig:
             if not holds:
                 raise ValueError(f"{name}: must be {rule}, got {getattr(self, name)!r}")
 
-        check_integers(self, 1, "sampling_steps", most=MOST_STEPS)
-        check_numbers(
-            self, "finite", "sigma_min", "sigma_max", "rho", "churn_min", "churn_noise", "context_sigma",
-            "context_noise", "guidance",
-        )  # fmt: skip
+        super().__post_init__()
+        require("sampling_steps", self.sampling_steps <= MOST_STEPS, f"at most {MOST_STEPS}")
         require("sigma_min", 0 < self.sigma_min <= self.sigma_max, f"in (0, sigma_max = {self.sigma_max}]")
-        require("rho", self.rho > 0, "> 0")
-        require("solver", self.solver in get_args(Solver), f"one of {', '.join(get_args(Solver))}")
-        if self.churn is not None:
-            check_numbers(self, "at least 0", "churn")
         if self.solver == "stochastic-heun":
             require("churn", self.churn_amount > 0, "> 0 for solver 'stochastic-heun'")
         if self.solver not in CHURNED:
             require("churn", self.churn_amount == 0, f"0 for solver {self.solver!r}")
-        require("churn_min", self.churn_min >= 0, ">= 0")
         require("churn_max", self.churn_max >= self.churn_min, f"at least churn_min = {self.churn_min}")
-        require("churn_noise", self.churn_noise >= 0, ">= 0")
-        require("context_sigma", self.context_sigma > 0, "> 0")
-        require("context_noise", self.context_noise >= 0, ">= 0")
-        require("guidance_kind", self.guidance_kind in ("context", "auto"), "'context' or 'auto'")
 
     @property
     def churn_amount(self) -> float:

@@ -5,9 +5,11 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
-from typing import ClassVar
+from typing import Annotated, ClassVar
 
 import torch
+
+from ..checks import Checked, NotNegative, Positive, Rule
 
 
 class Curve(ABC):
@@ -49,14 +51,10 @@ class LogLinear(Curve):
 
 
 @dataclass(frozen=True)
-class _Clipped(Curve):
+class _Clipped(Checked, Curve):
     """A curve whose lambda is infinite at an end: u is clipped to [margin, 1 - margin] and the slope is 0 outside."""
 
-    margin: float = field(default=1e-3, kw_only=True)
-
-    def __post_init__(self) -> None:
-        if not 0 < self.margin < 0.5:
-            raise ValueError(f"margin: must lie in (0, 0.5), got {self.margin}")
+    margin: Annotated[float, Rule("in (0, 0.5)", lambda margin: 0 < margin < 0.5)] = field(default=1e-3, kw_only=True)
 
     @property
     def corners(self) -> tuple[float, ...]:  # type: ignore[override]
@@ -120,12 +118,7 @@ class VPLinear(_Clipped):
 class Cosine(_Clipped):
     """signal^2 = f(u) / f(0), f(u) = cos^2(pi / 2 (u + s) / (1 + s)) (Nichol and Dhariwal 2021, eq. 17)."""
 
-    s: float = 0.008
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if not 0 <= self.s < math.inf:
-            raise ValueError(f"s: must be finite and >= 0, got {self.s}")
+    s: NotNegative = 0.008
 
     def _inner(self, u: torch.Tensor) -> torch.Tensor:
         angle, first = self._angles(u)
@@ -156,7 +149,7 @@ class Flow(_Clipped):
 
 
 @dataclass(frozen=True)
-class EDM(Curve):
+class EDM(Checked, Curve):
     """sigma = (sigma_min^(1/rho) + u (sigma_max^(1/rho) - sigma_min^(1/rho)))^rho, lambda = -2 ln sigma.
 
     Equidistant u are the noise levels of Karras et al. 2022, eq. 5 (without their last level 0).
@@ -165,13 +158,12 @@ class EDM(Curve):
     scaling: ClassVar[str] = "ve"
     sigma_min: float = 0.002
     sigma_max: float = 80.0
-    rho: float = 7.0
+    rho: Positive = 7.0
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if not 0 < self.sigma_min < self.sigma_max < math.inf:
             raise ValueError(f"sigma_min: must lie in (0, sigma_max = {self.sigma_max}), got {self.sigma_min}")
-        if not 0 < self.rho < math.inf:
-            raise ValueError(f"rho: must be positive and finite, got {self.rho}")
 
     def __call__(self, u: torch.Tensor) -> torch.Tensor:
         low, high = self._roots()

@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..checks import AtLeastTwo, Count, check_choice, check_value
 from .bases import Basis
 from .schedules import Schedule, expand_to, scales_of
 
@@ -92,16 +93,13 @@ def log_likelihood(
     Raises:
         ValueError, TypeError: an argument breaks its rule.
     """
-    if divergence not in ("exact", "rademacher"):
-        raise ValueError(f"divergence: must be 'exact' or 'rademacher', got {divergence!r}")
-    if data_end not in ("smoothed", "bound"):
-        raise ValueError(f"data_end: must be 'smoothed' or 'bound', got {data_end!r}")
+    check_choice("divergence", divergence, ("exact", "rademacher"))
+    check_choice("data_end", data_end, ("smoothed", "bound"))
+    check_value("probes", probes, Count)
     size = math.prod(x.shape[1:])
     prior = Prior() if prior is None else prior
     if prior.covariance is not None and tuple(prior.covariance.shape) != (size, size):
         raise ValueError(f"prior.covariance: must be (D, D) = {(size, size)}, got {tuple(prior.covariance.shape)}")
-    if probes < 1:
-        raise ValueError(f"probes: must be at least 1, got {probes}")
     if x.dtype not in (torch.float32, torch.float64):
         raise TypeError(f"x: must be float32 or float64, got {x.dtype}")
     if x.ndim < 2 or x.shape[0] < 1:
@@ -130,8 +128,7 @@ def bits_per_dim(log_density: Tensor, dims: int, log_det: float | Tensor = 0.0) 
             For data of integers k in 0 .. levels - 1 this makes the result a bound in bits for each integer: with
             levels = 256 and x in [-1, 1) it is - log2 p / D + 7.
     """
-    if dims < 1:
-        raise ValueError(f"dims: must be at least 1, got {dims}")
+    check_value("dims", dims, Count)
     return -(log_density + log_det) / (dims * math.log(2))
 
 
@@ -144,8 +141,7 @@ def dequantise(values: Tensor, levels: int = 256, *, seed: int = 0, dtype: torch
     Raises:
         ValueError: a value is not an integer or out of range.
     """
-    if levels < 2:
-        raise ValueError(f"levels: must be at least 2, got {levels}")
+    check_value("levels", levels, AtLeastTwo)
     if values.is_floating_point() and not torch.equal(values, values.round()):
         raise ValueError("values: must be integers, got fractions")
     if values.numel() and (values.min() < 0 or values.max() >= levels):

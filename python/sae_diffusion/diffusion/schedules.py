@@ -18,6 +18,7 @@ import torch
 
 from sae_kernels._deprecated import warn_renamed
 
+from ..checks import BelowOne, NotNegative, check_choice, check_value
 from .curves import EDM, Cosine, Curve, Flow, LogLinear, VPLinear
 
 __all__ = [
@@ -35,7 +36,7 @@ def scales_of(log_snr: torch.Tensor, scaling: str) -> tuple[torch.Tensor, torch.
     Raises:
         ValueError: `scaling` is not one of "vp", "ve", "flow".
     """
-    _check_scaling(scaling)
+    check_choice("scaling", scaling, SCALINGS)
     if scaling == "vp":
         return torch.sigmoid(log_snr).sqrt(), torch.sigmoid(-log_snr).sqrt()
     if scaling == "ve":
@@ -118,7 +119,7 @@ class _Delayed(Schedule):
         if not isinstance(self.curve, Curve):
             raise TypeError(f"curve: must be a Curve such as LogLinear(), got {type(curve).__name__}")
         self.scaling = self.curve.scaling if scaling is None else scaling
-        _check_scaling(self.scaling)
+        check_choice("scaling", self.scaling, SCALINGS)
         self.shape, self.delay, self.width = shape, delay, width
 
     def progress(self, t: torch.Tensor) -> torch.Tensor:
@@ -320,8 +321,7 @@ class PerPixel(_Delayed):
         order = order.detach().to("cpu", torch.float64)
         if not bool(((order >= 0) & (order <= 1)).all()):
             raise ValueError(f"order: values must lie in [0, 1], got [{order.min()}, {order.max()}]")
-        if not 0 <= b < 1:
-            raise ValueError(f"b: must lie in [0, 1), got {b}")
+        check_value("b", b, BelowOne)
         self.order, self.b = order, float(b)
         super().__init__(tuple(order.shape), self.b * (1 - order), 1 - self.b, curve, scaling)
 
@@ -383,7 +383,7 @@ class ComponentLinear(Schedule):
         clip: tuple[float, float] | None = None,
         scaling: str = "vp",
     ) -> None:
-        _check_scaling(scaling)
+        check_choice("scaling", scaling, SCALINGS)
         variances = torch.as_tensor(variances).detach().to("cpu", torch.float64)
         if not bool((variances.isfinite() & (variances > 0)).all()):
             raise ValueError(f"variances: must be positive and finite, got a minimum of {variances.min()}")
@@ -393,8 +393,7 @@ class ComponentLinear(Schedule):
             raise ValueError(f"ordering: must have shape {tuple(variances.shape)}, got {tuple(ordering.shape)}")
         if not bool(ordering.isfinite().all()):
             raise ValueError("ordering: must be finite, got NaN or infinity")
-        if not (math.isfinite(a) and a >= 0):
-            raise ValueError(f"a: must be finite and >= 0, got {a}")
+        check_value("a", a, NotNegative)
         if not (math.isfinite(start) and math.isfinite(end) and start > end):
             raise ValueError(f"start: must be finite and greater than end = {end}, got {start}")
         if clip is not None and not clip[0] < clip[1]:
@@ -505,7 +504,7 @@ def check_schedule(schedule: Schedule, points: int = 257) -> None:
             positive, or not the derivative of log_snr. The message names the schedule, t and the token.
     """
     name = type(schedule).__name__
-    _check_scaling(schedule.scaling)
+    check_choice("scaling", schedule.scaling, SCALINGS)
     corners = schedule.breakpoints()
     corners = corners[torch.linspace(0, len(corners) - 1, min(len(corners), points)).long()]
     grid = torch.cat([torch.linspace(0, 1, points, dtype=torch.float64), corners]).unique()
@@ -538,11 +537,6 @@ def _refuse_where(bad: torch.Tensor, grid: torch.Tensor, rule: str, values: torc
         place = bad.nonzero()[0].tolist()
         token = f", token {tuple(place[1:])}" if len(place) > 1 else ""
         raise ValueError(f"{rule}; at t = {grid[place[0]]:.6g}{token} the {what} is {values[tuple(place)]:.6g}")
-
-
-def _check_scaling(scaling: str) -> None:
-    if scaling not in SCALINGS:
-        raise ValueError(f"scaling: must be one of {', '.join(SCALINGS)}, got {scaling!r}")
 
 
 def _check_count(name: str, value: int, least: int = 1) -> None:

@@ -16,6 +16,7 @@ import torch
 
 from sae_kernels import FrameLayout, token_noise
 
+from ..checks import Count, Positive, check_choice, check_value
 from .schedules import Schedule, expand_to, scales_of
 from .solvers import KINDS, from_x0
 
@@ -33,8 +34,7 @@ class SNRSampler:
     """
 
     def __init__(self, schedule: Schedule, join: float = 1.0) -> None:
-        if not 0 < join < float("inf"):
-            raise ValueError(f"join: must be positive and finite, got {join}")
+        check_value("join", join, Positive)
         self.schedule = schedule
         ends = schedule.log_snr(torch.tensor([0.0, 1.0], dtype=torch.float64))
         self.high, self.low = ends[:1].exp(), ends[1:].exp()
@@ -55,8 +55,7 @@ class SNRSampler:
             each: draw a time for every token (diffusion forcing); t and weight are then (B, *shape), else (B,), in
                 fp64 on the device of the generator.
         """
-        if isinstance(batch, bool) or not isinstance(batch, int) or batch < 1:
-            raise ValueError(f"batch: must be an integer >= 1, got {batch!r}")
+        check_value("batch", batch, Count)
         device = generator.device if generator is not None else torch.device("cpu")
         shape = (batch, *self.schedule.shape) if each else (batch,)
         uniform = torch.rand(2, *shape, generator=generator, device=device, dtype=torch.float64)
@@ -112,8 +111,7 @@ def elbo_factor(log_snr: torch.Tensor, slope: torch.Tensor, scaling: str, kind: 
 
     x0: -s lambda' / 2; eps: -lambda' / 2; v: -lambda' / 2 (a / (a^2 + s^2))^2; flow: -lambda' / 2 (a / (a + s))^2.
     """
-    if kind not in KINDS:
-        raise ValueError(f"kind: must be one of {', '.join(KINDS)}, got {kind!r}")
+    check_choice("kind", kind, KINDS)
     signal, noise = scales_of(log_snr, scaling)
     if kind == "x0":
         return -0.5 * slope * log_snr.exp()

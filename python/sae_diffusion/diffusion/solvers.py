@@ -7,7 +7,6 @@ and fp32 otherwise. A token whose log-SNR does not change in a step keeps its bi
 from __future__ import annotations
 
 import itertools
-import math
 from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
@@ -16,6 +15,7 @@ import torch
 
 from sae_kernels import token_noise_eps
 
+from ..checks import Finite, Fraction, check_choice, check_value
 from .noise import derive_seed
 from .schedules import Given, Rolling, Schedule, expand_to
 from .steps import CORRECTED, STEPS, At, Churn, Level, ddim, trapezoid
@@ -34,7 +34,7 @@ def to_x0(
 
     kind: "x0"; "eps"; "v" = signal eps - noise x0 (Salimans and Ho 2022, here with any scaling); "flow" = eps - x0.
     """
-    _check_kind(kind)
+    check_choice("kind", kind, KINDS)
     if kind == "x0":
         return prediction
     if kind == "eps":
@@ -46,7 +46,7 @@ def to_x0(
 
 def from_x0(x0: torch.Tensor, x: torch.Tensor, signal: torch.Tensor, noise: torch.Tensor, kind: str) -> torch.Tensor:
     """The inverse of `to_x0`: what a network of this kind would have to predict for x0_hat = x0."""
-    _check_kind(kind)
+    check_choice("kind", kind, KINDS)
     eps = (x - signal * x0) / noise
     if kind == "x0":
         return x0
@@ -61,7 +61,7 @@ def guided(strong: Denoise, weak: Denoise, weight: float) -> Denoise:
     Guiding x0 is the same as guiding eps or the score.
     At weight 1 only `strong` is evaluated, at weight 0 only `weak`.
     """
-    _check_weight(weight)
+    check_value("weight", weight, Finite)
     if weight in (0, 1):
         return strong if weight == 1 else weak
 
@@ -80,7 +80,7 @@ def context_guided(
     The context is the tokens whose lambda is at least `threshold`, by default that of t = 0. In their place the weak
     network is shown a draw of x_1 at the level of t = 1. The context itself is not guided.
     """
-    _check_weight(weight)
+    check_value("weight", weight, Finite)
     if isinstance(schedule, Given):  # its known tokens never have the level of t = 1
         schedule = schedule.schedule
     clean, noisy = schedule.log_snr(torch.tensor([0.0, 1.0], dtype=torch.float64)).split(1)
@@ -165,12 +165,9 @@ def sample(
     Raises:
         ValueError: shapes that do not agree, times that increase, or an unknown solver.
     """
-    if solver not in SOLVERS:
-        raise ValueError(f"solver: must be one of {', '.join(SOLVERS)}, got {solver!r}")
-    if final not in ("auto", "state", "data"):
-        raise ValueError(f"final: must be 'auto', 'state' or 'data', got {final!r}")
-    if not 0 <= eta <= 1:
-        raise ValueError(f"eta: must lie in [0, 1], got {eta}")
+    check_choice("solver", solver, SOLVERS)
+    check_choice("final", final, ("auto", "state", "data"))
+    check_value("eta", eta, Fraction)
     if not x_start.is_floating_point():
         raise TypeError(f"x_start: must be a float tensor, got {x_start.dtype}")
     levels = _levels(schedule, times)
@@ -264,13 +261,3 @@ def _levels(schedule: Schedule, times: torch.Tensor) -> torch.Tensor:
     if bool((levels[:-1] - levels[1:] > 1e-9).any()):
         raise ValueError(f"schedule: log_snr of {type(schedule).__name__} must not increase with t")
     return levels.cummax(dim=0).values  # a decrease by rounding would give a negative variance
-
-
-def _check_weight(weight: float) -> None:
-    if not math.isfinite(weight):
-        raise ValueError(f"weight: must be finite, got {weight}")
-
-
-def _check_kind(kind: str) -> None:
-    if kind not in KINDS:
-        raise ValueError(f"kind: must be one of {', '.join(KINDS)}, got {kind!r}")

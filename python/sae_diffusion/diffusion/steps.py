@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from ..checks import Checked, NotNegative
 from .posterior import fresh_fraction
 from .schedules import expand_to, scales_of
 
@@ -136,7 +137,7 @@ CORRECTED = ("heun", "stochastic-heun")  # by `trapezoid`, with a second evaluat
 
 
 @dataclass(frozen=True)
-class Churn:
+class Churn(Checked):
     """Noise added before a step (EDM, algorithm 2), token by token.
 
     Args:
@@ -145,15 +146,13 @@ class Churn:
         factor: S_noise.
     """
 
-    amount: float = 40.0
-    least: float = 0.0
+    amount: NotNegative = 40.0
+    least: NotNegative = 0.0
     greatest: float = math.inf
-    factor: float = 1.0
+    factor: NotNegative = 1.0
 
     def __post_init__(self) -> None:
-        for name in ("amount", "least", "factor"):
-            if not 0 <= getattr(self, name) < math.inf:
-                raise ValueError(f"{name}: must be finite and >= 0, got {getattr(self, name)}")
+        super().__post_init__()
         if not self.greatest >= self.least:
             raise ValueError(f"greatest: must be >= least = {self.least}, got {self.greatest}")
 

@@ -5,11 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from ..checks import check_integers, check_number
+from ..checks import AtLeastTwo, Checked, Count, Natural, Positive
 
 
 @dataclass(frozen=True)
-class EvaluationConfig:
+class EvaluationConfig(Checked):
     """What is measured, and on how many films.
 
     Args:
@@ -32,24 +32,16 @@ class EvaluationConfig:
         ValueError: a field breaks its rule.
     """
 
-    samples: int = 32
-    frames: int = 14
-    context: int = 4
+    samples: Count = 32
+    frames: Count = 14
+    context: Count = 4
     object_colour: str | None = None
-    object_side: int = 13
-    object_within: float = 3.0
-    loss_clips: int = 16
-    loss_frames: int = 8
-    drift_frames: int = 256
-    drift_samples: int = 8
+    object_side: Count = 13
+    object_within: Positive = 3.0
+    loss_clips: Natural = 16
+    loss_frames: AtLeastTwo = 8
+    drift_frames: Natural = 256
+    drift_samples: Count = 8
     drift_actions: Literal["random", "recorded"] = "random"
-    hold: int = 2
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        check_integers(self, 1, "samples", "frames", "context", "object_side", "drift_samples", "hold")
-        check_integers(self, 2, "loss_frames")
-        check_integers(self, 0, "loss_clips", "drift_frames", "seed")
-        if self.drift_actions not in ("random", "recorded"):
-            raise ValueError(f"drift_actions: must be random or recorded, got {self.drift_actions!r}")
-        check_number("object_within", self.object_within, "positive")
+    hold: Count = 2
+    seed: Natural = 0

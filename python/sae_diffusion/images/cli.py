@@ -11,7 +11,7 @@ from typing import Annotated, Literal
 
 import tyro
 
-from ..checks import check_integers
+from ..checks import Count, Natural, check_fields
 from ..progress import progress_bar
 from .config import EvaluateConfig, ImageTrainConfig, StudyConfig
 
@@ -35,14 +35,14 @@ class ImagesTrain:
 
     run_dir: Path = Path("runs/images")
     train: Annotated[ImageTrainConfig, tyro.conf.arg(name="")] = field(default_factory=ImageTrainConfig)
-    checkpoint_every: int = 1000
-    log_every: int = 100
+    checkpoint_every: Natural = 1000
+    log_every: Natural = 100
     tensorboard: bool = True
     device: str = "auto"
     debug: bool = False
 
     def run(self) -> None:
-        check_integers(self, 0, "checkpoint_every", "log_every")
+        check_fields(self)
         from ..devices import pick_device
         from .data import open_images
         from .train import ImageTrainer
@@ -79,19 +79,17 @@ class ImagesSample:
 
     run_dir: Path
     out: Path | None = None
-    count: int = 64
-    sampling_steps: int = 128
+    count: Count = 64
+    sampling_steps: Count = 128
     solver: Literal["ancestral", "ddpm", "ddim", "euler", "heun", "dpm++2m"] = "ddim"
     weights: Literal["average", "trained"] = "average"
-    scale: int = 4
+    scale: Count = 4
     seed: int = 0
     device: str = "auto"
     debug: bool = False
 
     def run(self) -> None:
-        for name in ("count", "sampling_steps", "scale"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}: must be at least 1, got {getattr(self, name)}")
+        check_fields(self)
         from ..devices import pick_device
         from ..media import write_png
         from ..runs import run_folder

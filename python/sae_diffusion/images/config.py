@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import math
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from ..checks import check_integers, check_numbers
-from ..train.config import MAX_STD
+from ..checks import BelowOne, Checked, Count, Finite, InnerFraction, Natural, Positive
+from ..train.config import RelativeWidth
 
 
 @dataclass(frozen=True)
-class ScheduleConfig:
+class ScheduleConfig(Checked):
     """Noise levels of whitened components over time.
 
     Args:
@@ -33,22 +32,16 @@ class ScheduleConfig:
 
     kind: Literal["components", "columns", "rows"] = "components"
     softness: float = 1.0
-    b: float = 0.5
-    start: float = 7.0
-    end: float = -5.0
-    least: float = -8.0
-    most: float = 10.0
+    b: BelowOne = 0.5
+    start: Finite = 7.0
+    end: Finite = -5.0
+    least: Finite = -8.0
+    most: Finite = 10.0
 
     def __post_init__(self) -> None:
-        if self.kind not in ("components", "columns", "rows"):
-            raise ValueError(f"kind: must be components, columns or rows, got {self.kind!r}")
+        super().__post_init__()
         if not self.softness > 0:
             raise ValueError(f"softness: must be positive (inf for equal log-SNR), got {self.softness}")
-        if not 0 <= self.b < 1:
-            raise ValueError(f"b: must lie in [0, 1), got {self.b}")
-        for name in ("start", "end", "least", "most"):
-            if not math.isfinite(getattr(self, name)):
-                raise ValueError(f"{name}: must be finite, got {getattr(self, name)}")
         if not self.least <= self.end < self.start <= self.most:
             raise ValueError(
                 "start, end: must satisfy least <= end < start <= most, "
@@ -57,7 +50,7 @@ class ScheduleConfig:
 
 
 @dataclass(frozen=True)
-class NetConfig:
+class NetConfig(Checked):
     """The size of the network.
 
     Args:
@@ -74,26 +67,24 @@ class NetConfig:
         ValueError: a field breaks its rule; the message names field, rule and value.
     """
 
-    channels: int = 16
-    channel_mult: tuple[int, ...] = (1, 2)
-    blocks: int = 1
-    groups: int = 16
-    token_channels: int = 32
-    heads: int = 2
-    fourier: int = 1
+    channels: Count = 16
+    channel_mult: tuple[Count, ...] = (1, 2)
+    blocks: Count = 1
+    groups: Count = 16
+    token_channels: Count = 32
+    heads: Count = 2
+    fourier: Natural = 1
 
     def __post_init__(self) -> None:
-        check_integers(self, 8, "channels")
-        check_integers(self, 1, "blocks", "groups", "token_channels", "heads")
-        check_integers(self, 0, "fourier")
-        if not self.channel_mult or min(self.channel_mult) < 1:
-            raise ValueError(f"channel_mult: must be positive integers, at least one, got {self.channel_mult}")
+        super().__post_init__()
+        if not self.channel_mult:
+            raise ValueError(f"channel_mult: must be one number for each level, got {self.channel_mult}")
         if self.channels % 8 or self.channels % self.heads:
             raise ValueError(f"channels: must be a multiple of 8 and of heads = {self.heads}, got {self.channels}")
 
 
 @dataclass(frozen=True)
-class ImageTrainConfig:
+class ImageTrainConfig(Checked):
     """A training run.
 
     Args:
@@ -123,30 +114,15 @@ class ImageTrainConfig:
     basis: Literal["identity", "pca", "dct", "fourier", "haar"] = "pca"
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
     net: NetConfig = field(default_factory=NetConfig)
-    steps: int = 4000
-    batch_size: int = 32
-    lr: float = 4e-3
-    warmup: int = 100
-    clip: float = 1.0
+    steps: Count = 4000
+    batch_size: Count = 32
+    lr: Positive = 4e-3
+    warmup: Natural = 100
+    clip: Positive = 1.0
     weighting: Literal["elbo", "eps"] = "elbo"
     times: Literal["uniform", "snr"] = "uniform"
-    ema: float = 0.1
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        check_integers(self, 1, "steps", "batch_size")
-        check_integers(self, 0, "warmup", "seed")
-        check_numbers(self, "positive", "lr", "clip")
-        check_numbers(self, "finite", "ema")
-        if not 0 < self.ema <= MAX_STD:
-            raise ValueError(f"ema: must be in (0, {MAX_STD:.4f}], got {self.ema}")
-        for name, choices in (
-            ("data", ("digits", "cifar10")),
-            ("weighting", ("elbo", "eps")),
-            ("times", ("uniform", "snr")),
-        ):
-            if getattr(self, name) not in choices:
-                raise ValueError(f"{name}: must be one of {choices}, got {getattr(self, name)!r}")
+    ema: RelativeWidth = 0.1
+    seed: Natural = 0
 
     def to_json(self) -> dict[str, Any]:
         return json.loads(json.dumps(dataclasses.asdict(self)))
@@ -158,7 +134,7 @@ class ImageTrainConfig:
 
 
 @dataclass(frozen=True)
-class EvaluateConfig:
+class EvaluateConfig(Checked):
     """How bits per dimension are measured.
 
     Args:
@@ -173,17 +149,12 @@ class EvaluateConfig:
         ValueError: a field breaks its rule; the message names field, rule and value.
     """
 
-    images: int = 128
-    batch_size: int = 128
+    images: Natural = 128
+    batch_size: Count = 128
     divergence: Literal["rademacher", "exact"] = "rademacher"
-    probes: int = 1
-    tolerance: float = 1e-3
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        check_integers(self, 0, "images", "seed")
-        check_integers(self, 1, "batch_size", "probes")
-        check_numbers(self, "in (0, 1)", "tolerance")
+    probes: Count = 1
+    tolerance: InnerFraction = 1e-3
+    seed: Natural = 0
 
 
 @dataclass(frozen=True)

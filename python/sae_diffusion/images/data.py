@@ -15,6 +15,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from ..checks import check_choice
+
 CIFAR10_ARCHIVE = "cifar-10-binary.tar.gz"
 CIFAR10_MD5 = "c32a1d4ab5d03f1284b67883e8d87530"  # of the archive, https://www.cs.toronto.edu/~kriz/cifar.html
 CIFAR10_FOLDER = "cifar-10-batches-bin"
@@ -82,11 +84,8 @@ def open_images(name: str, path: str | os.PathLike[str] | None = None) -> ImageS
         ValueError: an unknown name, or files that differ from those published.
         FileNotFoundError: the files are missing; the message says where to put them.
     """
-    if name == "digits":
-        return digits()
-    if name == "cifar10":
-        return cifar10(path)
-    raise ValueError(f"data: must be digits or cifar10, got {name!r}")
+    check_choice("data", name, ("digits", "cifar10"))
+    return digits() if name == "digits" else cifar10(path)
 
 
 def digits(heldout_every: int = 5) -> ImageSet:

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..checks import Count, check_value
 from ..diffusion.likelihood import bits_per_dim, dequantise, dequantise_log_det, log_likelihood
 from ..diffusion.noise import derive_seed
 from ..diffusion.schedules import Schedule, sampling_times
@@ -130,8 +131,7 @@ def sample_images(
     Raises:
         ValueError: count below 1.
     """
-    if count < 1:
-        raise ValueError(f"count: must be at least 1, got {count}")
+    check_value("count", count, Count)
     if start is None:
         shape = (count, *model.basis.shape)
         start = start_noise(shape, model.schedule, seed=derive_seed(seed, _START), device=model.device)

@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
-from ..checks import check_numbers
-
-_TEMPORAL_MIXINGS = ("joint", "gated")
-_PRIORS = ("data", "previous-frame")
+from ..checks import AtLeastTwo, BelowOne, Checked, Count, Natural, Positive
 
 
 @dataclass(frozen=True)
-class ModelConfig:
+class ModelConfig(Checked):
     """The shape of a `Denoiser`. Lists are converted to tuples, so `ModelConfig(**json.load(f))` works.
 
     Args:
@@ -48,52 +46,37 @@ class ModelConfig:
         ValueError: a field breaks its rule; the message names field, rule and value.
     """
 
-    height: int = 32
-    width: int = 32
-    channels: int = 3
-    patch_size: int = 1
-    model_channels: int = 64
-    channel_mult: tuple[int, ...] = (1, 2, 2, 4)
-    blocks_per_level: int = 3
+    height: Count = 32
+    width: Count = 32
+    channels: Count = 3
+    patch_size: Count = 1
+    model_channels: AtLeastTwo = 64
+    channel_mult: tuple[Count, ...] = (1, 2, 2, 4)
+    blocks_per_level: Count = 3
     video_attention: tuple[int, ...] = (8, 4)
     frame_attention: tuple[int, ...] = ()
-    head_dim: int = 64
-    temporal_mixing: str = "joint"
-    kernel_frames: int = 3
-    num_actions: int = 0
-    action_dim: int = 0
-    sigma_data: float = 1.0
-    prior: str = "data"
-    change_std: float = 0.1
-    window: int | None = None
-    sink: int = 0
-    frames_per_block: int = 1
-    dropout: float = 0.0
+    head_dim: AtLeastTwo = 64
+    temporal_mixing: Literal["joint", "gated"] = "joint"
+    kernel_frames: AtLeastTwo = 3
+    num_actions: Natural = 0
+    action_dim: Natural = 0
+    sigma_data: Positive = 1.0
+    prior: Literal["data", "previous-frame"] = "data"
+    change_std: Positive = 0.1
+    window: Natural | None = None
+    sink: Natural = 0
+    frames_per_block: Count = 1
+    dropout: BelowOne = 0.0
     impl: str = "auto"
 
     def __post_init__(self) -> None:
         for name in ("channel_mult", "video_attention", "frame_attention"):
             object.__setattr__(self, name, tuple(getattr(self, name)))
-        least = {
-            "height": 1, "width": 1, "channels": 1, "patch_size": 1, "model_channels": 2, "blocks_per_level": 1,
-            "head_dim": 2, "kernel_frames": 2, "num_actions": 0, "action_dim": 0, "sink": 0, "frames_per_block": 1,
-        }  # fmt: skip
-        for name, smallest in least.items():
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int) or value < smallest:
-                raise ValueError(f"{name}: must be an integer >= {smallest}, got {value!r}")
-        if not self.channel_mult or any(not isinstance(m, int) or m < 1 for m in self.channel_mult):
-            raise ValueError(f"channel_mult: must be integers >= 1, one for each level, got {self.channel_mult}")
-        if self.window is not None and (not isinstance(self.window, int) or self.window < 0):
-            raise ValueError(f"window: must be None or an integer >= 0, got {self.window!r}")
-        if self.temporal_mixing not in _TEMPORAL_MIXINGS:
-            raise ValueError(f"temporal_mixing: must be one of {_TEMPORAL_MIXINGS}, got {self.temporal_mixing!r}")
-        if self.prior not in _PRIORS:
-            raise ValueError(f"prior: must be one of {_PRIORS}, got {self.prior!r}")
+        super().__post_init__()
+        if not self.channel_mult:
+            raise ValueError(f"channel_mult: must be one number for each level, got {self.channel_mult}")
         if self.num_actions and self.action_dim:
             raise ValueError(f"action_dim: must be 0 where num_actions = {self.num_actions}, got {self.action_dim}")
-        check_numbers(self, "positive", "sigma_data", "change_std")
-        check_numbers(self, "in [0, 1)", "dropout")
         step = self.patch_size * 2 ** (len(self.channel_mult) - 1)
         for name in ("height", "width"):
             if getattr(self, name) % step:

@@ -11,6 +11,7 @@ from typing import Annotated, Literal
 
 import tyro
 
+from ..checks import Count, InnerFraction, Natural, Positive, check_fields
 from ..progress import progress_bar
 from .config import SeriesTrainConfig, Source, StudyConfig
 
@@ -72,14 +73,14 @@ class SeriesSample:
 
     run_dir: Path
     out: Path | None = None
-    count: int = 256
-    sampling_steps: int = 400
+    count: Count = 256
+    sampling_steps: Count = 400
     solver: Solver = "ancestral"
     eta: float = 0.0
     window: float | None = None
-    given: int = 0
-    likelihood: int = 16
-    tolerance: float = 1e-3
+    given: Natural = 0
+    likelihood: Natural = 16
+    tolerance: InnerFraction = 1e-3
     divergence: Literal["rademacher", "exact"] = "rademacher"
     weights: Literal["average", "trained"] = "average"
     seed: int = 0
@@ -87,14 +88,7 @@ class SeriesSample:
     debug: bool = False
 
     def run(self) -> None:
-        for name in ("count", "sampling_steps"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}: must be at least 1, got {getattr(self, name)}")
-        for name in ("given", "likelihood"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"{name}: must be at least 0, got {getattr(self, name)}")
-        if not 0 < self.tolerance < 1:
-            raise ValueError(f"tolerance: must lie in (0, 1), got {self.tolerance}")
+        check_fields(self)
         import numpy as np
 
         from ..devices import pick_device
@@ -222,15 +216,14 @@ class SeriesStudy:
 
     out: Path = Path("runs/series-study")
     study: Annotated[StudyConfig, tyro.conf.arg(name="")] = field(default_factory=StudyConfig)
-    minutes: float | None = None
+    minutes: Positive | None = None
     workers: int = 2
     seed: int = 0
     device: str = "auto"
     debug: bool = False
 
     def run(self) -> None:
-        if self.minutes is not None and not self.minutes > 0:
-            raise ValueError(f"minutes: must be positive, got {self.minutes}")
+        check_fields(self)
         from .study import RESULT, run_study, table
 
         config = QUICK if self.minutes is not None and self.study == StudyConfig() else self.study

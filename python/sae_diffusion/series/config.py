@@ -9,8 +9,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
-from ..checks import check_integers, check_numbers
-from .orders import CHAINS, KINDS, Kind, Order, check_order
+from ..checks import BelowOne, Checked, Count, Fraction, InnerFraction, Natural, NotNegative, Positive
+from .orders import CHAINS, Kind, Order, check_order
 
 if TYPE_CHECKING:
     import numpy as np
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Source:
+class Source(Checked):
     """A generator of series of one channel.
 
     Args:
@@ -40,14 +40,11 @@ class Source:
     length: int = 20
     order: Order = "natural"
     step: int = 1
-    chaos_ratio: float = 0.5
+    chaos_ratio: Fraction = 0.5
     order_seed: int = 0
 
     def __post_init__(self) -> None:
-        if self.kind not in KINDS:
-            raise ValueError(f"kind: must be one of {', '.join(KINDS)}, got {self.kind!r}")
-        if not 0 <= self.chaos_ratio <= 1:
-            raise ValueError(f"chaos_ratio: must be in [0, 1], got {self.chaos_ratio}")
+        super().__post_init__()
         check_order(self.order, self.length, self.step)
 
     @property
@@ -75,7 +72,7 @@ class Source:
 
 
 @dataclass(frozen=True)
-class SeriesModelConfig:
+class SeriesModelConfig(Checked):
     """The network. B batch, N tokens (points of a series), C channels.
 
     Args:
@@ -91,24 +88,21 @@ class SeriesModelConfig:
         ValueError: a field breaks its rule.
     """
 
-    width: int = 64
-    layers: int = 4
-    heads: int = 4
-    expansion: int = 4
+    width: Count = 64
+    layers: Count = 4
+    heads: Count = 4
+    expansion: Count = 4
     prediction: Literal["x0", "eps", "v"] = "v"
     features: Literal["scales", "log_snr"] = "log_snr"
 
     def __post_init__(self) -> None:
-        check_integers(self, 1, "width", "layers", "heads", "expansion")
+        super().__post_init__()
         if self.width % self.heads or self.width % 2:
             raise ValueError(f"width: must be even and a multiple of heads {self.heads}, got {self.width}")
-        for name, known in (("prediction", ("x0", "eps", "v")), ("features", ("scales", "log_snr"))):
-            if getattr(self, name) not in known:
-                raise ValueError(f"{name}: must be one of {', '.join(known)}, got {getattr(self, name)!r}")
 
 
 @dataclass(frozen=True)
-class ScheduleConfig:
+class ScheduleConfig(Checked):
     """When each point of a series is noised. t = 0 is data, t = 1 noise; generation runs from 1 to 0.
 
     Args:
@@ -134,12 +128,7 @@ class ScheduleConfig:
     end: float = -4.6
 
     def __post_init__(self) -> None:
-        for name, known in (
-            ("kind", ("staggered", "together", "independent", "mixed")),
-            ("curve", ("log-linear", "vp-linear", "cosine")),
-        ):
-            if getattr(self, name) not in known:
-                raise ValueError(f"{name}: must be one of {', '.join(known)}, got {getattr(self, name)!r}")
+        super().__post_init__()
         if not self.window > 0:
             raise ValueError(f"window: must be positive, got {self.window}")
         if not self.windows or not all(window > 0 for window in self.windows):
@@ -174,7 +163,7 @@ class ScheduleConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class SeriesTrainConfig:
+class SeriesTrainConfig(Checked):
     """A run.
 
     Args:
@@ -212,36 +201,24 @@ class SeriesTrainConfig:
     source: Source = field(default_factory=Source)
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
     model: SeriesModelConfig = field(default_factory=SeriesModelConfig)
-    steps: int = 4000
-    batch: int = 64
-    lr: float = 2e-3
-    warmup: int = 200
-    final_lr: float = 0.01
-    weight_decay: float = 0.0
-    beta2: float = 0.99
-    clip: float = 1.0
-    ema: float = 0.998
+    steps: Count = 4000
+    batch: Count = 64
+    lr: Positive = 2e-3
+    warmup: Natural = 200
+    final_lr: Fraction = 0.01
+    weight_decay: NotNegative = 0.0
+    beta2: BelowOne = 0.99
+    clip: Positive = 1.0
+    ema: BelowOne = 0.998
     loss: Literal["masked", "simple", "vlb"] = "masked"
     loss_space: Literal["x0", "eps", "v"] = "v"
-    heldout_fraction: float = 0.1
-    checkpoint_every: int = 1000
-    log_every: int = 100
-    keep: int = 2
+    heldout_fraction: InnerFraction = 0.1
+    checkpoint_every: Count = 1000
+    log_every: Count = 100
+    keep: Natural = 2
     tensorboard: bool = True
-    seed: int = 0
+    seed: Natural = 0
     device: str = "auto"
-
-    def __post_init__(self) -> None:
-        check_integers(self, 1, "steps", "batch", "checkpoint_every", "log_every")
-        check_integers(self, 0, "warmup", "keep", "seed")
-        check_numbers(self, "positive", "lr", "clip")
-        check_numbers(self, "in [0, 1)", "ema", "beta2")
-        check_numbers(self, "in [0, 1]", "final_lr")
-        check_numbers(self, "in (0, 1)", "heldout_fraction")
-        check_numbers(self, "at least 0", "weight_decay")
-        for name, known in (("loss", ("masked", "simple", "vlb")), ("loss_space", ("x0", "eps", "v"))):
-            if getattr(self, name) not in known:
-                raise ValueError(f"{name}: must be one of {', '.join(known)}, got {getattr(self, name)!r}")
 
     def to_json(self) -> dict[str, Any]:
         return json.loads(json.dumps(dataclasses.asdict(self), default=str))
@@ -260,7 +237,7 @@ class Line(NamedTuple):
 
 
 @dataclass(frozen=True, kw_only=True)
-class StudyConfig:
+class StudyConfig(Checked):
     """The grid, and the budget of each network.
 
     Args:
@@ -285,24 +262,23 @@ class StudyConfig:
     seeds: tuple[int, ...] = (0, 1)
     losses: tuple[Literal["x0", "v"], ...] = ("x0", "v")
     own_losses: tuple[Literal["x0", "v"], ...] = ("x0",)
-    length: int = 20
-    base_steps: int = 1500
-    steps: int = 400
-    batch: int = 64
-    base_lr: float = 3e-3
-    lr: float = 1e-3
+    length: Count = 20
+    base_steps: Count = 1500
+    steps: Count = 400
+    batch: Count = 64
+    base_lr: Positive = 3e-3
+    lr: Positive = 1e-3
     model: SeriesModelConfig = field(default_factory=SeriesModelConfig)
-    samples: int = 256
-    sampling_steps: int = 200
+    samples: Count = 256
+    sampling_steps: Count = 200
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         for name in ("windows", "swaps", "seeds", "losses"):
             if not getattr(self, name):
                 raise ValueError(f"{name}: must name at least one, got none")
         if not set(self.own_losses) <= set(self.losses):
             raise ValueError(f"own_losses: must be among losses {self.losses}, got {self.own_losses}")
-        check_integers(self, 1, "length", "base_steps", "steps", "batch", "samples", "sampling_steps")
-        check_numbers(self, "positive", "base_lr", "lr")
 
     def lines(self) -> list[Line]:
         """A whole picture for one seed before the next seed begins."""

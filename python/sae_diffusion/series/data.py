@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
+from ..checks import Count, Fraction, InnerFraction, check_value
 from ..diffusion.noise import derive_seed
 from .orders import CHAINS, check_order
 
@@ -37,10 +38,9 @@ def gen_dataset(count: int, n: int, chaos_ratio: float = 0.5, *, seed: int = 0) 
     Raises:
         ValueError: count or n is below 1, or chaos_ratio is outside [0, 1].
     """
-    if count < 1 or n < 1:
-        raise ValueError(f"count, n: must be at least 1, got {count} and {n}")
-    if not 0 <= chaos_ratio <= 1:
-        raise ValueError(f"chaos_ratio: must be in [0, 1], got {chaos_ratio}")
+    check_value("count", count, Count)
+    check_value("n", n, Count)
+    check_value("chaos_ratio", chaos_ratio, Fraction)
     l = np.empty((count, n))
     l[:, 0] = np.random.default_rng(derive_seed(seed, 0)).random(count)
     for k in range(n - 1):
@@ -88,8 +88,7 @@ def _half_inverted(size: int, rng: np.random.Generator) -> np.ndarray:
 
 def draw_series(source: Source, count: int, seed: int) -> np.ndarray:
     """`count` series of a source, (count, length, 1); a larger count begins with the series of a smaller one."""
-    if count < 1:
-        raise ValueError(f"count: must be at least 1, got {count}")
+    check_value("count", count, Count)
     if source.kind == "mixture":
         return gen_dataset(count, source.length, source.chaos_ratio, seed=seed)
     if source.kind == "white-noise":
@@ -306,8 +305,7 @@ def split_series(x: np.ndarray, heldout_fraction: float, seed: int = 0) -> tuple
     Raises:
         ValueError: the fraction is outside (0, 1), or there are fewer than two series.
     """
-    if not 0 < heldout_fraction < 1:
-        raise ValueError(f"heldout_fraction: must be in (0, 1), got {heldout_fraction}")
+    check_value("heldout_fraction", heldout_fraction, InnerFraction)
     if len(x) < 2:
         raise ValueError(f"x: must hold at least two series to hold one out, got {len(x)}")
     count = min(max(round(len(x) * heldout_fraction), 1), len(x) - 1)

@@ -4,17 +4,16 @@ from __future__ import annotations
 
 from typing import Literal
 
+from ..checks import check_value
+
 CHAINS = ("logistic", "stochastic", "one-minus-x")
-KINDS = (*CHAINS, "mixture", "white-noise")
-ORDERS = ("natural", "backward", "swaps", "block-shuffle", "shuffled")
 Kind = Literal["logistic", "stochastic", "one-minus-x", "mixture", "white-noise"]
 Order = Literal["natural", "backward", "swaps", "block-shuffle", "shuffled"]
 
 
 def check_order(order: str, length: int, step: int) -> None:
     """Raise a ValueError if `data.permutation` does not know the order."""
-    if order not in ORDERS:
-        raise ValueError(f"order: must be one of {', '.join(ORDERS)}, got {order!r}")
+    check_value("order", order, Order)
     if length < 2:
         raise ValueError(f"length: must be at least 2, got {length}")
     if not 1 <= step <= length:

@@ -7,6 +7,7 @@ from collections.abc import Callable
 import numpy as np
 import torch
 
+from ..checks import Count, check_value
 from ..diffusion.noise import derive_seed
 from ..diffusion.schedules import Given, Schedule, sampling_times, scales_of
 from ..diffusion.solvers import sample, start
@@ -42,8 +43,7 @@ def generate(
         ValueError: count, steps or batch below 1, an unknown solver, or `given` of another shape or not finite.
     """
     for name, value in (("count", count), ("steps", steps), ("batch", batch)):
-        if value < 1:
-            raise ValueError(f"{name}: must be at least 1, got {value}")
+        check_value(name, value, Count)
     times = sampling_times(schedule, steps)
     known = 0
     if given is not None:

@@ -23,6 +23,7 @@ import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
 
+from ..checks import Count, check_value
 from ..diffusion.noise import derive_seed
 from ..train.checkpoint import versions
 from .config import OWN, SHARED, Line, StudyConfig
@@ -126,8 +127,7 @@ def run_study(
     Raises:
         ValueError: workers below 1, or the folder holds cells of other settings.
     """
-    if workers < 1:
-        raise ValueError(f"workers: must be at least 1, got {workers}")
+    check_value("workers", workers, Count)
     (out / "cells").mkdir(parents=True, exist_ok=True)
     lines = config.lines()
     paths = {(line, window): _cell_path(out, line, window) for line in lines for window in config.windows}

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Annotated, Literal
 
-from ..checks import check_integers, check_number, check_numbers
+from ..checks import BelowOne, Checked, Count, Fraction, Natural, NotNegative, Positive, Rule
 from ..diffusion.config import NoiseConfig, OwnContextConfig
 from ..renamed import current_value
 
 MAX_STD = 12**-0.5  # of an average of weights: gamma = 0, a plain average over all of training
+RelativeWidth = Annotated[float, Rule(f"in (0, {MAX_STD:.4f}]", lambda std: 0 < std <= MAX_STD)]
 
 # must not change when a run resumes: they decide the weights, the data order or the averages
 FIXED_ON_RESUME = ("clip_length", "seed", "ema_stds", "normalizer_size", "objective")
@@ -21,7 +22,7 @@ FREE_ON_RESUME = (
 
 
 @dataclass(frozen=True)
-class TrainConfig:
+class TrainConfig(Checked):
     """A training run; the same values and the same command resume it.
 
     Args:
@@ -81,74 +82,49 @@ class TrainConfig:
 
     data: str = ""
     run_dir: str = "runs/train"
-    clip_length: int = 16
-    batch_size: int = 8
-    micro_batch: int | None = None
+    clip_length: Count = 16
+    batch_size: Count = 8
+    micro_batch: Count | None = None
     objective: Literal["teacher_forcing", "forcing"] = "teacher_forcing"
-    clean_frames: float = 0.25
-    noisy_copies: int = 1
-    steps: int = 40_000
-    max_seconds: float | None = None
-    seed: int = 0
+    clean_frames: Fraction = 0.25
+    noisy_copies: Count = 1
+    steps: Natural = 40_000
+    max_seconds: NotNegative | None = None
+    seed: Natural = 0
     noise: NoiseConfig = field(default_factory=NoiseConfig)
     own_context: OwnContextConfig = field(default_factory=OwnContextConfig)
-    first_weight: float = 1.0
+    first_weight: NotNegative = 1.0
     first_fit: bool = False
-    lr: float = 1e-2
-    lr_ref_steps: int = 800
-    lr_ramp_steps: int = 800
+    lr: Positive = 1e-2
+    lr_ref_steps: Natural = 800
+    lr_ramp_steps: Natural = 800
     lr_decay: Literal["power", "cosine"] = "power"
-    betas: tuple[float, float] = (0.9, 0.99)
-    eps: float = 1e-8
-    weight_decay: float = 0.0
-    grad_clip: float = 0.0
+    betas: tuple[BelowOne, BelowOne] = (0.9, 0.99)
+    eps: Positive = 1e-8
+    weight_decay: NotNegative = 0.0
+    grad_clip: NotNegative = 0.0
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "fp32"
-    spatial_every: int = 0
-    action_dropout: float = 0.0
-    ema_stds: tuple[float, ...] = (0.05, 0.10)
-    normalizer_size: int = 10_000
-    normalizer_every: int = 50
-    checkpoint_every: int = 1000
-    keep_checkpoints: int = 3
-    snapshot_every: int = 1000
-    log_every: int = 50
-    heldout_every: int = 500
-    sample_every: int = 0
-    num_workers: int = 2
+    spatial_every: Natural = 0
+    action_dropout: Fraction = 0.0
+    ema_stds: tuple[RelativeWidth, ...] = (0.05, 0.10)
+    normalizer_size: Count = 10_000
+    normalizer_every: Count = 50
+    checkpoint_every: Natural = 1000
+    keep_checkpoints: Natural = 3
+    snapshot_every: Natural = 1000
+    log_every: Natural = 50
+    heldout_every: Natural = 500
+    sample_every: Natural = 0
+    num_workers: Natural = 2
     compile: bool = False
     device: str = "auto"
     tensorboard: bool = True
 
     def __post_init__(self) -> None:
-        check_integers(self, 1, "clip_length", "batch_size", "noisy_copies", "normalizer_size", "normalizer_every")
-        check_integers(
-            self, 0, "steps", "seed", "lr_ref_steps", "lr_ramp_steps", "spatial_every", "checkpoint_every",
-            "keep_checkpoints", "snapshot_every", "log_every", "heldout_every", "sample_every", "num_workers",
-        )  # fmt: skip
         object.__setattr__(self, "objective", current_value("objective", self.objective))
-        if self.objective not in ("teacher_forcing", "forcing"):
-            raise ValueError(f"objective: must be teacher_forcing or forcing, got {self.objective!r}")
-        if self.precision not in ("auto", "fp32", "bf16", "fp16"):
-            raise ValueError(f"precision: must be auto, fp32, bf16 or fp16, got {self.precision!r}")
-        if self.lr_decay not in ("power", "cosine"):
-            raise ValueError(f"lr_decay: must be power or cosine, got {self.lr_decay!r}")
-        check_numbers(self, "in [0, 1]", "action_dropout", "clean_frames")
-        check_numbers(self, "positive", "lr", "eps")
-        check_numbers(self, "at least 0", "grad_clip", "weight_decay", "first_weight")
-        if self.max_seconds is not None:
-            check_numbers(self, "at least 0", "max_seconds")
-        if len(self.betas) != 2:
-            raise ValueError(f"betas: must be two numbers, got {self.betas}")
-        for beta in self.betas:
-            check_number("betas", beta, "in [0, 1)")
-        for std in self.ema_stds:
-            check_number("ema_stds", std, "positive")
-            if std > MAX_STD:
-                raise ValueError(f"ema_stds: must be at most {MAX_STD:.4f}, got {std}")
+        super().__post_init__()
         if len(set(self.ema_stds)) != len(self.ema_stds):
             raise ValueError(f"ema_stds: must be distinct, got {self.ema_stds}")
-        if self.micro_batch is not None:
-            check_integers(self, 1, "micro_batch")
         if self.batch_size % self.micro_size:
             raise ValueError(f"micro_batch: must divide batch_size = {self.batch_size}, got {self.micro_size}")
 
