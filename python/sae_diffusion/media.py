@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from .checks import Count, check_value
-from .data.format import atomic_path
+from .disk import atomic_path
 
 BACKGROUND = 24
 LARGEST = 8190  # height and width that all encoders below accept

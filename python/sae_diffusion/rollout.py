@@ -14,8 +14,8 @@ import torch
 from sae_kernels._deprecated import warn_renamed
 
 from .data import Clip, FrameStats
-from .data.format import atomic_path
 from .diffusion.sampler import SamplerConfig, generate
+from .disk import atomic_path
 from .media import fit_grid, side_by_side, strip, write_gif, write_mp4, write_png
 
 

@@ -17,6 +17,7 @@ from typing import Any, Literal, TypeVar, Union
 
 from .checks import check_choice
 from .diffusion.config import SamplerConfig
+from .disk import write_text
 from .presets import PRESETS, ClipConfig, Preset, PresetName
 from .renamed import current_value
 
@@ -56,8 +57,6 @@ def write_config(path: Path, name: PresetName, settings: Preset) -> None:
     """Write all settings as YAML, which `read_config` reads back; the file appears whole or not at all."""
     import yaml
 
-    from .data.format import atomic_path
-
     class Dumper(yaml.SafeDumper):
         pass
 
@@ -68,9 +67,7 @@ def write_config(path: Path, name: PresetName, settings: Preset) -> None:
     values = {"preset": name, **dataclasses.asdict(settings.train)}
     values |= {part: dataclasses.asdict(getattr(settings, part)) for part in PARTS}
     path.parent.mkdir(parents=True, exist_ok=True)
-    with atomic_path(path) as temporary:
-        text = yaml.dump(values, Dumper=Dumper, sort_keys=False, allow_unicode=True)
-        temporary.write_text(text, encoding="utf-8")
+    write_text(path, yaml.dump(values, Dumper=Dumper, sort_keys=False, allow_unicode=True))
 
 
 def read_run_settings(path: Path) -> tuple[ClipConfig, SamplerConfig] | None:

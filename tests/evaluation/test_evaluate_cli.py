@@ -11,7 +11,7 @@ import pytest
 from lander import film
 from PIL import Image
 from sae_diffusion import cli
-from sae_diffusion.data.format import write_json
+from sae_diffusion.disk import write_json
 
 SIZE, FRAMES = 32, 12
 MODEL = (

@@ -122,14 +122,14 @@ def damage_name_leads_out(path):
     outside = path.parent / "outside.safetensors"
     save_file({"a": torch.zeros(1)}, outside)
     name = "../outside.safetensors"
-    rewrite_state(path, lambda state: state["sha256"].update({name: checkpoint._sha256(outside)}))
+    rewrite_state(path, lambda state: state["sha256"].update({name: checkpoint.file_digest(outside)}))
 
 
 def damage_not_finite(path):
     """As an older version could write it: every hash holds."""
     file = path / "model.safetensors"
     save_file({**load_file(file), "b": torch.tensor(math.nan)}, file)
-    rewrite_state(path, lambda state: state["sha256"].update({file.name: checkpoint._sha256(file)}))
+    rewrite_state(path, lambda state: state["sha256"].update({file.name: checkpoint.file_digest(file)}))
 
 
 DAMAGES = [

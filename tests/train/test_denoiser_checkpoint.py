@@ -9,9 +9,10 @@ import shutil
 
 import pytest
 import torch
+from sae_diffusion.disk import file_digest
 from sae_diffusion.model import Denoiser, ModelConfig
 from sae_diffusion.train import Trainer, load_denoiser
-from sae_diffusion.train.checkpoint import _digest, _sha256
+from sae_diffusion.train.checkpoint import _digest
 from safetensors.torch import load_file, save_file
 from train_stubs import STATS, StubClips, config
 
@@ -75,7 +76,7 @@ def rewrite(path, **changes):
     state = json.loads((path / "state.json").read_text())
     state.pop("digest")
     state["model_config"] |= changes
-    state["sha256"] = {name: _sha256(path / name) for name in state["sha256"]}
+    state["sha256"] = {name: file_digest(path / name) for name in state["sha256"]}
     (path / "state.json").write_text(json.dumps({**state, "digest": _digest(state)}))
 
 

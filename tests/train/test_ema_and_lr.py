@@ -8,7 +8,7 @@ import shutil
 import numpy as np
 import pytest
 import torch
-from sae_diffusion.train import ema as ema_module
+from sae_diffusion import disk
 from sae_diffusion.train.ema import (
     PowerEMA,
     Snapshot,
@@ -239,7 +239,7 @@ def test_a_full_disk_leaves_no_half_snapshot(tmp_path, monkeypatch):
     def full(path):
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(ema_module, "fsync_path", full)
+    monkeypatch.setattr(disk, "fsync_path", full)
     with pytest.raises(OSError, match="No space left"):
         ema.save_snapshot(tmp_path)
     assert not list(tmp_path.iterdir())

@@ -23,6 +23,8 @@ from typing import Any
 
 import numpy as np
 
+from ..disk import atomic_path
+
 FORMAT = "sae-episodes"
 VERSION = 1
 FRAMES_PER_CHUNK = 16  # the least that is read for a clip; 16 frames of 64x64 take about 1 ms to decompress
@@ -37,31 +39,6 @@ class DataError(ValueError):
 
     def __reduce__(self) -> tuple[Any, ...]:  # so that it can be sent from a DataLoader worker
         return DataError, (self.source, self.reason)
-
-
-@contextmanager
-def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
-    """A temporary path beside `path`; on success synced to disk and renamed onto it, on failure removed."""
-    path = Path(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        yield temporary
-        with open(temporary, "rb+") as file:
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-        if os.name == "posix":
-            folder = os.open(path.parent, os.O_RDONLY)
-            try:
-                os.fsync(folder)
-            finally:
-                os.close(folder)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def write_json(path: str | os.PathLike[str], value: Any) -> None:
-    with atomic_path(path) as temporary:
-        temporary.write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")
 
 
 def shard_path(root: Path, shard: int) -> Path:

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from ..checks import Checked, Count, Natural, check_value
+from ..disk import write_json
 from ..lock import RunLock
 from .format import (
     FORMAT,
@@ -27,7 +28,6 @@ from .format import (
     shard_path,
     staged_path,
     write_episode,
-    write_json,
 )
 
 Policy = Callable[[Any, Any, np.random.Generator], Any]  # (observation, action_space, rng) -> action

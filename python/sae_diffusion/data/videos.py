@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from ..disk import file_digest
 from .actions import read_side_file
 from .episodes import Episode
 from .format import DataError
@@ -53,7 +53,7 @@ class VideoReader:
                     raise ValueError(f"truncated: has {packets} of {stream.frames} frames")
             if shape is None:
                 raise ValueError("must have frames, got none")
-            digest = _sha256(file)
+            digest = file_digest(file)
         except Exception as error:  # PyAV's errors share no base class
             raise DataError(file, f"unreadable video: {error!r}") from error
         actions = read_side_file(file, len(times))
@@ -75,15 +75,7 @@ class VideoReader:
         raise DataError(episode.source, reason)
 
     def stamp(self, episode: Episode) -> str:
-        return _sha256(episode.file)
-
-
-def _sha256(file: Path) -> str:
-    digest = hashlib.sha256()
-    with open(file, "rb") as handle:
-        while block := handle.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
+        return file_digest(episode.file)
 
 
 def _decode(file: Path, times: list[int], seek: int | None) -> list[np.ndarray]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from ..data.format import write_json
+from ..disk import write_json
 from ..media import write_png
 from .drift import shown_at
 from .plots import plot_errors, plot_films

@@ -128,8 +128,8 @@ class ImagesEvaluate:
     debug: bool = False
 
     def run(self) -> None:
-        from ..data.format import write_json
         from ..devices import pick_device
+        from ..disk import write_json
         from ..runs import run_folder
         from .data import open_images
         from .evaluate import evaluate

@@ -16,6 +16,7 @@ import numpy as np
 import torch
 
 from ..checks import check_choice
+from ..disk import file_digest
 
 CIFAR10_ARCHIVE = "cifar-10-binary.tar.gz"
 CIFAR10_MD5 = "c32a1d4ab5d03f1284b67883e8d87530"  # of the archive, https://www.cs.toronto.edu/~kriz/cifar.html
@@ -166,12 +167,8 @@ def _check_classes(name: str, labels: np.ndarray) -> None:
 
 
 def _read_archive(path: Path, names: tuple[str, ...], md5: str) -> dict[str, bytes]:
-    digest = hashlib.md5(usedforsecurity=False)
-    with open(path, "rb") as file:
-        while chunk := file.read(1 << 20):
-            digest.update(chunk)
-    if digest.hexdigest() != md5:
-        raise ValueError(f"{path}: md5 must be {md5}, got {digest.hexdigest()}")
+    if (found := file_digest(path, "md5")) != md5:
+        raise ValueError(f"{path}: md5 must be {md5}, got {found}")
     files = {}
     with tarfile.open(path) as archive:
         for name in names:

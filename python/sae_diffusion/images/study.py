@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from ..data.format import atomic_path
+from ..disk import atomic_path, write_json, write_text
 from ..media import write_png
 from ..train.checkpoint import versions
 from .components import check_basis
@@ -192,9 +192,8 @@ def write_results(results: dict[str, Any], out: Path) -> None:
     out.mkdir(parents=True, exist_ok=True)
     sheets = results.get("samples", [])
     stored = {**results, "table": table(results)}
-    for name, text in ((RESULTS, json.dumps(stored, indent=1)), (TABLE, report(results))):
-        with atomic_path(out / name) as temporary:
-            Path(temporary).write_text(text + ("\n" if name == RESULTS else ""), encoding="utf-8")
+    write_json(out / RESULTS, stored)
+    write_text(out / TABLE, report(results))
     _plot(results, out / PLOT)
     if sheets:
         pictures = [np.frombuffer(bytes.fromhex(s["pixels"]), np.uint8).reshape(s["shape"]) for s in sheets]

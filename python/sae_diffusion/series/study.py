@@ -25,6 +25,7 @@ from safetensors.torch import load_file, save_file
 
 from ..checks import Count, check_value
 from ..diffusion.noise import derive_seed
+from ..disk import atomic_path, write_json, write_text
 from ..train.checkpoint import versions
 from .config import OWN, SHARED, Line, StudyConfig
 from .plot import plot_study
@@ -49,12 +50,6 @@ def _budget(config: StudyConfig) -> dict[str, Any]:
 def _cell_path(out: Path, line: Line, window: float) -> Path:
     kind = "shared-" if line.training == SHARED else ""
     return out / "cells" / f"{kind}{line.loss_space}-swap{line.swap}-seed{line.seed}-window{window:g}.json"
-
-
-def _write(path: Path, text: str) -> None:
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, path)
 
 
 def run_line(config: StudyConfig, out: Path, line: Line, deadline: float | None = None) -> None:
@@ -89,7 +84,7 @@ def run_line(config: StudyConfig, out: Path, line: Line, deadline: float | None 
             "sampling_cpu_seconds": round(time.process_time() - trained, 1),
             "errors": [float(f"{e:.4g}") for e in np.sort(trainer.config.source.clause_error(x))],
         }
-        _write(path, json.dumps({"settings": _budget(config), "line": line, "cell": cell}))
+        write_json(path, {"settings": _budget(config), "line": line, "cell": cell})
 
 
 def _base(config: StudyConfig, line: Line, path: Path) -> tuple[dict[str, torch.Tensor], float]:
@@ -102,9 +97,8 @@ def _base(config: StudyConfig, line: Line, path: Path) -> tuple[dict[str, torch.
         trainer.train_step()
     state = trainer.averaged().state_dict()
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.tmp")
-    save_file({name: tensor.contiguous() for name, tensor in state.items()}, temporary)
-    os.replace(temporary, path)
+    with atomic_path(path) as temporary:
+        save_file({name: tensor.contiguous() for name, tensor in state.items()}, temporary)
     return state, time.process_time() - began
 
 
@@ -156,8 +150,8 @@ def run_study(
                 report()
     cells = {key: json.loads(path.read_text(encoding="utf-8"))["cell"] for key, path in paths.items() if path.exists()}
     result = summarise(config, cells)
-    _write(out / f"{RESULT}.json", json.dumps(result, indent=1) + "\n")
-    _write(out / f"{RESULT}.md", table(result) + "\n")
+    write_json(out / f"{RESULT}.json", result)
+    write_text(out / f"{RESULT}.md", table(result) + "\n")
     if result["rows"]:
         plot_study(out / f"{RESULT}.png", result["rows"], config.length)
     return result

@@ -27,21 +27,14 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
+from ..disk import file_digest, fsync_path
 from .ema import Snapshot, list_snapshots, reconstruct
-from .files import check_header, fsync_path, load_into
+from .files import check_header, load_into
 
 STATE = "state.json"
 RUNNING = "running."  # prefix of sums for the next record, infinite after a step that the loss scaler skipped
 _NAME = re.compile(r"step-(\d{7,})")
 _FILE = re.compile(r"[\w.-]+\.safetensors")
-
-
-def _sha256(path: Path) -> str:
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while chunk := file.read(1 << 20):
-            digest.update(chunk)
-    return digest.hexdigest()
 
 
 def _digest(state: Mapping[str, Any]) -> str:
@@ -169,7 +162,7 @@ def _write_files(
         on_cpu = {name: t.detach().cpu().contiguous() for name, t in tensors.items()}
         save_file(on_cpu, path, metadata.get(stem))
         fsync_path(path)
-        hashes[path.name] = _sha256(path)
+        hashes[path.name] = file_digest(path)
     content = json.loads(json.dumps({**state, "step": step, "versions": versions(), "sha256": hashes}))
     with open(folder / STATE, "w", encoding="utf-8") as file:
         json.dump({**content, "digest": _digest(content)}, file, indent=1)
@@ -231,7 +224,7 @@ def verify_checkpoint(path: str | os.PathLike[str]) -> str | None:
         file = path / name
         if not file.is_file():
             return f"{file}: missing"
-        if _sha256(file) != expected:
+        if file_digest(file) != expected:
             return f"{file}: sha256 differs from the one in {STATE}"
     for name in hashes:
         if (reason := _not_finite(path / name)) is not None:

@@ -21,8 +21,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
 
+from ..disk import atomic_path
 from .config import MAX_STD
-from .files import check_header, fsync_path
+from .files import check_header
 
 
 def gamma_from_std(std: float) -> float:
@@ -92,14 +93,13 @@ class WeightAverage(ABC):
         paths = []
         for width, average in self.averages.items():
             path = directory / f"{self.clips_seen:012d}-{width:.6g}.safetensors"
-            temporary = directory / f".{path.name}.tmp"
-            try:
-                save_average(temporary, average, self.metadata(width))
-                os.replace(temporary, path)
-            finally:
-                temporary.unlink(missing_ok=True)
+            with atomic_path(path) as temporary:
+                save_file(
+                    {name: t.detach().cpu().contiguous() for name, t in average.items()},
+                    temporary,
+                    self.metadata(width),
+                )
             paths.append(path)
-        fsync_path(directory)
         return paths
 
     @abstractmethod
@@ -147,11 +147,6 @@ class PowerEMA(WeightAverage):
 def average_metadata(std: float, clips_seen: int) -> dict[str, str]:
     """Header of a saved average. Only one key, because safetensors writes several in random order."""
     return {"average": json.dumps({"std": float(std), "clips_seen": clips_seen})}
-
-
-def save_average(path: Path, average: dict[str, torch.Tensor], metadata: dict[str, str]) -> None:
-    save_file({name: t.detach().cpu().contiguous() for name, t in average.items()}, path, metadata=metadata)
-    fsync_path(path)
 
 
 @dataclass(frozen=True)

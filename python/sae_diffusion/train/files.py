@@ -15,15 +15,6 @@ _DTYPES = {
 }  # fmt: skip
 
 
-def fsync_path(path: str | os.PathLike[str]) -> None:
-    """Force a file or directory to the disk."""
-    fd = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)
-
-
 def check_header(
     path: str | os.PathLike[str], expected: Mapping[str, torch.Tensor], *, check_dtype: bool = True
 ) -> None:

@@ -8,9 +8,9 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
+from ..disk import write_text
 from ..progress import Progress
 from .checkpoint import naming_write_errors
-from .files import fsync_path
 
 FILE = "metrics.jsonl"
 
@@ -27,13 +27,7 @@ def truncate_metrics(path: Path, step: int) -> None:
             continue
         if record["step"] <= step:
             kept.append(line + "\n")
-    temporary = path.with_name(f".{path.name}.tmp")
-    try:
-        temporary.write_text("".join(kept), encoding="utf-8")
-        fsync_path(temporary)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    write_text(path, "".join(kept))
 
 
 class Reporter:
