@@ -22,9 +22,11 @@ import tyro
 
 from .cli import USER_ERRORS
 from .data import ClipDataset, Timing, collect
+from .disk import write_json
 from .evaluation.config import EvaluationConfig
 from .evaluation.report import show, write_evaluation
 from .evaluation.run import Evaluation, evaluate_run
+from .figures import new_figure, save_figure
 from .presets import PRESETS, Preset
 from .progress import progress_bar
 from .rollout import Rollout, continue_clips
@@ -115,7 +117,7 @@ def run(config: DemoConfig, preset: Preset) -> dict[str, Any]:
         "versions": versions(),
         "evaluation": evaluation.numbers,
     }
-    (config.out / METRICS).write_text(json.dumps(metrics, indent=1), encoding="utf-8")
+    write_json(config.out / METRICS, metrics)
     show(evaluation.numbers)
     for path in (*paths, latest_checkpoint(config.out), config.out / METRICS):
         print(path)
@@ -193,20 +195,13 @@ def last_clips(dataset: ClipDataset) -> list[int]:
 
 def loss_curve(folder: Path) -> Path:
     """Write loss.png, the weighted training loss over clips seen."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
     # runs begun before the metrics had a readable "loss" call it "weighted_loss"
     records = [json.loads(line) for line in (folder / CURVE).read_text(encoding="utf-8").splitlines()]
-    figure, axes = pyplot.subplots(figsize=(7, 4), layout="constrained")
+    figure, (axes,) = new_figure(7, 4)
     axes.plot([r["clips"] for r in records], [r.get("weighted_loss", r.get("loss")) for r in records])
     axes.set(xlabel="clips seen", ylabel="weighted denoising loss", yscale="log", title="training")
     axes.grid(which="both", alpha=0.3)
-    figure.savefig(folder / "loss.png", dpi=120)
-    pyplot.close(figure)
-    return folder / "loss.png"
+    return save_figure(figure, folder / "loss.png")
 
 
 def main() -> int:

@@ -49,8 +49,8 @@ def read_config(
     base = PRESETS[name]
     names = [field.name for field in dataclasses.fields(base.train)]
     _check_keys(values, ["preset", *names, *PARTS], f"{path}: ")
-    parts = {part: _overlay(getattr(base, part), values.pop(part, {}), path, (part,)) for part in PARTS}
-    return name, Preset(train=_overlay(base.train, values, path, ()), **parts)
+    parts = {part: overlay(getattr(base, part), values.pop(part, {}), path, (part,)) for part in PARTS}
+    return name, Preset(train=overlay(base.train, values, path, ()), **parts)
 
 
 def write_config(path: Path, name: PresetName, settings: Preset) -> None:
@@ -131,8 +131,12 @@ def _check_keys(values: Mapping[str, Any], known: list[str], where: str) -> None
             raise ValueError(f"{where}{key}: unknown option{f'; did you mean {near[0]}?' if near else ''}")
 
 
-def _overlay(config: Config, values: Any, path: Path | str, keys: tuple[str, ...]) -> Config:
-    """A copy of a configuration with the fields in `values` replaced."""
+def overlay(config: Config, values: Any, path: Path | str, keys: tuple[str, ...] = ()) -> Config:
+    """A copy of a configuration with the fields in `values`, as from YAML or JSON, replaced.
+
+    Raises:
+        ValueError: an unknown field, or a value that breaks its rule; the message begins with `path` and names both.
+    """
     where = ".".join(keys)
     if not isinstance(values, dict):
         raise ValueError(f"{path}: {where}: must be a mapping of options to values, got {values!r}")
@@ -142,7 +146,7 @@ def _overlay(config: Config, values: Any, path: Path | str, keys: tuple[str, ...
     new: dict[str, Any] = {}
     for name, value in values.items():
         if dataclasses.is_dataclass(kinds[name]):
-            new[name] = _overlay(getattr(config, name), value, path, (*keys, name))
+            new[name] = overlay(getattr(config, name), value, path, (*keys, name))
         else:
             try:
                 new[name] = _value(current_value(name, value), kinds[name])
@@ -181,7 +185,9 @@ def _value(value: Any, kind: Any) -> Any:
             return float("true" if isinstance(value, bool) else value)
         except (TypeError, ValueError, OverflowError):
             raise TypeError("a number") from None
-    names = {int: "an integer", bool: "true or false", str: "text"}
+    if kind is Path and isinstance(value, str):
+        return Path(value)
+    names = {int: "an integer", bool: "true or false", str: "text", Path: "a path"}
     if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
         raise TypeError(names[kind])
     return value

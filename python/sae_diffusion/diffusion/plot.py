@@ -7,6 +7,7 @@ from pathlib import Path
 
 import torch
 
+from ..figures import new_figure, save_figure
 from .schedules import (
     EDM,
     Cosine,
@@ -28,18 +29,13 @@ def plot_schedule(schedule: Schedule, path: str | Path, *, points: int = 401, ma
     Tokens of several dimensions are counted in row-major order; at most `max_lines` of them are drawn as lines. The
     format follows the suffix of `path`, whose folder is created.
     """
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.cm import viridis
-    from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator
 
-    path = Path(path)
     t = torch.linspace(0, 1, points, dtype=torch.float64)
     log_snr = schedule.log_snr(t).reshape(points, -1)
     tokens = log_snr.shape[1]
-    figure = Figure(figsize=(10, 3.6), layout="constrained")
-    FigureCanvasAgg(figure)
-    lines, image = figure.subplots(1, 2)
+    figure, (lines, image) = new_figure(10, 3.6, 2)
     for token in torch.linspace(0, tokens - 1, min(tokens, max_lines)).round().long().tolist():
         lines.plot(t, log_snr[:, token], color=viridis(token / max(tokens - 1, 1)), linewidth=1.2)
     lines.set(
@@ -54,9 +50,7 @@ def plot_schedule(schedule: Schedule, path: str | Path, *, points: int = 401, ma
     image.set(xlabel="generation time 1 - t", ylabel="token", title="signal² / (signal² + noise²)")
     image.yaxis.set_major_locator(MaxNLocator(integer=True))
     figure.colorbar(shown, ax=image)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=110)
-    return path
+    return save_figure(figure, path)
 
 
 def schedule_table(schedule: Schedule, rows: int = 10, columns: int = 8) -> str:

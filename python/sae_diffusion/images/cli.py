@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import shlex
-import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Literal
@@ -189,8 +187,7 @@ class ImagesCompare:
                 bar.update(done, text)
                 print(f"{done}/{total} {text}", flush=True)
 
-            command = "sae " + shlex.join(sys.argv[1:])
-            results = run_study(study, self.train, self.evaluate, images, self.out, command=command, progress=progress)
+            results = run_study(study, self.train, self.evaluate, images, self.out, progress=progress)
         print(f"\n{markdown(results)}\n{self.out / RESULTS}")
 
 

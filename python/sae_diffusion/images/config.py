@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import dataclasses
-import json
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Literal
 
 from ..checks import BelowOne, Checked, Count, Finite, InnerFraction, Natural, Positive
 from ..train.config import RelativeWidth
@@ -123,14 +121,6 @@ class ImageTrainConfig(Checked):
     times: Literal["uniform", "snr"] = "uniform"
     ema: RelativeWidth = 0.1
     seed: Natural = 0
-
-    def to_json(self) -> dict[str, Any]:
-        return json.loads(json.dumps(dataclasses.asdict(self)))
-
-    @classmethod
-    def from_json(cls, fields: dict[str, Any]) -> ImageTrainConfig:
-        net: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in fields["net"].items()}
-        return cls(**{**fields, "net": NetConfig(**net), "schedule": ScheduleConfig(**fields["schedule"])})
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import datetime
 import json
 import math
 import os
@@ -14,9 +13,11 @@ from typing import Any
 
 import numpy as np
 
-from ..disk import atomic_path, write_json, write_text
+from ..disk import write_json, write_text
+from ..figures import new_figure, save_figure
 from ..media import write_png
-from ..train.checkpoint import versions
+from ..train.checkpoint import provenance
+from ..train.task import json_fields
 from .components import check_basis
 from .config import EvaluateConfig, ImageTrainConfig, StudyConfig
 from .data import ImageSet
@@ -34,7 +35,6 @@ def run_study(
     images: ImageSet,
     out: Path,
     *,
-    command: str = "",
     samples: int = 16,
     sample_steps: int = 256,
     progress: Callable[[int, int, str], None] | None = None,
@@ -49,7 +49,7 @@ def run_study(
     for basis in study.bases:
         check_basis(basis, images.shape)
     settings: dict[str, Any] = {
-        "train": {k: v for k, v in train.to_json().items() if k not in ("basis", "seed", "data_path")},
+        "train": {k: v for k, v in json_fields(train).items() if k not in ("basis", "seed", "data_path")},
         "evaluate": dataclasses.asdict(evaluation),
         "images": images.fingerprint(),
         "levels": images.levels,
@@ -71,12 +71,7 @@ def run_study(
         config = dataclasses.replace(train, **chosen)
         run, sheet = _run_cell(config, evaluation, images, samples if seed == study.seeds[0] else 0, sample_steps)
         results["runs"].append(run)
-        results |= {
-            "date": datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d"),
-            "versions": versions(),
-            "machine": f"{os.cpu_count()} cores, one thread",
-            "command": command,
-        }
+        results |= {**provenance(), "machine": f"{os.cpu_count()} cores, one thread"}
         if sheet is not None:
             results.setdefault("samples", []).append(
                 {"basis": basis, "softness": softness, "shape": list(sheet.shape), "pixels": sheet.tobytes().hex()}
@@ -202,15 +197,9 @@ def write_results(results: dict[str, Any], out: Path) -> None:
 
 
 def _plot(results: dict[str, Any], path: Path) -> None:
-    import matplotlib
-
-    matplotlib.use("Agg", force=False)
-    from matplotlib.figure import Figure
-
     entries = table(results)
     bases, _ = _axes(entries)
-    figure = Figure(figsize=(6, 4), layout="constrained")
-    axes = figure.add_subplot()
+    figure, (axes,) = new_figure(6, 4)
     for basis in bases:
         mine = sorted((e for e in entries if e["basis"] == basis), key=lambda e: e["softness"])
         mine = [e for e in mine if math.isfinite(e["softness"])]
@@ -225,5 +214,4 @@ def _plot(results: dict[str, Any], path: Path) -> None:
     axes.set_ylabel("bits per dimension, held out")
     axes.set_title("dotted: independent normal components (untrained)", fontsize=9)
     axes.legend()
-    with atomic_path(path) as temporary:
-        figure.savefig(temporary, format="png", dpi=100)
+    save_figure(figure, path)

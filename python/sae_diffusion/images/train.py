@@ -19,11 +19,12 @@ from ..diffusion.likelihood import dequantise
 from ..diffusion.noise import derive_seed
 from ..diffusion.schedules import Schedule
 from ..diffusion.snr import SNRSampler
+from ..settings import overlay
 from ..train.checkpoint import STATE, find_checkpoint, read_state
 from ..train.ema import PowerEMA
 from ..train.files import load_into
 from ..train.loop import Loop, LoopConfig, TrainResult
-from ..train.task import Task
+from ..train.task import Task, json_fields
 from .components import Whitened, check_basis
 from .config import ImageTrainConfig
 from .data import ImageSet, middle
@@ -167,16 +168,13 @@ class ImageTask(Task):
     def state(self, loop: Loop) -> dict[str, Any]:
         return {
             "kind": "images",
-            "config": self.config.to_json(),
+            "config": json_fields(self.config),
             "basis": self.model.basis.description(),
             "levels": self.images.levels,
             "images": self.images.fingerprint(),
             "ema_seen": loop.ema.clips_seen,
             "seconds": loop.seconds,
         }
-
-    def check_kind(self, path: Path, state: dict[str, Any]) -> None:
-        check_kind(path, state)
 
     def check_data(self, path: Path, state: dict[str, Any]) -> None:
         if state["images"] != self.images.fingerprint():
@@ -253,11 +251,6 @@ def learning_rate(config: ImageTrainConfig, step: int) -> float:
     return config.lr * ramp * 0.5 * (1 + math.cos(math.pi * step / config.steps))
 
 
-def check_kind(path: Path, state: dict[str, Any]) -> None:
-    if state.get("kind") != "images":
-        raise ValueError(f"{path}: must be a checkpoint of `sae images`")
-
-
 def load_model(path: Path, *, average: bool = True, device: torch.device | str = "cpu") -> ImageModel:
     """A trained model from a checkpoint, or from the latest undamaged one of a run folder.
 
@@ -267,11 +260,7 @@ def load_model(path: Path, *, average: bool = True, device: torch.device | str =
     """
     path = find_checkpoint(path)
     state = read_state(path, **STATE_FIELDS)
-    check_kind(path, state)
-    try:
-        config = ImageTrainConfig.from_json(state["config"])
-    except (TypeError, KeyError, AttributeError) as error:
-        raise ValueError(f"{path / STATE}: must describe a run on images ({error!r})") from error
+    config = overlay(ImageTrainConfig(), state["config"], path / STATE, ("config",))
     basis = Whitened.load(state["basis"], load_file(path / "components.safetensors"))
     net = ComponentUNet(config.net, basis, state["levels"])
     load_into(path / "model.safetensors", net.state_dict())

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import dataclasses
-import json
 import math
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
 from ..checks import BelowOne, Checked, Count, Fraction, InnerFraction, Natural, NotNegative, Positive
 from .orders import CHAINS, Kind, Order, check_order
@@ -219,9 +217,6 @@ class SeriesTrainConfig(Checked):
     tensorboard: bool = True
     seed: Natural = 0
     device: str = "auto"
-
-    def to_json(self) -> dict[str, Any]:
-        return json.loads(json.dumps(dataclasses.asdict(self), default=str))
 
 
 SHARED, OWN = "one network", "a network per window"

@@ -7,12 +7,8 @@ small file, so that an interrupted study can continue.
 
 from __future__ import annotations
 
-import dataclasses
-import datetime
 import json
 import multiprocessing
-import os
-import sys
 import time
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor, wait
@@ -26,7 +22,8 @@ from safetensors.torch import load_file, save_file
 from ..checks import Count, check_value
 from ..diffusion.noise import derive_seed
 from ..disk import atomic_path, write_json, write_text
-from ..train.checkpoint import versions
+from ..train.checkpoint import provenance
+from ..train.task import json_fields
 from .config import OWN, SHARED, Line, StudyConfig
 from .plot import plot_study
 from .sampling import generate
@@ -42,7 +39,7 @@ def order_name(swap: int) -> str:
 
 def _budget(config: StudyConfig) -> dict[str, Any]:
     """The settings that a single cell depends on; windows, orders, seeds and losses can be added later."""
-    settings = json.loads(json.dumps(dataclasses.asdict(config)))
+    settings = json_fields(config)
     grid = ("windows", "swaps", "seeds", "losses", "own_losses")
     return {name: value for name, value in settings.items() if name not in grid}
 
@@ -179,13 +176,10 @@ def summarise(config: StudyConfig, cells: dict[tuple[Line, float], dict[str, Any
     names = ("base_cpu_seconds", "training_cpu_seconds", "sampling_cpu_seconds")
     seconds = sum(cell[name] for cell in cells.values() for name in names)
     return {
-        "date": datetime.date.today().isoformat(),
-        "command": " ".join(["sae", *sys.argv[1:]]),
-        "versions": versions(),
-        "cores": os.cpu_count(),
+        **provenance(),
         "cpu_minutes": round(seconds / 60, 1),
         "cells": f"{len(cells)} of {len(config.lines()) * len(config.windows)}",
-        "settings": json.loads(json.dumps(dataclasses.asdict(config))),
+        "settings": json_fields(config),
         "rows": rows,
     }
 

@@ -15,12 +15,13 @@ from sae_kernels import FrameLayout, token_noise
 
 from ..diffusion.noise import derive_seed
 from ..diffusion.schedules import Schedule, scales_of
+from ..settings import overlay
 from ..train.checkpoint import STATE, find_checkpoint, read_state
 from ..train.ema import DecayEMA
 from ..train.files import check_header, load_into
 from ..train.loop import Loop, LoopConfig
-from ..train.task import Task
-from .config import ScheduleConfig, SeriesModelConfig, SeriesTrainConfig, Source
+from ..train.task import Task, json_fields
+from .config import SeriesTrainConfig, Source
 from .data import SeriesStats, read_series, split_series
 from .model import SeriesDenoiser
 
@@ -161,7 +162,7 @@ class SeriesTask(Task):
     def state(self, loop: Loop) -> dict[str, Any]:
         network = self.network
         return {
-            "config": self.config.to_json(),
+            "config": json_fields(self.config),
             "length": network.length,
             "channels": network.channels,
             "scaling": network.scaling,
@@ -214,16 +215,6 @@ def heldout_series(source: Source, count: int, seed: int) -> np.ndarray:
     return source.sample(count, derive_seed(seed, _HELDOUT))
 
 
-def config_from_json(values: dict[str, Any]) -> SeriesTrainConfig:
-    values = dict(values)
-    values["run_dir"] = Path(values["run_dir"])
-    values["data"] = None if values["data"] is None else Path(values["data"])
-    values["source"] = Source(**values["source"])
-    values["schedule"] = ScheduleConfig(**{**values["schedule"], "windows": tuple(values["schedule"]["windows"])})
-    values["model"] = SeriesModelConfig(**values["model"])
-    return SeriesTrainConfig(**values)
-
-
 def load_series_model(
     path: str | Path, *, average: bool = True, device: torch.device | str = "cpu"
 ) -> tuple[SeriesDenoiser, SeriesStats, SeriesTrainConfig]:
@@ -239,10 +230,7 @@ def load_series_model(
     """
     path = find_checkpoint(path)
     state = read_state(path, **STATE_FIELDS)
-    try:
-        config = config_from_json(state["config"])
-    except (TypeError, KeyError) as error:
-        raise ValueError(f"{path / STATE}: must describe a run on series ({error!r})") from error
+    config = overlay(SeriesTrainConfig(), state["config"], path / STATE, ("config",))
     model = SeriesDenoiser(config.model, state["length"], state["channels"], state["scaling"])
     file = path / ("ema.safetensors" if average else "model.safetensors")
     targets = {name: p for name, p in model.named_parameters() if p.requires_grad}

@@ -10,13 +10,16 @@ run_dir/ema/                                  snapshots for post-hoc reconstruct
 
 from __future__ import annotations
 
+import datetime
 import hashlib
 import json
 import math
 import os
 import platform
 import re
+import shlex
 import shutil
+import sys
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -53,6 +56,16 @@ def versions() -> dict[str, str]:
         "numpy": numpy.__version__,
         "safetensors": safetensors.__version__,
         "sae_kernels": sae_kernels.__version__,
+    }
+
+
+def provenance() -> dict[str, Any]:
+    """Of the results of a command: when, by what, with what and on how many cores they were made."""
+    return {
+        "date": datetime.date.today().isoformat(),
+        "command": shlex.join(["sae", *sys.argv[1:]]),
+        "versions": versions(),
+        "cores": os.cpu_count(),
     }
 
 

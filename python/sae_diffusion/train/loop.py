@@ -435,7 +435,6 @@ class Loop:
 
     def _check_same_run(self, path: Path, state: dict[str, Any]) -> None:
         task = self.task
-        task.check_kind(path, state)
         saved, current = saved_fields(task.config, state[task.config_field]), json_fields(task.config)
         fields = task.identity(saved, state)
         fields += [(name, saved.get(name), current.get(name)) for name in {**saved, **current} if task.is_fixed(name)]

@@ -130,9 +130,6 @@ class Task(ABC):
     def state(self, loop: Loop) -> dict[str, Any]:
         """The content of state.json."""
 
-    def check_kind(self, path: Path, state: dict[str, Any]) -> None:  # noqa: B027
-        """Raise a ValueError if a checkpoint's state is of another kind of run."""
-
     def check_data(self, path: Path, state: dict[str, Any]) -> None:  # noqa: B027
         """Raise a ValueError if a checkpoint was trained on other data."""
 
