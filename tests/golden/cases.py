@@ -25,9 +25,10 @@ from sae_diffusion.images.train import ImageTrainConfig, ImageTrainer
 from sae_diffusion.model import Denoiser, ModelConfig
 from sae_diffusion.rollout import continue_clips, videos_from_nothing
 from sae_diffusion.series import Source
+from sae_diffusion.series.config import ScheduleConfig, SeriesTrainConfig
 from sae_diffusion.series.model import SeriesModelConfig
 from sae_diffusion.series.sampling import generate as generate_series
-from sae_diffusion.series.train import ScheduleConfig, SeriesTrainConfig, SeriesTrainer
+from sae_diffusion.series.train import SeriesTrainer
 from sae_diffusion.train import TrainConfig, Trainer
 
 Tensors = dict[str, torch.Tensor]
@@ -324,10 +325,9 @@ def train_images(**changes: Any) -> Tensors:
             net=NetConfig(channels=8, groups=4, token_channels=8), basis="dct", steps=5, batch_size=4, warmup=2,
             **changes,
         )  # fmt: skip
-        losses: list[float] = []
-        trainer = ImageTrainer(config, ImageSet("noise", 16, pictures[:20], pictures[20:]), Path(folder))
-        trainer.train(callback=lambda step, loss: losses.append(loss))
-        out = {"loss": torch.tensor(losses, dtype=torch.float64), "weights": flat(trainer.model.net)}
+        trainer = ImageTrainer(config, ImageSet("noise", 16, pictures[:20], pictures[20:]), Path(folder), log_every=1)
+        trainer.train()
+        out = logged(Path(folder), "loss") | {"weights": flat(trainer.model.net)}
         model = trainer.averaged()
         out["average"] = flat(model.net)
         with torch.no_grad():

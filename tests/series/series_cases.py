@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from sae_diffusion.series import Source
+from sae_diffusion.series.config import ScheduleConfig, SeriesTrainConfig
 from sae_diffusion.series.model import SeriesModelConfig
-from sae_diffusion.series.train import ScheduleConfig, SeriesTrainConfig
 
 TINY = SeriesModelConfig(width=16, layers=1, heads=2, expansion=2)
 _RUN: dict[str, Any] = {

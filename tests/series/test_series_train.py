@@ -12,12 +12,11 @@ import torch
 from sae_diffusion.diffusion import schedules
 from sae_diffusion.diffusion.solvers import sample, start, to_x0
 from sae_diffusion.series import Source
+from sae_diffusion.series.config import ScheduleConfig, SeriesTrainConfig
 from sae_diffusion.series.data import SeriesStats
 from sae_diffusion.series.model import SeriesDenoiser, SeriesModelConfig
 from sae_diffusion.series.sampling import error_quartiles, generate, negative_log_likelihood
 from sae_diffusion.series.train import (
-    ScheduleConfig,
-    SeriesTrainConfig,
     SeriesTrainer,
     draw_times,
     learning_rate,
@@ -180,7 +179,7 @@ def test_training_learns_a_law(tmp_path):
 
 def test_resume_is_bit_exact(tmp_path):
     whole = SeriesTrainer(tiny(tmp_path / "whole"))
-    assert whole.train() == "done"
+    assert whole.train().reason == "done"
     config = tiny(tmp_path / "cut")
     cut = SeriesTrainer(config)
     original = cut.train_step
@@ -192,9 +191,9 @@ def test_resume_is_bit_exact(tmp_path):
         return loss
 
     cut.train_step = interrupted
-    assert cut.train() == "SIGTERM" and cut.step == 7
+    assert cut.train().reason == "SIGTERM" and cut.step == 7
     resumed = SeriesTrainer(config)
-    assert resumed.train() == "done" and resumed.step == 12
+    assert resumed.train().reason == "done" and resumed.step == 12
     expected, got = state_of(whole), state_of(resumed)
     assert expected.keys() == got.keys()
     for name in expected:
@@ -212,7 +211,7 @@ def test_a_gradient_that_is_not_finite_is_never_saved(tmp_path, changes):
         trainer.train()
     assert not (config.run_dir / "step-0000004").exists()
     resumed = SeriesTrainer(config)
-    assert resumed.resume() == (config.checkpoint_every == 3) and resumed.train() == "done"
+    assert resumed.resume() == (config.checkpoint_every == 3) and resumed.train().reason == "done"
 
 
 def test_a_run_folder_has_one_trainer_at_a_time(tmp_path):
@@ -226,8 +225,8 @@ def test_a_run_folder_has_one_trainer_at_a_time(tmp_path):
         return original()
 
     original, trainer.train_step = trainer.train_step, step
-    assert trainer.train() == "done" and seen == [0, 1]
-    assert SeriesTrainer(config).train() == "done"
+    assert trainer.train().reason == "done" and seen == [0, 1]
+    assert SeriesTrainer(config).train().reason == "done"
 
 
 def test_a_state_that_is_not_of_series_is_named(tmp_path):

@@ -16,7 +16,8 @@ from sae_diffusion.images.config import ImageTrainConfig, NetConfig
 from sae_diffusion.images.data import ImageSet
 from sae_diffusion.images.train import ImageTrainer
 from sae_diffusion.series import SeriesModelConfig, Source
-from sae_diffusion.series.train import ScheduleConfig, SeriesTrainConfig, SeriesTrainer
+from sae_diffusion.series.config import ScheduleConfig, SeriesTrainConfig
+from sae_diffusion.series.train import SeriesTrainer
 from sae_diffusion.train import Trainer
 from safetensors.torch import load_file
 from train_stubs import STATS, Stub, StubClips, StubConfig, config
@@ -94,7 +95,9 @@ def images(run_dir: Path) -> ImageTrainer:
     pixels = np.random.default_rng(0).integers(0, 16, (24, 1, 4, 4), dtype=np.uint8)
     net = NetConfig(channels=8, channel_mult=(1,), groups=4, token_channels=4, heads=1, fourier=0)
     settings = ImageTrainConfig(net=net, basis="dct", steps=6, batch_size=4, warmup=2)
-    return ImageTrainer(settings, ImageSet("noise", 16, pixels[:20], pixels[20:]), run_dir, log_every=2)
+    return ImageTrainer(
+        settings, ImageSet("noise", 16, pixels[:20], pixels[20:]), run_dir, checkpoint_every=3, log_every=2
+    )
 
 
 def test_images(tmp_path, capsys):

@@ -45,17 +45,17 @@ EVERYTHING = {"own_context": OWN, "first_weight": 0.25, "first_fit": True, "lr_d
 def test_own_frames_begin_at_their_step(tmp_path):
     plain, own = trainer(tmp_path / "a"), trainer(tmp_path / "b", own_context=OWN)
     for run in (plain, own):
-        run.run(until=3)
+        run.train(until=3)
     assert torch.equal(weights(plain), weights(own))
     for run in (plain, own):
-        run.run(until=6)
+        run.train(until=6)
     assert not torch.equal(weights(plain), weights(own))
 
 
 def test_resume_is_bit_exact_with_everything_on(tmp_path):
     whole = trainer(tmp_path / "whole", **EVERYTHING)
     whole.train()
-    trainer(tmp_path / "parts", **EVERYTHING).run(until=4)
+    trainer(tmp_path / "parts", **EVERYTHING).train(until=4)
     rest = trainer(tmp_path / "parts", **EVERYTHING)
     assert rest.step == 4
     rest.train()

@@ -37,7 +37,7 @@ def test_a_run_in_auto_is_the_run_in_what_it_stands_for(tmp_path, monkeypatch, c
     )
     runs = [trainer(tmp_path / name, precision=name) for name in ("auto", chosen)]
     for run in runs:
-        run.run(until=2)
+        run.train(until=2)
     assert runs[0].precision == chosen
     for a, b in zip(runs[0].model.parameters(), runs[1].model.parameters(), strict=True):
         assert torch.equal(a, b)

@@ -47,14 +47,14 @@ class ImagesTrain:
 
         images = open_images(self.train.data, self.train.data_path)
         trainer = ImageTrainer(
-            self.train, images, self.run_dir, log_every=self.log_every, tensorboard=self.tensorboard,
-            device=pick_device(self.device),
+            self.train, images, self.run_dir, checkpoint_every=self.checkpoint_every, log_every=self.log_every,
+            tensorboard=self.tensorboard, device=pick_device(self.device),
         )  # fmt: skip
         print(
             f"{len(images.train)} images of {images.shape}, {len(images.heldout)} held out; "
             f"{trainer.model.net.num_parameters() / 1e3:.0f} k parameters on {trainer.device}"
         )
-        reason = trainer.train(checkpoint_every=self.checkpoint_every).reason
+        reason = trainer.train().reason
         print(f"{self.run_dir}: step {trainer.step} after {trainer.seconds:.0f} s of training, stopped by: {reason}")
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -23,7 +22,7 @@ from ..settings import overlay
 from ..train.checkpoint import STATE, find_checkpoint, read_state
 from ..train.ema import PowerEMA
 from ..train.files import load_into
-from ..train.loop import Loop, LoopConfig, TrainResult
+from ..train.loop import Loop, LoopConfig
 from ..train.task import Task, json_fields
 from .components import Whitened, check_basis
 from .config import ImageTrainConfig
@@ -195,6 +194,7 @@ class ImageTrainer(Loop):
         images: ImageSet,
         run_dir: Path | None = None,
         *,
+        checkpoint_every: int = 0,
         log_every: int = 100,
         tensorboard: bool = True,
         device: torch.device | str = "cpu",
@@ -202,45 +202,17 @@ class ImageTrainer(Loop):
         self.config = config
         task = ImageTask(config, images)
         self.model = task.model
-        self._callback: Callable[[int, float], None] | None = None
         settings = LoopConfig(
             run_dir=run_dir, steps=config.steps, batch_size=config.batch_size, grad_clip=config.clip,
-            log_every=log_every, device=str(device), tensorboard=tensorboard,
+            checkpoint_every=checkpoint_every, log_every=log_every, device=str(device), tensorboard=tensorboard,
         )  # fmt: skip
         super().__init__(task, settings)
-
-    def train(
-        self,
-        until: int | None = None,
-        *,
-        checkpoint_every: int = 0,
-        callback: Callable[[int, float], None] | None = None,
-    ) -> TrainResult:
-        """Continue to step `until`, by default the last; with checkpoints there and every `checkpoint_every` steps.
-
-        callback(step, loss) is called after each step. See `Loop.run`.
-        """
-        self.settings = dataclasses.replace(self.settings, checkpoint_every=checkpoint_every)
-        self._callback = callback
-        result = self.run(until)
-        self.model.step = self.step
-        return result
-
-    def train_step(self) -> Tensor:
-        loss = super().train_step()
-        value = loss.item()
-        if not math.isfinite(value):
-            raise FloatingPointError(
-                f"loss: must stay finite, got {value} at step {self.step}; lower lr = {self.config.lr}"
-            )
-        if self._callback is not None:
-            self._callback(self.step, value)
-        return loss
 
     def averaged(self) -> ImageModel:
         """The model with its averaged weights, set in place: training can then only continue from a checkpoint."""
         if self.step:
             self.ema.copy_to(self.model.net, self.config.ema)
+        self.model.step = self.step
         self.model.net.eval().requires_grad_(False)
         return self.model
 

@@ -42,7 +42,7 @@ class SeriesTrain:
             f"{given} of {trainer.model.length} points and {trainer.model.channels} channels; "
             f"{trainer.model.num_parameters() / 1e3:.0f} k parameters on {trainer.device}"
         )
-        reason = trainer.train()
+        reason = trainer.train().reason
         print(f"{self.train.run_dir}: step {trainer.step}, stopped by: {reason}")
 
 

@@ -195,10 +195,6 @@ class SeriesTrainer(Loop):
     def stats(self) -> SeriesStats:
         return self.task.stats
 
-    def train(self) -> str:
-        """Continue from the latest checkpoint, see `Loop.run`; "done" or the name of the signal that ended it."""
-        return self.run().reason
-
     def averaged(self) -> SeriesDenoiser:
         """A copy of the network with the averaged weights, in eval mode."""
         model = copy.deepcopy(self.model)

@@ -74,14 +74,14 @@ class Loop:
     Each step is split into micro-batches whose number does not depend on the number of processes; the task's random
     numbers are a function of the step or the micro-batch. So a resumed run repeats an uninterrupted one exactly, and W
     processes compute what one computes, up to the order of gradient sums. Under torchrun (WORLD_SIZE > 1) it uses
-    DistributedDataParallel; all ranks must see the same run folder. The folder is locked (`RunLock`) until `run` ends
+    DistributedDataParallel; all ranks must see the same run folder. The folder is locked (`RunLock`) until `train` ends
     or `close` is called.
 
     Args:
         task: what to train.
         settings: how to train it.
         on_sample: called on rank 0 as on_sample(loop, step) every `sample_every` steps, network in eval mode, no grad.
-        resume: load the folder's latest checkpoint now; otherwise when `run` begins.
+        resume: load the folder's latest checkpoint now; otherwise when `train` begins.
 
     Raises:
         ValueError: the batch cannot be split over the processes, or the folder holds another run; the message names the
@@ -202,7 +202,7 @@ class Loop:
 
     # ---- the loop
 
-    def run(self, until: int | None = None) -> TrainResult:
+    def train(self, until: int | None = None) -> TrainResult:
         """Train until `steps` (or step `until`), `max_seconds`, SIGTERM or Ctrl-C, save, and say which it was.
 
         Raises:
@@ -215,11 +215,11 @@ class Loop:
             self._acquire()
             if not self._resumed:
                 self.resume()
-            return self._run(self.settings.steps if until is None else min(until, self.settings.steps))
+            return self._train(self.settings.steps if until is None else min(until, self.settings.steps))
         finally:
             self._release()
 
-    def _run(self, last_step: int) -> TrainResult:
+    def _train(self, last_step: int) -> TrainResult:
         settings = self.settings
         start, start_step, seconds_before = time.monotonic(), self.step, self.seconds
         reason = "done"

@@ -17,7 +17,7 @@ from .config import FIXED_ON_RESUME, FREE_ON_RESUME, TrainConfig
 from .ema import PowerEMA
 from .evaluate import heldout_loss
 from .loader import MicroBatchSampler, make_loader, read_batches
-from .loop import Loop, LoopConfig, TrainResult
+from .loop import Loop, LoopConfig
 from .lr import cosine_lr, power_law_lr
 from .objectives import draw_levels, frame_losses, mean_loss
 from .task import Task, json_fields, saved_fields
@@ -239,7 +239,3 @@ class Trainer(Loop):
     @property
     def model(self) -> Any:
         return self.network
-
-    def train(self) -> TrainResult:
-        """See `Loop.run`."""
-        return self.run()
