@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from .model.config import ModelConfig
     from .model.denoiser import Denoiser
     from .presets import PRESETS, Preset
+    from .pretrained import load_pretrained
     from .rollout import Rollout, continue_clips
     from .train.checkpoint import latest_checkpoint, load_denoiser
     from .train.config import TrainConfig
@@ -49,6 +50,7 @@ __all__ = [
     "generate",
     "latest_checkpoint",
     "load_denoiser",
+    "load_pretrained",
     "open_dataset",
 ]
 
@@ -76,6 +78,7 @@ __getattr__ = lazy_names(
         "generate": "diffusion.sampler",
         "latest_checkpoint": "train.checkpoint",
         "load_denoiser": "train.checkpoint",
+        "load_pretrained": "pretrained",
         "open_dataset": "data.dataset",
     },
 )

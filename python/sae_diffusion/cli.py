@@ -167,6 +167,8 @@ class Sample:
 
     Args:
         run_dir: run folder or checkpoint.
+        pretrained: a network that comes with the package, in place of --run-dir; it continues its own held-out clips if
+            --data names no others, and writes into runs/<name>/samples.
         data: folder or file that context (and actions) come from; "None" generates from nothing.
         split: episodes to continue: "heldout", "train" or "all"; "None" takes held-out ones, or all if none is held
             out or --data is one file.
@@ -194,6 +196,7 @@ class Sample:
     """
 
     run_dir: Path
+    pretrained: str | None = None
     data: Path | None = None
     split: Literal["heldout", "train", "all"] | None = None
     out: Path | None = None
@@ -360,6 +363,16 @@ def parse(arguments: Sequence[str]) -> Any:
     arguments = current_arguments(arguments)
     command = arguments[0] if arguments else ""
     name, run_dir = cast(PresetName | None, option(arguments, "--preset")), option(arguments, "--run-dir")
+    given: dict[str, Any] = {}
+    if command in ("sample", "evaluate") and (pretrained := option(arguments, "--pretrained")) is not None:
+        from .pretrained import pretrained_folder
+
+        folder = pretrained_folder(pretrained)
+        if run_dir is not None:
+            raise ValueError(f"pretrained: must not be given with --run-dir, got {pretrained} and {run_dir}")
+        out = Path("runs", pretrained, "samples" if command == "sample" else "evaluation")
+        given = {"run_dir": folder, "data": folder / "data", "out": out, "ema": None}
+        run_dir = str(folder)
     if name is not None:
         check_choice("preset", name, tuple(PRESETS))
     chosen, preset = name or Train.preset, PRESETS[name or Train.preset]
@@ -371,8 +384,8 @@ def parse(arguments: Sequence[str]) -> Any:
     sampler = settings[1] if settings else preset.sampler
     train = Train(preset=chosen, train=preset.train, model=preset.model, clips=preset.clips, sampler=preset.sampler)
     # Marks a required field, which has no default.
-    sample = dataclasses.replace(Sample(run_dir=Path()), run_dir=tyro.MISSING, sampler=sampler)
-    evaluate = Evaluate(sampler=sampler)
+    sample = dataclasses.replace(Sample(run_dir=Path()), sampler=sampler, **({"run_dir": tyro.MISSING} | given))
+    evaluate = Evaluate(sampler=sampler, **given)
     commands = (
         Annotated[Collect, tyro.conf.subcommand("collect")]
         | Annotated[Train, tyro.conf.subcommand("train", default=train)]

@@ -1,4 +1,5 @@
-"""`make demo`: record LunarLander, train the tiny model for some minutes on the CPU, and show what it has learned.
+"""`make demo`: show the trained model of the package; record LunarLander, train the tiny model for some minutes on the
+CPU, and show what that has learned.
 
 Everything is in the output folder, which is also a run folder for `sae train` and `sae sample`. Running it again
 continues where it stopped: what was recorded and trained is kept, and the rest of the time budget is used.
@@ -28,9 +29,11 @@ from .evaluation.report import show, write_evaluation
 from .evaluation.run import Evaluation, evaluate_run
 from .figures import new_figure, save_figure
 from .presets import PRESETS, Preset
+from .pretrained import load_pretrained, pretrained_folder
 from .progress import progress_bar
 from .rollout import Rollout, continue_clips
 from .runs import make_trainer, open_clips
+from .settings import CONFIG_FILE, read_config
 from .train.checkpoint import latest_checkpoint, load_denoiser, read_state, versions
 
 METRICS = "metrics.json"
@@ -43,6 +46,7 @@ class DemoConfig:
 
     Args:
         out: folder for everything.
+        pretrained: the model of the package that is shown first; "None" shows none.
         env: gymnasium environment.
         episodes: recorded, a tenth of them held out.
         frame_skip: environment steps between two frames; 4 gives 12.5 frames a second, at which motion is visible.
@@ -61,6 +65,7 @@ class DemoConfig:
     """
 
     out: Path = Path("runs/demo")
+    pretrained: str | None = "lunar-lander"
     env: str = "LunarLander-v3"
     episodes: int = 120
     frame_skip: int = 4
@@ -88,6 +93,10 @@ def run(config: DemoConfig, preset: Preset) -> dict[str, Any]:
         ),
     )
     seconds: dict[str, float] = {}
+    if config.pretrained is not None:
+        with stage("pretrained", seconds):
+            for picture in show_pretrained(config, config.pretrained):
+                print(picture)
     with stage("record", seconds):
         recorded = record(config, preset)
     print(f"{recorded.episodes} episodes, {recorded.frames} frames of {config.env} in {recorded.path}")
@@ -96,7 +105,9 @@ def run(config: DemoConfig, preset: Preset) -> dict[str, Any]:
     model, stats, state = load_denoiser(config.out, config.ema, device=config.device)
     heldout = open_clips(preset.train.data, preset.clips, model.config, preset.train.clip_length, "heldout")
     with stage("sample", seconds):
-        rollout, fps = continuations(config, preset, model, stats)
+        clips = dataclasses.replace(preset.clips, clip_stride=1)
+        dataset = open_clips(preset.train.data, clips, model.config, config.context + config.frames, "heldout")
+        rollout, fps = continuations(config, dataset, preset, model, stats)
         paths = rollout.write(config.out, fps=fps)
     with stage("evaluate", seconds):
         evaluation = measure(config, preset, model, stats)
@@ -122,6 +133,16 @@ def run(config: DemoConfig, preset: Preset) -> dict[str, Any]:
     for path in (*paths, latest_checkpoint(config.out), config.out / METRICS):
         print(path)
     return metrics
+
+
+def show_pretrained(config: DemoConfig, name: str) -> list[Path]:
+    """The first pictures: what a trained model makes of episodes it has not seen. Returns where they are."""
+    folder = pretrained_folder(name)
+    model, stats, _ = load_pretrained(name, device=config.device)
+    settings = read_config(folder / CONFIG_FILE)[1]
+    dataset = open_clips(folder / "data", settings.clips, model.config, config.context + config.frames, "heldout")
+    rollout, fps = continuations(config, dataset, settings, model, stats)
+    return rollout.write(config.out / name, fps=fps)
 
 
 @contextmanager
@@ -161,10 +182,10 @@ def train(config: DemoConfig, preset: Preset) -> None:
         raise KeyboardInterrupt
 
 
-def continuations(config: DemoConfig, preset: Preset, model: Any, stats: Any) -> tuple[Rollout, float]:
-    """The last frames of held-out episodes, generated from the first few of them and the recorded actions."""
-    clips = dataclasses.replace(preset.clips, clip_stride=1)
-    dataset = open_clips(preset.train.data, clips, model.config, config.context + config.frames, "heldout")
+def continuations(
+    config: DemoConfig, dataset: ClipDataset, preset: Preset, model: Any, stats: Any
+) -> tuple[Rollout, float]:
+    """The last frames of episodes, generated from the first few of them and the recorded actions."""
     ends = last_clips(dataset)[: config.videos]
     with progress_bar("sample", config.frames, "frames") as bar:
         rollout = continue_clips(

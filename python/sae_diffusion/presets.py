@@ -88,12 +88,12 @@ PRESETS = {
         MODELS["tiny"],
         TrainConfig(
             clip_length=8, batch_size=1, noisy_copies=4, steps=4000,
-            noise=NoiseConfig(mean=0.3, std=1.2, context_sigma_max=0.05),
+            noise=NoiseConfig(mean=1.5, std=1.2, context_sigma_max=0.05),
             own_context=OwnContextConfig(start=300, ramp=300), first_weight=0.0, first_fit=True,
             lr=2e-2, lr_ref_steps=100, lr_ramp_steps=20, precision="auto", checkpoint_every=200, snapshot_every=200,
             log_every=20, heldout_every=100, num_workers=1,
         ),
-        SamplerConfig(sampling_steps=8, sigma_min=0.2, sigma_max=15.0, solver="euler", context_sigma=0.005),
+        SamplerConfig(sampling_steps=8, sigma_min=1.5, sigma_max=60.0, solver="euler", context_sigma=0.005),
         ClipConfig(clip_stride=2),
     ),
     "lunar-lander": Preset(

@@ -46,6 +46,8 @@ def finished(tmp_path_factory):
 def test_every_file_is_there(finished):
     out = finished[0].out
     for name in (
+        "lunar-lander/rollout.gif",
+        "lunar-lander/strip.png",
         "rollout.gif",
         "rollout.mp4",
         "strip.png",
@@ -70,7 +72,7 @@ def test_metrics_have_their_fields(finished):
     assert np.isfinite(measured["errors"]["full_context"]["value"]).all()
     assert metrics["steps"] == 4 and metrics["clips_seen"] == 8 and metrics["episodes"] == 8
     assert 0 < metrics["train_seconds"] < config.seconds
-    assert set(metrics["seconds"]) == {"record", "train", "sample", "evaluate"}
+    assert set(metrics["seconds"]) == {"pretrained", "record", "train", "sample", "evaluate"}
 
 
 def test_running_again_reuses_what_is_there(finished, tmp_path, capsys):

@@ -32,6 +32,8 @@ class Evaluate:
 
     Args:
         run_dir: run folder or checkpoint.
+        pretrained: a network that comes with the package, in place of --run-dir, on its own held-out clips if --data
+            names no others; writes into runs/<name>/evaluation.
         films: instead of a run, an npz as `sae sample --npz` writes it, made with any tool: uint8 arrays `recorded` and
             `generated` (N, T, Y, X, C), the given frames included; `context` is their number, if not --context.
         data: folder or file that context and actions come from; "None" takes the data that the run was trained on.
@@ -50,6 +52,7 @@ class Evaluate:
     """
 
     run_dir: Path | None = None
+    pretrained: str | None = None
     films: Path | None = None
     data: Path | None = None
     split: Literal["heldout", "train", "all"] | None = None

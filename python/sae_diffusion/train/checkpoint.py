@@ -313,10 +313,13 @@ def load_denoiser(
         stats = FrameStats.from_json(state["frame_stats"])
     except (TypeError, KeyError) as error:
         raise ValueError(f"{path / STATE}: must describe a denoiser ({error!r})") from error
+    half = state.get("weights") == "float16"
     with torch.device("meta"):
-        check_header(path / "model.safetensors", Denoiser(config).state_dict())
+        empty = Denoiser(config)
+        weights = {name: p.half() for name, p in empty.named_parameters()} if half else {}
+    check_header(path / "model.safetensors", empty.state_dict() | weights)
     model = Denoiser(config)
-    load_into(path / "model.safetensors", model.state_dict())
+    load_into(path / "model.safetensors", model.state_dict(), check_dtype=not half)
     if ema is not None:
         with torch.no_grad():
             average = load_average(path, ema)
