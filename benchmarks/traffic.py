@@ -227,8 +227,8 @@ def table(result: Mapping[str, Any]) -> str:
     lines = [
         f"One training step of the {shape['preset']} preset, {shape['B']} x {shape['T']} frames, K = {shape['K']}, "
         "fp32, without optimizer: counted, not timed (`python -m benchmarks traffic`; how: benchmarks/traffic.py). "
-        "On the CPU our ops are made of library calls, which move fewer bytes in more calls; on CUDA of one or a few "
-        "kernels.",
+        "In fp32 our ops are one C++ call each on the CPU, whose workspace inside is not counted, and one or a few "
+        "kernels on CUDA.",
         "",
         "| | plain PyTorch | sae_kernels | fewer |",
         "|---|---|---|---|",
