@@ -557,7 +557,7 @@ TRAINING: list[Entry] = [
     ),
     (
         "python/sae_diffusion/evaluation/losses.py",
-        "tests/evaluation/test_errors.py",
+        "tests/evaluation/test_denoising_errors.py",
         [
             ("slice(s - past, s + block)", "slice(s, s + block)"),
             ("// block * block - 1", "// block * block"),

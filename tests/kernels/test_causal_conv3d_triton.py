@@ -585,7 +585,7 @@ def test_alignment_is_promised_only_where_it_holds():
 def test_choice_of_implementation(monkeypatch):
     cpu, cuda = torch.device("cpu"), torch.device("cuda")
     available, why_not = ops.implementations(cpu)
-    assert available[0] == "composed" and "triton" in available
+    assert available[0] == "cpp" and "triton" in available
     assert "own copy" in why_not["triton with frames_per_block > 1"]
     layout = FrameLayout(3, 20, frames_per_block=2)
     tensors, _ = make(layout)
@@ -603,7 +603,7 @@ def test_choice_of_implementation(monkeypatch):
     monkeypatch.undo()
     monkeypatch.setenv("TRITON_INTERPRET", "0")
     available, why_not = ops.implementations(cpu)
-    assert available == ["composed", "reference"] and "TRITON_INTERPRET=1" in why_not["triton"]
+    assert available == ["cpp", "composed", "reference"] and "TRITON_INTERPRET=1" in why_not["triton"]
 
 
 def test_configurations():
