@@ -108,7 +108,7 @@ def build(shape: Mapping[str, Any], device: str) -> Problem:
 
 
 def _stacked(config, T: int, device: str) -> torch.nn.Module:
-    """The network's U-Net with T frames as input channels and one as output."""
-    unet = train_step.network(dataclasses.replace(config, channels=config.channels * T), "cpu").unet
+    """The network's U-Net with T frames, each once, as input channels and one as output."""
+    unet = train_step.network(dataclasses.replace(config, channels=config.channels * T, prior="data"), "cpu").unet
     unet.conv_out = CausalConv(config.level_channels[0], config.patch_channels, config)
     return unet.to(device)
